@@ -1,0 +1,184 @@
+"""Margins on the angle: multiplicative, additive, and both with an additive cosine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .angles import added, angle, detached
+from .base import Margin, Rows, check_range
+
+BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
+GRADIENTS = ("exact", "detached")
+
+
+class CombinedMargin(Margin):
+    """Combined margin: target ``cos(m1 theta + m2) - m3`` (Deng et al., CVPR 2019, eq. 4).
+
+    Past the angle theta* where ``m1 theta + m2`` reaches pi the cosine would rise again. With ``M = pi - theta*`` (M = m2 at m1 = 1)
+    the target there is, by ``beyond_pi`` and before m3 is taken off:
+
+    - ``"linear"``: ``cos(theta) - M sin(M)``, the th/mm fallback of the published code; jumps by ``1 - cos M - M sin M`` at theta*
+      (-0.117 at M = 0.5). Falling with theta while that jump is negative, M < 2.33, so for larger m1 choose one of the next two.
+    - ``"continuous"``: ``cos(theta) - (1 - cos M)``, the same line without the jump; falling for every m1.
+    - ``"clip"``: ``-1``, the angle clipped at pi, with zero slope; never rising for every m1.
+    - ``"easy"``: no margin (and no m1) where ``cos(theta) <= 0``, the margin elsewhere: easy_margin of the published code.
+    - ``"none"``: ``cos(m1 theta + m2)`` as it stands, rising again past theta*.
+
+    The monotone psi of A-softmax is :class:`SphereFace`'s; here m1 != 1 uses the rules above.
+
+    Args:
+        scale: s > 0.
+        m1: multiplies the angle, > 0.
+        m2: added to the angle, radians in [0, pi).
+        m3: taken off the cosine, in [0, 2].
+        beyond_pi: one of the five above.
+        gradient: ``"exact"``, or ``"detached"`` for ``dT/dcos = 1`` (insightface's arcface_torch since December 2022).
+        focal_gamma: see :class:`Margin`.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        m1: float = 1.0,
+        m2: float = 0.5,
+        m3: float = 0.0,
+        beyond_pi: str = "linear",
+        gradient: str = "exact",
+        *,
+        focal_gamma: float = 0.0,
+    ):
+        super().__init__(scale, focal_gamma=focal_gamma)
+        self.m1 = check_range("m1", m1, 0.0, open_low=True)
+        self.m2 = check_range(self._m2_name, m2, 0.0, math.nextafter(math.pi, 0), unit="radians")
+        self.m3 = check_range("m3", m3, 0.0, 2.0)
+        if beyond_pi not in BEYOND_PI:
+            raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {beyond_pi!r}")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
+        self.beyond_pi = beyond_pi
+        self.gradient = gradient
+
+    _m2_name = "m2"
+
+    def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        value, slope = self._shifted(cos)
+        # M = pi - theta*, where m1 theta* + m2 = pi; at or below 0 the end is never reached.
+        reach = math.pi - (math.pi - self.m2) / self.m1
+        if self.beyond_pi == "easy":
+            inside = cos > 0
+            value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
+        elif self.beyond_pi != "none" and reach > 0:
+            inside = cos > -math.cos(reach)
+            if self.beyond_pi == "clip":
+                past, past_slope = torch.full_like(cos, -1.0), 0.0
+            else:
+                drop = reach * math.sin(reach) if self.beyond_pi == "linear" else 1 - math.cos(reach)
+                past, past_slope = cos - drop, 1.0
+            value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
+        value = value - self.m3
+        return detached(cos, value) if self.gradient == "detached" else (value, slope)
+
+    def _shifted(self, cos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos(m1 theta + m2) and its slope in cos(theta)."""
+        if self.m1 == 1.0:  # no angle needed: better conditioned and cheaper
+            return added(cos, self.m2)
+        theta, dtheta = angle(cos)
+        phi = self.m1 * theta + self.m2
+        return phi.cos(), -self.m1 * phi.sin() * dtheta
+
+
+class ArcFace(CombinedMargin):
+    """ArcFace: target ``cos(theta + m)`` (Deng et al., CVPR 2019, eq. 3).
+
+    Args:
+        scale: s > 0.
+        margin: m, radians in [0, pi) (0.5 is 28.6 degrees).
+        beyond_pi: what the target is past theta = pi - m; see :class:`CombinedMargin`, with M = m.
+        gradient: ``"exact"`` or ``"detached"``; see :class:`CombinedMargin`.
+        focal_gamma: see :class:`Margin`.
+    """
+
+    _m2_name = "margin"
+
+    def __init__(
+        self, scale: float = 64.0, margin: float = 0.5, beyond_pi: str = "linear", gradient: str = "exact", *, focal_gamma: float = 0.0
+    ):
+        super().__init__(scale, 1.0, margin, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+
+    @property
+    def margin(self) -> float:
+        return self.m2
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """A-softmax's annealing: ``lambda_i = max(minimum, base (1 + gamma i) ** -power)`` at the i-th training step, i = 1, 2, ..."""
+
+    base: float = 1000.0
+    gamma: float = 0.12
+    power: float = 1.0
+    minimum: float = 5.0
+
+    def __post_init__(self):
+        for name in ("base", "gamma", "power", "minimum"):
+            check_range(f"annealing.{name}", getattr(self, name), 0.0)
+
+
+class SphereFace(Margin):
+    """SphereFace / A-softmax: target ``(lambda cos(theta) + psi(theta)) / (1 + lambda)`` with the monotone
+    ``psi = (-1)^k cos(m theta) - 2k`` on theta in [k pi/m, (k+1) pi/m] (Liu et al., CVPR 2017, eq. 7).
+
+    Args:
+        margin: m, an integer >= 1.
+        scale: ``None`` keeps each embedding's norm as its scale (with its gradient), a number replaces it (F-norm SphereFace).
+        annealing: ``None`` for lambda = 0 (psi alone), ``True`` for the published schedule, or an :class:`Annealing`. The step
+            count is a buffer, so a resumed run goes on where it stopped; it is raised before lambda is taken, as in the
+            published code, and stands still in eval mode.
+        focal_gamma: see :class:`Margin`.
+    """
+
+    def __init__(self, margin: int = 4, scale: float | None = None, annealing: Annealing | bool | None = None, *, focal_gamma: float = 0.0):
+        super().__init__(scale, focal_gamma=focal_gamma)
+        if scale is None:
+            self.scale = None
+        if isinstance(margin, bool) or int(margin) != margin or margin < 1:
+            raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {margin!r}")
+        self.margin = int(margin)
+        if annealing is True:
+            annealing = Annealing()
+        elif annealing is False:
+            annealing = None
+        if annealing is not None and not isinstance(annealing, Annealing):
+            raise TypeError(f"annealing: expected None, True or mk.Annealing(...), got {annealing!r}")
+        self.annealing = annealing
+        if annealing is not None:
+            self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+
+    def row_scale(self, rows: Rows) -> float | Tensor:
+        return rows.norm if self.scale is None else self.scale
+
+    def update(self, cos: Tensor, rows: Rows, non_target_lse) -> None:
+        if self.annealing is not None:
+            self.iteration += 1
+
+    def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        # cos(m theta) and sin(m theta)/sin(theta) are Chebyshev polynomials of cos(theta): exact and finite at both ends.
+        first, second = torch.ones_like(cos), cos  # T_0, T_1
+        ratio_before, ratio = torch.zeros_like(cos), torch.ones_like(cos)  # U_-1, U_0
+        for _ in range(self.margin - 1):
+            first, second = second, 2 * cos * second - first
+            ratio_before, ratio = ratio, 2 * cos * ratio - ratio_before
+        k = torch.zeros_like(cos)
+        for i in range(1, self.margin):
+            k = k + (cos < math.cos(i * math.pi / self.margin)).to(cos.dtype)
+        sign = 1 - 2 * (k % 2)
+        value, slope = sign * second - 2 * k, sign * self.margin * ratio
+        if self.annealing is None:
+            return value, slope
+        a = self.annealing
+        lam = (a.base * (1 + a.gamma * self.iteration.to(cos.dtype)) ** -a.power).clamp_min(a.minimum)
+        return (lam * cos + value) / (1 + lam), (lam + slope) / (1 + lam)

@@ -246,7 +246,7 @@ class NonTargetLSE(torch.autograd.Function):
         form, normalize_embedding, normalize_weight, with_sum, workspace, backend = options
         acc = accumulator(x.dtype)
         need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
-        narrow = [None if v is None else v.to(acc) for v in (bias, scale, threshold, t)]
+        narrow = [None if v is None else v.to(acc).contiguous() for v in (bias, scale, threshold, t)]
         problem = (prepared, row_factor, w, narrow[0], labels, *narrow[1:], form, normalize_weight)
         # For the identity form the moment is x^ . u; only the hard forms need a sum of their own.
         own_moment = need_scale and form != forms.IDENTITY

@@ -1,0 +1,112 @@
+"""Comparison with the float64 reference: the cases, the tolerances and the error measure that tests, ``check`` and benchmarks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import margins as m
+from .functional import margin_cross_entropy
+
+#: Largest relative error ||got - want|| / ||want|| in loss and in each gradient, by the embeddings' dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+
+#: Every head by name, and how to make one for C classes. Scales are such that small random problems have gradients worth comparing.
+HEADS: dict[str, Callable[[int], m.Margin]] = {
+    "softmax": lambda c: m.Softmax(),
+    "w-norm-softmax": lambda c: m.Softmax(normalize_weight=True),
+    "normface": lambda c: m.NormFace(scale=32.0),
+    "l2-softmax": lambda c: m.L2Softmax(num_classes=c),
+    "l2-softmax-trainable": lambda c: m.L2Softmax(num_classes=c, trainable=True),
+    "sphereface": lambda c: m.SphereFace(),
+    "sphereface-annealed": lambda c: m.SphereFace(annealing=True),
+    "sphereface-fnorm": lambda c: m.SphereFace(margin=3, scale=32.0),
+    "cosface": lambda c: m.CosFace(),
+    "arcface": lambda c: m.ArcFace(),
+    "arcface-none": lambda c: m.ArcFace(beyond_pi="none"),
+    "arcface-easy": lambda c: m.ArcFace(beyond_pi="easy"),
+    "arcface-continuous": lambda c: m.ArcFace(beyond_pi="continuous"),
+    "arcface-clip": lambda c: m.ArcFace(beyond_pi="clip"),
+    "arcface-detached": lambda c: m.ArcFace(gradient="detached"),
+    "combined": lambda c: m.CombinedMargin(m1=1.35, m2=0.3, m3=0.2),
+    "adacos-fixed": lambda c: m.AdaCos(c, dynamic=False),
+    "adacos": lambda c: m.AdaCos(c),
+    "mv-arc": lambda c: m.MVSoftmax(),
+    "mv-am": lambda c: m.MVSoftmax(kind="am", margin=0.35),
+    "curricularface": lambda c: m.CurricularFace(),
+    "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one comparison, already rounded to the dtypes they are given in."""
+
+    x: Tensor  # (N, D)
+    w: Tensor  # (C, D)
+    labels: Tensor  # (N,)
+    bias: Tensor | None  # (C,)
+
+    @classmethod
+    def random(
+        cls,
+        n: int,
+        d: int,
+        c: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        bias: bool = False,
+        ignored: bool = True,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> Case:
+        """Rows of which every other one lies near its class centre (as in training) and the rest anywhere; some ignored, some repeated labels."""
+        g = torch.Generator().manual_seed(seed)
+        w = torch.randn(c, d, generator=g) * 0.1
+        labels = torch.randint(c, (n,), generator=g)
+        if n > 2:
+            labels[1] = labels[0]
+        x = torch.randn(n, d, generator=g)
+        near = torch.arange(n) % 2 == 0
+        x[near] = 0.6 * x[near] + 12 * w[labels[near]]
+        if ignored and n > 4:
+            labels[n // 2] = -100
+        b = torch.randn(c, generator=g) if bias else None
+        weight_dtype = dtype if weight_dtype is None else weight_dtype
+        moved = [v.to(device=device, dtype=kind) for v, kind in ((x, dtype), (w, weight_dtype))]
+        return cls(*moved, labels.to(device), None if b is None else b.to(device=device, dtype=weight_dtype))
+
+
+def run(case: Case, margin: m.Margin, backend: str, *, dtype: torch.dtype | None = None, upstream: Tensor | None = None, **options):
+    """Loss and gradients of a copy of ``margin`` on ``case``, computed by ``backend`` (on inputs widened to ``dtype``, if given).
+
+    Returns:
+        ``{"loss", "dx", "dw"}`` and, where there are such, ``"dbias"`` and ``"d<parameter of the margin>"``.
+    """
+    margin = copy.deepcopy(margin).to(case.x.device)
+    leaf = lambda v: None if v is None else v.detach().to(dtype or v.dtype).requires_grad_()  # noqa: E731
+    x, w, b = leaf(case.x), leaf(case.w), leaf(case.bias)
+    loss = margin_cross_entropy(x, w, case.labels, margin=margin, bias=b, backend=backend, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    out = {"loss": loss.detach(), "dx": x.grad, "dw": w.grad}
+    if b is not None:
+        out["dbias"] = b.grad
+    return out | {f"d{name}": p.grad for name, p in margin.named_parameters()}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||, NaN or infinite where ``got`` is not finite."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def errors(case: Case, margin: m.Margin, backend: str, **options) -> dict[str, float]:
+    """Relative error of ``backend`` against the float64 reference on the same rounded inputs, by output."""
+    want = run(case, margin, "reference", dtype=torch.float64, **options)
+    got = run(case, margin, backend, **options)
+    return {name: relative_error(got[name], want[name]) for name in want}

@@ -1,0 +1,48 @@
+# make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
+# make test    lint and all tests that need no GPU
+# Both make a virtual environment first, in .venv, with the versions of requirements.lock.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# Arguments for the demo, such as ARGS="--head cosface --epochs 4"
+ARGS ?=
+# Where gpu-report writes
+OUT ?= runs/gpu-report
+
+.PHONY: demo test lint format build test-gpu gpu-report clean
+
+demo: $(READY)
+	$(VENV)/bin/python -m marginkernels demo $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+# The build tools are pinned too, so the package is built with them instead of in an environment of its own.
+# Installed in place: edits of Python files need nothing, edits of C++ files rebuild here.
+$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# The three below use $(PYTHON) as it is, so that they run where there is a GPU, its PyTorch, and no network.
+build:
+	$(PYTHON) setup.py build_ext --inplace
+
+test-gpu: build
+	$(PYTHON) -m pytest -m gpu
+
+gpu-report: build
+	$(PYTHON) -m benchmarks.gpu_report --out $(OUT)
+
+clean:
+	rm -rf $(VENV) build marginkernels.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,20 +27,10 @@ def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, work
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(v).__name__}")
         if v.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
-        if name != "labels" and v.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {v.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
-    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
-        raise ValueError(f"embeddings: expected shape (N, D) with D >= 1, got {tuple(embeddings.shape)}")
-    if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
-    if weight.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"weight: expected shape (C, {embeddings.shape[1]}) to match embeddings {tuple(embeddings.shape)}, got {tuple(weight.shape)}"
-        )
-    if labels.ndim != 1 or labels.shape[0] != embeddings.shape[0]:
-        raise ValueError(f"labels: expected shape ({embeddings.shape[0]},) to match embeddings, got {tuple(labels.shape)}")
+        if name != "labels":
+            check_float(name, v)
+    check_embeddings(embeddings, weight)
+    check_labels_shape(labels, embeddings)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
     for name, v in given.items():
@@ -50,6 +40,49 @@ def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, work
         raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_number("workspace_mb", workspace_mb, 0.0, None)
+
+
+def check_float(name: str, v) -> None:
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(v).__name__}")
+    if v.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {v.dtype}")
+
+
+def check_embeddings(embeddings, weight) -> None:
+    """Embeddings (N, D) against class centres (C, D): dtypes and shapes."""
+    check_float("embeddings", embeddings)
+    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
+        raise ValueError(f"embeddings: expected shape (N, D) with D >= 1, got {tuple(embeddings.shape)}")
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
+    if weight.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"weight: expected shape (C, {embeddings.shape[1]}) to match embeddings {tuple(embeddings.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def check_labels_shape(labels, embeddings) -> None:
+    """Labels (N,) int64 against embeddings (N, D), on the same device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.ndim != 1 or labels.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"labels: expected shape ({embeddings.shape[0]},) to match embeddings, got {tuple(labels.shape)}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels: expected device {embeddings.device}, where the embeddings are, got {labels.device}")
+
+
+def positive(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    return value
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 
 def check_number(name: str, value, low: float, high: float | None) -> None:
@@ -62,9 +95,10 @@ def check_number(name: str, value, low: float, high: float | None) -> None:
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """``labels`` with -1 for ignored rows; raises where one is out of range.
 
-    On a CPU the labels are read at once. On a GPU that would stop the host until the device has caught up, in every step. There the
-    rows that are out of range are treated as ignored, so that nothing goes wrong meanwhile, what the smallest and largest of them were is copied to
-    pinned host memory behind the step, and the first later call that finds the copy done raises. :func:`raise_pending` waits for it.
+    On a CPU the labels are read at once. On a GPU that would stop the host, in every step, until the device has caught up. There
+    rows out of range are treated as ignored, so that nothing goes wrong meanwhile; the smallest and the largest such label are
+    copied to pinned host memory behind the step, and the first later call that finds the copy done raises.
+    :func:`raise_pending` waits for it. Under CUDA-graph capture nothing is watched: such rows are just ignored.
 
     Raises:
         ValueError: a label is neither in [0, C) nor ``ignore_index``; on a GPU, one of an earlier call's.

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import backend as registry
 from . import forms
 from .backend import reference
-from .checks import check_inputs, checked_labels
+from .checks import check_inputs, check_reduction, checked_labels
 from .margins import Margin, Rows
 from .ops import WIDE, NonTargetLSE, row_pass_op, rows_op
 
@@ -65,17 +65,12 @@ def margin_cross_entropy(
     return reduce(losses, valid, reduction)
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-
-
 def reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    """(N,) float64 losses to the asked reduction, in float64 so that the order of the sum does not show."""
+    """(N,) losses to the asked reduction; summed in float64, so that the order of the sum does not show."""
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+    total = losses.sum(dtype=WIDE)
+    return (total if reduction == "sum" else total / valid.sum().clamp_min(1)).to(losses.dtype)
 
 
 def head_losses(

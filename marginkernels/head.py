@@ -5,18 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import FLOATS
-from .functional import check_reduction, head_losses, reduce
+from .checks import FLOATS, check_reduction, positive
+from .functional import head_losses, reduce
 from .margins import Margin
+from .topk import nearest
 
 #: Standard deviation of the class centres at the start, as in insightface.
 INIT_STD = 0.01
-
-
-def _positive(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    return value
 
 
 class MarginHead(nn.Module):
@@ -36,9 +31,9 @@ class MarginHead(nn.Module):
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).
         bias: (C,) Parameter or None.
-        stats: what the last call saw, scalar tensors on the device, so that reading them is the only thing that waits: ``target_cosine`` (mean
-            cosine to the own class centre), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin
-            apart), and the margin's own state (AdaCos's ``s``, CurricularFace's ``t``, SphereFace's ``iteration``).
+        stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
+            class centre), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
+            margin's own state (AdaCos's ``s``, CurricularFace's ``t``, SphereFace's ``iteration``).
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -60,8 +55,8 @@ class MarginHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.embedding_dim = _positive("embedding_dim", embedding_dim)
-        self.num_classes = _positive("num_classes", num_classes)
+        self.embedding_dim = positive("embedding_dim", embedding_dim)
+        self.num_classes = positive("num_classes", num_classes)
         if not isinstance(margin, Margin):
             raise TypeError(f"margin: expected an instance of mk.Margin such as mk.ArcFace(), got {margin!r}")
         if dtype is not None and dtype not in FLOATS:
@@ -100,25 +95,22 @@ class MarginHead(nn.Module):
         return reduce(losses, valid, self.reduction)
 
     @torch.no_grad()
-    def topk(self, embeddings: Tensor, k: int = 5, *, slab: int = 65536) -> tuple[Tensor, Tensor]:
+    def topk(self, embeddings: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
         """The k classes nearest to each embedding, streamed over the class centres.
 
         Args:
             embeddings: (N, D).
             k: at most C.
-            slab: classes looked at at once; N x slab scores are held, never N x C.
 
         Returns:
-            scores (N, k) falling, in float32 (float64 for float64), and classes (N, k) int64. A score is what training compares before scale and
-            margin: the cosine for cosine heads, ``x . w_j`` on the sides that the margin does not normalise; the bias is added
-            after the scale where there is one. Among equal scores the lower class comes first.
+            scores (N, k) falling, in float32 (float64 for float64), and classes (N, k) int64. A score is what training compares
+            before scale and margin: the cosine for cosine heads, ``x . w_j`` on the sides that the margin does not normalise;
+            with a bias, the logit without margin. Among equal scores the lower class comes first.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        from .topk import nearest
-
-        return nearest(embeddings, self.weight, self.bias, self.margin, k, slab)
+        return nearest(embeddings, self.weight, self.bias, self.margin, k)
 
     def extra_repr(self) -> str:
         return f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}, bias={self.bias is not None}, backend={self.backend!r}"

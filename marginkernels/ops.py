@@ -25,7 +25,7 @@ def _norm(v: Tensor) -> Tensor:
     return torch.ldexp(torch.linalg.vector_norm(torch.ldexp(v.to(WIDE), -exponent[:, None]), dim=1), exponent)
 
 
-def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:
     """v/|v| (N, D) float64 with zero for a zero row, and 1/|v| (N,) with 0 there."""
     norm = _norm(v)
     inverse = torch.where(norm < TINY, 0.0, 1 / norm)
@@ -54,19 +54,19 @@ def rows_op(
         x times a power of two (N, D); row_factor (N,) acc; the target similarity c_iy and the true target cosine, both (N,) float64, 0
         where the label is none of ``w``'s.
     """
-    unit, inverse = _unit(x)
+    unit, inverse = unit_rows(x)
     norm = _norm(x)
     exponent = torch.frexp(norm).exponent
     prepared = torch.ldexp(x.to(WIDE), -exponent[:, None]).to(x.dtype).contiguous()
     power = torch.ldexp(torch.ones_like(norm), exponent)
     factor = power * inverse if normalize_embedding else power
     centre = _own_centres(w, labels)
-    cosine = (unit * _unit(centre)[0]).sum(1).clamp(-1, 1)
+    cosine = (unit * unit_rows(centre)[0]).sum(1).clamp(-1, 1)
     if normalize_embedding and normalize_weight:
         similarity = cosine.clone()
     else:
         side = unit if normalize_embedding else x.to(WIDE)
-        similarity = (side * (_unit(centre)[0] if normalize_weight else centre)).sum(1)
+        similarity = (side * (unit_rows(centre)[0] if normalize_weight else centre)).sum(1)
     return prepared, factor.to(accumulator(x.dtype)), similarity, cosine
 
 
@@ -101,8 +101,7 @@ def row_pass_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`marginkernels.backend.base.RowPass`, field by field."""
     problem = Problem(x, row_factor, w, bias, labels, scale, threshold, t, form, normalize_weight)
-    n, d = x.shape
-    if n == 0 or w.shape[0] == 0:
+    if x.shape[0] == 0 or w.shape[0] == 0:
         out = [torch.zeros_like(v) for v in _row_pass_shapes(x, w, normalize_weight, need_u, need_moment, 0)]
         if not uniform:
             out[0].fill_(-torch.inf)
@@ -208,12 +207,12 @@ def row_gradient_op(
     """dx (N, D) in x's dtype: ``softmax_weight u + uniform_weight uniform_u + target_weight w_y`` through the normalisation's Jacobian."""
     centre = _own_centres(w, labels)
     if normalize_weight:
-        centre = _unit(centre)[0]
+        centre = unit_rows(centre)[0]
     d = softmax_weight.to(WIDE)[:, None] * u.to(WIDE) + target_weight.to(WIDE)[:, None] * centre
     if uniform_u is not None:
         d = d + uniform_weight.to(WIDE)[:, None] * uniform_u.to(WIDE)
     if normalize_embedding:
-        unit, inverse = _unit(x)
+        unit, inverse = unit_rows(x)
         d = (d - (d * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
     return d.to(x.dtype)
 
@@ -235,17 +234,18 @@ for _op in (rows_op, row_pass_op, class_pass_op, class_sum_op, row_gradient_op):
 
 
 class NonTargetLSE(torch.autograd.Function):
-    """Everything of the head that touches all classes, as a function of the row scales and of the two weights' worth of data.
+    """What a head needs of all classes, as a differentiable function of the rows, the class centres, the bias and the row scales.
 
-    Outputs, all (N,) float64: the non-target log-sum-exp lambda; the target similarity c_y and target bias b_y (passed through, so that what
-    comes back for them joins the one write of dw); the sum of non-target logits (0 unless asked for); and top, not differentiable.
+    Outputs, (N,) float64 each: the non-target log-sum-exp lambda; the target similarity c_y and target bias b_y, passed through so that
+    the gradients that come back for them join the one write of dw; the sum of the non-target logits (0 unless asked for). Last, (N,)
+    and not differentiable: the row pass's top.
     """
 
     @staticmethod
     def forward(ctx, x, w, bias, scale, labels, similarity, prepared, row_factor, threshold, t, options):
         form, normalize_embedding, normalize_weight, with_sum, workspace, backend = options
         acc = accumulator(x.dtype)
-        need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
+        need_x, need_w, _, need_scale = ctx.needs_input_grad[:4]
         narrow = [None if v is None else v.to(acc).contiguous() for v in (bias, scale, threshold, t)]
         problem = (prepared, row_factor, w, narrow[0], labels, *narrow[1:], form, normalize_weight)
         # For the identity form the moment is x^ . u; only the hard forms need a sum of their own.
@@ -305,9 +305,9 @@ def _plain_sum(x, w, bias, labels, scale, similarity, class_factor, normalize_em
     """``sum_{j != y} z_ij`` (N,) and ``sum_{j != y} a_j w_j`` (N, D) for the identity form, from one sum over the classes: O(C D)."""
     centre = _own_centres(w, labels)
     if normalize_weight:
-        centre = _unit(centre)[0]
+        centre = unit_rows(centre)[0]
     rest = class_sum_op(w, class_factor) - centre
-    side = _unit(x)[0] if normalize_embedding else x.to(WIDE)
+    side = unit_rows(x)[0] if normalize_embedding else x.to(WIDE)
     total = scale.to(WIDE) * (side * rest).sum(1)
     if bias is not None:
         total = total + bias.to(WIDE).sum() - _own_bias(bias, labels)

@@ -65,7 +65,7 @@ class Case:
         seed: int = 0,
         device: str = "cpu",
     ) -> Case:
-        """Rows of which every other one lies near its class centre (as in training) and the rest anywhere; some ignored, some repeated labels."""
+        """Every other row lies near its class centre, as in training, the rest anywhere; one is ignored, one label repeated."""
         g = torch.Generator().manual_seed(seed)
         w = torch.randn(c, d, generator=g) * 0.1
         labels = torch.randint(c, (n,), generator=g)

@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import torch
 
 from marginkernels import verify
 from marginkernels.backend import FUSED

@@ -31,7 +31,7 @@ class SlabBackend(Backend):
         peak, total, moment = new(n, fill=-torch.inf), new(n), new(n if need_moment else 0)
         top, u = new(n, fill=-torch.inf), new(n if need_u else 0, d)
         factor = new(c if p.normalize_weight else 0)
-        for start, stop in _slabs(n, c):
+        for start, stop in slabs(n, c):
             w, a = _centres(p, start, stop)
             if a is not None:
                 factor[start:stop] = a
@@ -58,7 +58,7 @@ class SlabBackend(Backend):
                 moment += (weight * forms.value(p.form, cos, p.threshold, p.t)).sum(1)
             if need_u:
                 weight = weight * forms.slope(p.form, cos, p.threshold, p.t)
-                u += _mm(weight.to(p.x.dtype), w, p.acc)
+                u += product(weight.to(p.x.dtype), w, p.acc)
         if not uniform:
             share = 1 / total.masked_fill(total == 0, 1)
             moment, u = (moment * share if need_moment else moment), (u * share[:, None] if need_u else u)
@@ -71,7 +71,7 @@ class SlabBackend(Backend):
         n, c = p.x.shape[0], p.w.shape[0]
         dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
         db = torch.empty(c, dtype=p.acc, device=p.x.device) if need_bias else None
-        for start, stop in _slabs(n, c):
+        for start, stop in slabs(n, c):
             w, a = _centres(p, start, stop, class_factor)
             cos, own = _similarity(p, w, start, stop)
             weight = row.softmax[:, None] * torch.exp(_logits(p, cos, start, stop) - row.lse[:, None])
@@ -81,7 +81,7 @@ class SlabBackend(Backend):
                 db[start:stop] = torch.where(own, row.bias[:, None], weight / p.scale[:, None]).sum(0)
             if need_w:
                 g = torch.where(own, row.target[:, None], weight * forms.slope(p.form, cos, p.threshold, p.t))
-                v = _mm((g * p.row_factor[:, None]).to(p.x.dtype).T, p.x, p.acc)
+                v = product((g * p.row_factor[:, None]).to(p.x.dtype).T, p.x, p.acc)
                 if a is not None:
                     unit = p.w[start:stop].to(p.acc) * a[:, None]
                     v = a[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
@@ -89,7 +89,7 @@ class SlabBackend(Backend):
         return dw, db
 
 
-def _slabs(n: int, c: int):
+def slabs(n: int, c: int):
     width = max(256, SLAB_ELEMENTS // max(n, 1))
     return ((start, min(start + width, c)) for start in range(0, c, width))
 
@@ -113,7 +113,7 @@ def inverse_norm(w: Tensor) -> Tensor:
 
 def _similarity(p: Problem, w: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """c_ij (N, slab) in acc, and where the column is the row's own target (N, slab) bool."""
-    cos = _mm(p.x, w.T, p.acc) * p.row_factor[:, None]
+    cos = product(p.x, w.T, p.acc) * p.row_factor[:, None]
     return cos, p.labels[:, None] == torch.arange(start, stop, device=p.labels.device)
 
 
@@ -122,7 +122,7 @@ def _logits(p: Problem, cos: Tensor, start: int, stop: int, form: int | None = N
     return z if p.bias is None else z + p.bias[start:stop]
 
 
-def _mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
     """a @ b accumulated in, and given as, ``acc``."""
     if a.dtype == acc:
         return a @ b

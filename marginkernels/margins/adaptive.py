@@ -62,7 +62,8 @@ class AdaCos(Margin):
 
 
 class MVSoftmax(Margin):
-    """MV-softmax: a margin on the target, and hard non-target classes (``c_j > T``) lifted to ``(1 + t) c_j + t`` (Wang et al., AAAI 2020, eq. 7).
+    """MV-softmax: a margin on the target, and hard non-target classes (``c_j > T``) lifted to ``(1 + t) c_j + t``
+    (Wang et al., AAAI 2020, eq. 7).
 
     Args:
         kind: ``"arc"``, T = cos(theta + m) with m in radians in [0, pi), or ``"am"``, T = cos(theta) - m with m in [0, 2].
@@ -92,8 +93,8 @@ class MVSoftmax(Margin):
 
 
 class CurricularFace(Margin):
-    """CurricularFace: target ``cos(theta + m)`` with ArcFace's linear fallback past pi, hard non-target classes (``c_j > cos(theta_y + m)``,
-    without the fallback) reweighted to ``c_j (t + c_j)`` (Huang et al., CVPR 2020, eq. 5 to 10).
+    """CurricularFace: target ``cos(theta + m)`` with ArcFace's linear fallback past pi, hard non-target classes
+    (``c_j > cos(theta_y + m)``, without the fallback) reweighted to ``c_j (t + c_j)`` (Huang et al., CVPR 2020, eq. 5 to 10).
 
     Args:
         scale: s > 0.

@@ -112,13 +112,12 @@ class Margin(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # Running statistics move 1% a step: in half precision they would stop moving, so .half() leaves them as they are.
-        kept = {name: b.dtype for name, b in self.named_buffers(recurse=False)}
-        before = {name: b for name, b in self.named_buffers(recurse=False)}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
+        for name, old in before.items():
             moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, before[name].to(device=moved.device))
+            if moved.dtype != old.dtype:
+                setattr(self, name, old.to(device=moved.device))
         return self
 
     def extra_repr(self) -> str:

@@ -246,7 +246,8 @@ class NonTargetLSE(torch.autograd.Function):
         form, normalize_embedding, normalize_weight, with_sum, workspace, backend = options
         acc = accumulator(x.dtype)
         need_x, need_w, _, need_scale = ctx.needs_input_grad[:4]
-        narrow = [None if v is None else v.to(acc).contiguous() for v in (bias, scale, threshold, t)]
+        # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
+        narrow = [None if v is None else v.to(acc).contiguous() for v in (bias, scale.clamp_min(1e-20), threshold, t)]
         problem = (prepared, row_factor, w, narrow[0], labels, *narrow[1:], form, normalize_weight)
         # For the identity form the moment is x^ . u; only the hard forms need a sum of their own.
         own_moment = need_scale and form != forms.IDENTITY

@@ -29,7 +29,7 @@ class Problem:
         w: (C, D) class centres, any float dtype, any strides with a unit one last.
         bias: (C,) acc, or None.
         labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
-        scale: (N,) acc, s_i.
+        scale: (N,) acc, s_i > 0.
         threshold: (N,) acc, or None where the form is the identity.
         t: () acc, on the same device; None where the form is the identity.
         form: a number of :mod:`marginkernels.forms`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend as registry
 from . import forms
@@ -40,7 +39,8 @@ def _own_centres(w: Tensor, labels: Tensor) -> Tensor:
     return torch.where(here[:, None], w[torch.where(here, labels, 0)].to(WIDE), 0.0)
 
 
-def _own_bias(bias: Tensor | None, labels: Tensor) -> Tensor:
+def bias_of(bias: Tensor | None, labels: Tensor) -> Tensor:
+    """(N,) float64 bias of each row's label, 0 where there is none."""
     return torch.zeros_like(labels, dtype=WIDE) if bias is None else _own_centres(bias[:, None], labels)[:, 0]
 
 
@@ -243,9 +243,9 @@ class NonTargetLSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, bias, scale, labels, similarity, prepared, row_factor, threshold, t, options):
-        form, normalize_embedding, normalize_weight, with_sum, workspace, backend = options
+        form, normalize_embedding, normalize_weight, with_sum, with_gradient, workspace, backend = options
         acc = accumulator(x.dtype)
-        need_x, need_w, _, need_scale = ctx.needs_input_grad[:4]
+        need_x, need_w, _, need_scale = (with_gradient and need for need in ctx.needs_input_grad[:4])
         # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
         narrow = [None if v is None else v.to(acc).contiguous() for v in (bias, scale.clamp_min(1e-20), threshold, t)]
         problem = (prepared, row_factor, w, narrow[0], labels, *narrow[1:], form, normalize_weight)
@@ -266,14 +266,13 @@ class NonTargetLSE(torch.autograd.Function):
         ctx.keep_bias = bias is not None
         ctx.save_for_backward(x, w, labels, prepared, row_factor, *narrow, lse, u, moment, class_factor, kept, uniform_u, uniform_moment)
         ctx.mark_non_differentiable(top)
-        target_bias = _own_bias(bias, labels)
+        target_bias = bias_of(bias, labels)
         total = torch.zeros_like(similarity) if total is None else total.to(WIDE)
         return lse.to(WIDE), similarity.clone(), target_bias, total, top
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_lse, g_similarity, g_bias, g_sum, _):
-        form, normalize_embedding, normalize_weight, with_sum, _, backend = ctx.options
+        form, normalize_embedding, normalize_weight, with_sum, _, _, backend = ctx.options
         (x, w, labels, prepared, row_factor, bias, scale, threshold, t, lse, u, moment, class_factor, kept, uniform_u, uniform_moment) = (
             ctx.saved_tensors
         )
@@ -311,5 +310,5 @@ def _plain_sum(x, w, bias, labels, scale, similarity, class_factor, normalize_em
     side = unit_rows(x)[0] if normalize_embedding else x.to(WIDE)
     total = scale.to(WIDE) * (side * rest).sum(1)
     if bias is not None:
-        total = total + bias.to(WIDE).sum() - _own_bias(bias, labels)
+        total = total + bias.to(WIDE).sum() - bias_of(bias, labels)
     return total, rest

@@ -21,7 +21,7 @@ def nearest(
     """
     c = weight.shape[0]
     limit = c if num_classes is None else num_classes
-    check_embeddings(embeddings, weight)
+    check_embeddings(embeddings, weight, shard=num_classes is not None)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= limit:
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
@@ -51,8 +51,8 @@ def best(scores: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The (at most) k highest ``scores`` (N, M), falling, the lower of ``classes`` (N, M) first among equals. Classes lie below 2^31."""
     k = min(k, scores.shape[1])
     if scores.dtype == torch.float64:
-        order = classes.argsort(1)
-        order = order.gather(1, scores.gather(1, order).argsort(1, descending=True, stable=True))[:, :k]
+        order = classes.argsort(dim=1)
+        order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :k]
     else:
         # One integer that orders as (score, -class) does: no two are equal, so topk has no choice to make.
         bits = (scores + 0.0).view(torch.int32).long()

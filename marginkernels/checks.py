@@ -8,8 +8,8 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, workspace_mb) -> None:
-    """Everything that can be seen without reading a tensor's values.
+def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, workspace_mb, *, shard: bool = False) -> None:
+    """Everything that can be seen without reading a tensor's values. A ``shard`` of the classes may be empty.
 
     Raises:
         TypeError: something is not a tensor, or has a dtype that no head takes.
@@ -29,7 +29,7 @@ def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, work
             raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
         if name != "labels":
             check_float(name, v)
-    check_embeddings(embeddings, weight)
+    check_embeddings(embeddings, weight, shard=shard)
     check_labels_shape(labels, embeddings)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
@@ -49,12 +49,12 @@ def check_float(name: str, v) -> None:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {v.dtype}")
 
 
-def check_embeddings(embeddings, weight) -> None:
+def check_embeddings(embeddings, weight, *, shard: bool = False) -> None:
     """Embeddings (N, D) against class centres (C, D): dtypes and shapes."""
     check_float("embeddings", embeddings)
     if embeddings.ndim != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings: expected shape (N, D) with D >= 1, got {tuple(embeddings.shape)}")
-    if weight.ndim != 2 or weight.shape[0] == 0:
+    if weight.ndim != 2 or (weight.shape[0] == 0 and not shard):
         raise ValueError(f"weight: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
     if weight.shape[1] != embeddings.shape[1]:
         raise ValueError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import FLOATS, check_reduction, positive
+from .distributed.shard import Shard
 from .functional import head_losses, reduce
 from .margins import Margin
-from .topk import nearest
+from .sampling import Sampler
+from .topk import best, nearest
 
 #: Standard deviation of the class centres at the start, as in insightface.
 INIT_STD = 0.01
@@ -23,14 +26,32 @@ class MarginHead(nn.Module):
         margin: a :class:`Margin`.
         bias: learn one bias per class (C,), starting at 0.
         reduction, ignore_index, label_smoothing, backend, workspace_mb: see :func:`margin_cross_entropy`.
+        process_group: a torch.distributed group over whose ranks the classes are divided; all of them make the head alike, and call it,
+            ``backward()`` and :meth:`topk` together, each with its own rows (as many as it has, also none). See below.
+        batch_size: the most rows that any rank brings. Without it the ranks ask each other in every step, which waits for the device.
+        sample_rate: r in (0, 1]: while training, only the classes of the batch and others drawn uniformly take part in a step,
+            ``max(r C, N)`` in all; with ranks, r of each rank's. The gradient is then a sparse tensor of the drawn rows, for
+            :class:`marginkernels.optim.SGD` and :class:`marginkernels.optim.AdamW`, which leave every other row alone.
+        sample_seed: of the draws; the count of draws is kept in ``state_dict``.
+        log_q: correct the logits of drawn classes for the chance of being drawn; see :class:`marginkernels.sampling.Sampler`.
         device, dtype: of the weight and bias; float32 by default.
 
     Shapes:
         ``head(embeddings (N, D), labels (N,) int64)`` gives the loss: a scalar, or (N,) for ``reduction="none"``.
 
+    With a process group of R ranks:
+        - ``weight`` and ``bias`` are this rank's rows, ceil(C/R) of them from class ``class_start`` on; the last ranks hold fewer or none.
+        - The loss is that of all ranks' rows, with the same bits on every rank, and so are ``stats`` and the margin's state; with
+          ``reduction="none"`` it is that of this rank's own rows (N,). Scale or divide it alike on all ranks.
+        - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
+          and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
+          in them, never the head.
+        - The class centres drawn at the start do not depend on the number of ranks.
+
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).
         bias: (C,) Parameter or None.
+        class_start: the class that the first row of ``weight`` stands for.
         stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
             class centre), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
             margin's own state (AdaCos's ``s``, CurricularFace's ``t``, SphereFace's ``iteration``).
@@ -51,6 +72,11 @@ class MarginHead(nn.Module):
         label_smoothing: float = 0.0,
         backend: str = "auto",
         workspace_mb: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+        batch_size: int | None = None,
+        sample_rate: float = 1.0,
+        sample_seed: int = 0,
+        log_q: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -69,14 +95,53 @@ class MarginHead(nn.Module):
         self.label_smoothing = label_smoothing
         self.backend = backend
         self.workspace_mb = workspace_mb
-        self.weight = nn.Parameter(torch.empty(self.num_classes, self.embedding_dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.num_classes, device=device, dtype=dtype)) if bias else None
+        self.sampler = None
+        if sample_rate != 1:
+            self.sampler = Sampler(sample_rate, sample_seed, log_q).to(device)
+        elif log_q:
+            raise ValueError("log_q: expected False where every class takes part (sample_rate = 1), got True")
+        self.shard = None
+        if process_group is not None:
+            self.shard = Shard(self.num_classes, process_group, batch_size)
+            facts = {
+                "embedding_dim": embedding_dim,
+                "num_classes": num_classes,
+                "margin": repr(margin),
+                "bias": bool(bias),
+                "dtype": str(dtype),
+            }
+            facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
+            facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q}
+            self.shard.agree(**facts)
+        elif batch_size is not None:
+            raise ValueError(f"batch_size: expected None without a process_group, got {batch_size!r}")
+        held = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
+        self.weight = nn.Parameter(torch.empty(held, self.embedding_dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(held, device=device, dtype=dtype)) if bias else None
         self.stats: dict[str, Tensor] = {}
+        self._join()
         self.reset_parameters()
 
+    def _join(self) -> None:
+        if self.shard is not None:
+            for p in self.margin.parameters():
+                self.shard.sum_gradients(p)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._join()  # a copied parameter has lost its hooks
+
+    @property
+    def class_start(self) -> int:
+        """The class that the first row of ``weight`` stands for."""
+        return 0 if self.shard is None else self.shard.start
+
     def reset_parameters(self) -> None:
-        """Draw the class centres anew and set the bias to 0."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        """Draw the class centres anew and set the bias to 0. With a process group every rank must call it."""
+        if self.shard is None:
+            nn.init.normal_(self.weight, std=INIT_STD)
+        else:
+            self.shard.draw_normal(self.weight, INIT_STD)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -91,7 +156,11 @@ class MarginHead(nn.Module):
             label_smoothing=self.label_smoothing,
             backend=self.backend,
             workspace_mb=self.workspace_mb,
+            shard=self.shard,
+            sampler=self.sampler if self.training else None,
         )
+        if self.shard is not None and self.reduction == "none":
+            return self.shard.own_rows(losses, embeddings.shape[0])
         return reduce(losses, valid, self.reduction)
 
     @torch.no_grad()
@@ -110,7 +179,22 @@ class MarginHead(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        return nearest(embeddings, self.weight, self.bias, self.margin, k)
+        if self.shard is None:
+            return nearest(embeddings, self.weight, self.bias, self.margin, k)
+        rows, _ = self.shard.gather(embeddings, torch.full((embeddings.shape[0],), -1, device=embeddings.device), -1)
+        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes)
+        return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.shard is not None:  # a plain state dict of the whole head: take this rank's rows
+            for name in ("weight", "bias"):
+                whole = state_dict.get(prefix + name)
+                if whole is not None and whole.shape[0] == self.num_classes != getattr(self, name).shape[0]:
+                    state_dict[prefix + name] = whole[self.shard.start : self.shard.stop]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}, bias={self.bias is not None}, backend={self.backend!r}"
+        shown = (
+            f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}, bias={self.bias is not None}, backend={self.backend!r}"
+        )
+        return shown if self.shard is None else f"{shown}, classes=[{self.shard.start}, {self.shard.stop}) of rank {self.shard.rank}"

@@ -1,0 +1,121 @@
+"""A step over part of the classes: those of the batch, and others drawn uniformly (An et al., Partial FC, CVPR 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_number
+
+
+class Sampler(nn.Module):
+    """Draws the classes of a step on the device, without waiting for it.
+
+    The number drawn is fixed by shapes alone: ``max(round(rate C), min(N, C))`` of the C classes here, so there is room for every class in
+    the batch. Those come first; the rest are the classes with the smallest hashes of (seed, step, class). A hash needs no generator
+    object: its whole state is the two integers below, it is the same under ``torch.compile`` and in CUDA graphs, and any number of
+    ranks goes on from it.
+
+    Args:
+        rate: share of the classes that take part, in (0, 1].
+        seed: any integer.
+        log_q: add ``-log q`` to the logit of a drawn class, q being its chance of being drawn, so that the sum of exponentials over the
+            drawn classes estimates the sum over all of them without bias.
+
+    Buffers (in ``state_dict``):
+        seed, draws: () int64, the seed and how many steps have been drawn.
+    """
+
+    def __init__(self, rate: float, seed: int = 0, log_q: bool = False):
+        super().__init__()
+        check_number("sample_rate", rate, 0.0, 1.0)
+        if rate == 0:
+            raise ValueError("sample_rate: expected a number in (0, 1], got 0")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"sample_seed: expected an integer of 64 bits, got {seed!r}")
+        self.rate = float(rate)
+        self.log_q = bool(log_q)
+        self.register_buffer("seed", torch.tensor(seed))
+        self.register_buffer("draws", torch.tensor(0))
+
+    def count(self, rows: int, num_classes: int) -> int:
+        """How many of ``num_classes`` classes take part in a step with ``rows`` rows."""
+        return count(self.rate, rows, num_classes)
+
+    def forward(
+        self, weight: Tensor, bias: Tensor | None, labels: Tensor, first_class: int = 0
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Draw, and give the step's classes as a small problem of their own.
+
+        Args:
+            weight: (C, D) centres here; bias: (C,) or None. Their gradients are sparse tensors of the drawn rows.
+            labels: (N,) in [0, C), or -1 for a row whose class is not here.
+            first_class: the number of the first class here among all ranks'.
+
+        Returns:
+            the drawn centres (K, D), biases (K,) or None, labels counted within the drawn classes (N,), and log-q corrections (K,) or None.
+        """
+        with torch.no_grad():
+            k = self.count(labels.shape[0], weight.shape[0])
+            index, positive, labels = draw_op(self.seed, self.draws, labels, first_class, weight.shape[0], k)
+            self.draws += 1
+            correction = None
+            if self.log_q:
+                drawn, open_to_draw = (~positive).sum(), weight.shape[0] - positive.sum()
+                correction = torch.where(positive, 0.0, -torch.log(drawn / open_to_draw))
+        return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, log_q={self.log_q}"
+
+
+def count(rate: float, rows: int, num_classes: int) -> int:
+    return min(num_classes, max(round(rate * num_classes), rows))
+
+
+@torch.library.custom_op("marginkernels::draw", mutates_args=())
+def draw_op(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_classes: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``k`` of ``num_classes`` classes, among them those of ``labels`` (N,): their rising numbers (k,) int64, whether each is one of the
+    labels' (k,) bool, and the labels as places among them (N,), -1 where the label is -1."""
+    key = _hash(torch.arange(first_class, first_class + num_classes, device=labels.device), _hash(step.view(1), _hash(seed.view(1), 0)))
+    key = torch.cat([key, key.new_zeros(1)])  # one more place, for the rows whose class is not here
+    key[torch.where(labels < 0, num_classes, labels)] = -1
+    index = torch.topk(key[:num_classes], k, largest=False, sorted=False).indices.sort().values
+    place = torch.searchsorted(index, labels)
+    return index, key[index] < 0, torch.where(labels < 0, -1, place)
+
+
+@draw_op.register_fake
+def _(seed, step, labels, first_class, num_classes, k):
+    return labels.new_empty(k), labels.new_empty(k, dtype=torch.bool), torch.empty_like(labels)
+
+
+def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
+    """(...) int64 in [0, 2^63): SplitMix64's finaliser of counter and key (Steele et al. 2014); int64 arithmetic wraps as it needs."""
+    z = counter * -0x61C8864680B583EB
+    z += key
+    z ^= (z >> 30) & ((1 << 34) - 1)
+    z *= -0x40A7B892E31B1A47
+    z ^= (z >> 27) & ((1 << 37) - 1)
+    z *= -0x6B2FB644ECCEEE15
+    z ^= (z >> 31) & ((1 << 33) - 1)
+    return z & ((1 << 63) - 1)
+
+
+@torch.compiler.disable  # compiled graphs have no sparse gradients
+def gathered(v: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of ``v``; the gradient of ``v`` is a coalesced sparse tensor of those rows. ``index`` rises."""
+    return _Gathered.apply(v, index)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, index):
+        ctx.save_for_backward(index)
+        ctx.shape = v.shape
+        return v.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, g):
+        (index,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(index[None], g, ctx.shape, is_coalesced=True, check_invariants=False), None

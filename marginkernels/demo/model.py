@@ -1,0 +1,36 @@
+"""A convolutional network small enough for two CPU cores."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .data import SIZE
+
+
+def block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class GlyphNet(nn.Module):
+    """Images (N, 1, SIZE, SIZE) in [0, 1] to embeddings (N, dim); five convolutions, then one layer over all positions.
+
+    The last batch normalisation keeps the embedding's norm near sqrt(dim) at the start, for the heads that do not normalise it.
+    """
+
+    def __init__(self, dim: int = 128, width: int = 16):
+        super().__init__()
+        self.features = nn.Sequential(
+            block(1, width),
+            nn.MaxPool2d(2),
+            block(width, 2 * width),
+            nn.MaxPool2d(2),
+            block(2 * width, 4 * width),
+            block(4 * width, 4 * width),
+            nn.MaxPool2d(2),
+            block(4 * width, 8 * width),
+            nn.Flatten(),
+        )
+        self.embedding = nn.Sequential(nn.Linear(8 * width * (SIZE // 8) ** 2, dim, bias=False), nn.BatchNorm1d(dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.embedding(self.features(images))

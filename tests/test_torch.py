@@ -49,8 +49,7 @@ def same_bits(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("head", "backend"), [(h, BACKENDS[0]) for h in HEADS] + [("curricularface", b) for b in BACKENDS[1:]])
 def test_compile_gives_the_same_bits(head, backend):
     torch._dynamo.reset()
     plain = Model(make_head(head, backend, bias=True, label_smoothing=0.1))

@@ -49,7 +49,7 @@ def losses(
     threshold = t = None
     if margin.form != forms.IDENTITY:
         threshold = margin.threshold(target, rows).detach()
-        t = torch.as_tensor(margin.t, dtype=dtype, device=x.device)
+        t = torch.as_tensor(margin.t, dtype=dtype, device=x.device).detach().clone().reshape(())
     logits = scale * torch.where(own, value[:, None].to(dtype), forms.value(margin.form, cos, threshold, t)) + b
     log_p = torch.log_softmax(logits, 1)
     log_py = log_p.gather(1, column)[:, 0]

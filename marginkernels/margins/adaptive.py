@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import forms
 from .angles import added
-from .base import Margin, Rows, check_range
+from .base import Margin, Rows, check_range, settled
 
 
 class AdaCos(Margin):
@@ -26,7 +26,7 @@ class AdaCos(Margin):
         dynamic: follow the batch; ``False`` keeps the fixed scale.
         focal_gamma: see :class:`Margin`.
 
-    The scale is the float64 buffer ``s``; it stands still in eval mode.
+    The scale is the float64 buffer ``s`` (1,); it stands still in eval mode.
     """
 
     def __init__(self, num_classes: int, dynamic: bool = True, *, focal_gamma: float = 0.0):
@@ -35,7 +35,7 @@ class AdaCos(Margin):
             raise ValueError(f"num_classes: expected an integer >= 3, got {num_classes!r}")
         self.num_classes = num_classes
         self.dynamic = bool(dynamic)
-        self.register_buffer("s", torch.tensor(math.sqrt(2.0) * math.log(num_classes - 1), dtype=torch.float64))
+        self.register_buffer("s", torch.full((1,), math.sqrt(2.0) * math.log(num_classes - 1), dtype=torch.float64))
 
     @property
     def scale(self) -> Tensor:
@@ -55,7 +55,7 @@ class AdaCos(Margin):
         # nanmedian has no value for an empty batch; one NaN row makes it NaN, which keeps the old scale below.
         median = torch.nanmedian(torch.cat([theta, theta.new_full((1,), math.nan)]))
         new = log_b / torch.cos(median.clamp_max(math.pi / 4))
-        self.s.copy_(torch.where(torch.isfinite(new) & (new > 0), new, self.s))
+        self.s.copy_(torch.where(torch.isfinite(new) & (new > 0), settled(new), self.s))
 
     def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         return cos, torch.ones_like(cos)
@@ -102,7 +102,7 @@ class CurricularFace(Margin):
         momentum: of t, in [0, 1]: each training step ``t <- (1 - momentum) mean(cos(theta_y)) + momentum t``, before t is used.
         focal_gamma: see :class:`Margin`.
 
-    ``t`` is a float64 buffer that starts at 0; it stands still in eval mode.
+    ``t`` is a float64 buffer (1,) that starts at 0; it stands still in eval mode.
     """
 
     form = forms.HARD_QUADRATIC
@@ -111,11 +111,11 @@ class CurricularFace(Margin):
         super().__init__(scale, focal_gamma=focal_gamma)
         self.margin = check_range("margin", margin, 0.0, math.nextafter(math.pi, 0), unit="radians")
         self.momentum = check_range("momentum", momentum, 0.0, 1.0)
-        self.register_buffer("t", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("t", torch.zeros(1, dtype=torch.float64))
 
     def update(self, cos: Tensor, rows: Rows, non_target_lse) -> None:
         moved = (1 - self.momentum) * rows.mean(cos) + self.momentum * self.t
-        self.t.copy_(torch.where(rows.valid.any(), moved, self.t))
+        self.t.copy_(torch.where(rows.valid.any(), settled(moved), self.t))
 
     def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         value, slope = added(cos, self.margin)

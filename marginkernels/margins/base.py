@@ -22,6 +22,11 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
     return float(value)
 
 
+def settled(state: Tensor) -> Tensor:
+    """``state`` (float64) to the nearest 2^-40, for state that must be the same bits whoever summed the batch, and in whatever order."""
+    return torch.round(state * 2.0**40) * 2.0**-40
+
+
 class Rows:
     """What else a margin may know of each row beside its target cosine.
 
@@ -51,7 +56,8 @@ class Margin(nn.Module):
     """Base of every margin; subclass it to make your own.
 
     A subclass gives :meth:`target`, and at once runs on every backend. Everything else has a default: cosine logits
-    (both sides normalised), a fixed scale, the identity form for non-target logits, no state.
+    (both sides normalised), a fixed scale, the identity form for non-target logits, no state. State is kept in buffers, of shape (1,)
+    where it is a float64 number: torch.compile loses what is written to a float64 buffer of shape ().
 
     Args:
         scale: s > 0, what both target and non-target logits are multiplied by.

@@ -115,7 +115,9 @@ class Backend(ABC):
     dtypes: tuple[torch.dtype, ...]
     #: Whether ``auto`` may choose it; False while it has not run on the hardware it is for.
     proven = True
-    #: One line for ``doctor``: what it is, and what is unproven where ``proven`` is False.
+    #: One line for the README: what it is, on any machine.
+    summary = ""
+    #: One line for ``doctor``: what it is here, and what is unproven where ``proven`` is False.
     note = ""
 
     def unavailable(self) -> str | None:

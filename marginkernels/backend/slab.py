@@ -19,7 +19,7 @@ class SlabBackend(Backend):
     name = "slab"
     device_types = ("cpu", "cuda")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    note = "plain PyTorch, a slab of classes at a time"
+    summary = note = "plain PyTorch, a slab of classes at a time: any device, library matrix products"
 
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         n, d = p.x.shape

@@ -1,0 +1,37 @@
+"""``python -m benchmarks run | plot | report | compare | resources | peers``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+#: Name -> what it does. Each is a module beside this one (of the same name, unless below) with ``add_arguments(parser)`` and
+#: ``run(args) -> exit status``; only the one that is asked for is imported.
+COMMANDS = {
+    "run": "time every provider on the cases of a preset and write the records",
+    "plot": "draw the pictures of record files",
+    "report": "write RESULTS.md from record files",
+    "compare": "fail where a new record file is slower than an old one, in ratio to a peer",
+    "resources": "registers, stack and shared memory of the compiled kernels",
+    "peers": "list every provider, and why one cannot run here",
+}
+MODULES = {"peers": "listing"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of the fused heads beside their peers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in COMMANDS.items():
+        sub = commands.add_parser(name, help=what, description=what)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"benchmarks.{MODULES.get(name, name)}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""``python -m benchmarks.gpu_profile``: where the GPU's time goes in a step of each of our backends, by kernel."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from .cases import Case, inputs
+from .peers import providers
+
+CASE = Case("arcface", 1024, 512, 1_000_000, "bf16")
+STEPS = 3
+
+
+def main() -> int:
+    x, w, labels = inputs(CASE, "cuda")
+    x.requires_grad_()
+    w.requires_grad_()
+    status = 0
+    for name, provider in providers().items():
+        reason = provider.unavailable("cuda") or provider.refuses(CASE, "cuda")
+        if not provider.ours or reason is not None:
+            continue
+        try:
+            _profile(name, provider.build(CASE, w), x, labels)
+        except Exception as error:  # the next backend's profile is worth having all the same
+            print(f"## {name}: {type(error).__name__}: {error}", flush=True)
+            status = 1
+        x.grad = w.grad = None
+        torch.cuda.empty_cache()
+    return status
+
+
+def _profile(name: str, work, x, labels) -> None:
+    def step():
+        x.grad = work.weight.grad = None
+        work.loss(x, labels).backward()
+        torch.cuda.synchronize()
+
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        for _ in range(STEPS):
+            step()
+    print(f"## {name}: {CASE}, {STEPS} steps\n")
+    print(seen.key_averages().table(sort_by="self_device_time_total", row_limit=15, max_name_column_width=60), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Clocks and memory of one process, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+#: Larger than any L2 cache of today.
+FLUSH_BYTES = 256 << 20
+#: Side of the square matrices whose product stands for the machine's peak.
+PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+class Device:
+    """Times calls and watches memory. ``milliseconds`` returns the time of one call; its result lives until the clock has stopped."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=kind) if kind == "cuda" else None
+
+    def synchronize(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        if self.kind == "cpu":
+            start = time.perf_counter()
+            result = call()
+            stop = time.perf_counter()
+            del result
+            return 1e3 * (stop - start)
+        self._flush.zero_()
+        torch.cuda.synchronize()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        stop.record()
+        stop.synchronize()
+        del result
+        return start.elapsed_time(stop)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Highest memory during ``call``, less what was in use before it."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        # Pages that the allocator keeps would hide what the call needs.
+        _trim()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _trim() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@dataclass
+class Series:
+    """Samples of one thing, in milliseconds, and how many more are wanted."""
+
+    call: Callable[[], float]
+    budget_ms: float
+    least: int = 3
+    most: int = 100
+    ms: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.ms) >= self.most or (len(self.ms) >= self.least and sum(self.ms) >= self.budget_ms)
+
+    def percentile(self, p: float) -> float:
+        """Linear between the samples, as numpy does."""
+        if len(self.ms) == 1:
+            return self.ms[0]
+        return statistics.quantiles(self.ms, n=100, method="inclusive")[round(p) - 1]
+
+
+def in_turn(series: dict[str, Series], failed: Callable[[str, Exception], None] = lambda *_: None) -> None:
+    """Sample everything round after round until each is done; the order rotates. What raises is reported and left out from there on."""
+    pending = dict(series)
+    shift = 0
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        while pending:
+            names = list(pending)
+            shift += 1
+            for name in names[shift % len(names) :] + names[: shift % len(names)]:
+                try:
+                    pending[name].ms.append(pending[name].call())
+                except Exception as error:
+                    failed(name, error)
+                    del pending[name]
+                    continue
+                if pending[name].done:
+                    del pending[name]
+            gc.collect()
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def matrix_product(device: Device, dtype: torch.dtype) -> tuple[Callable[[], float], float]:
+    """A large square product: a call that gives its time in ms, and its floating-point operations."""
+    side = PEAK_SIDE[device.kind]
+    a = torch.ones(side, side, device=device.kind, dtype=dtype)
+    b = torch.ones(side, side, device=device.kind, dtype=dtype)
+    out = torch.empty(side, side, device=device.kind, dtype=dtype)
+    return lambda: device.milliseconds(lambda: torch.mm(a, b, out=out)), 2.0 * side**3
+
+
+def copy_bandwidth(device: Device) -> float:
+    """Bytes a second, read and written, of the best of several large copies."""
+    source = torch.ones((1 << 30 if device.kind == "cuda" else 1 << 28), dtype=torch.uint8, device=device.kind)
+    target = torch.empty_like(source)
+    best = min(device.milliseconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * source.numel() / (1e-3 * best)

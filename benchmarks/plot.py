@@ -1,0 +1,224 @@
+"""``python -m benchmarks plot``: the pictures of a record file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .records import RESULTS, Records, committed, is_ours
+
+WIDTH = 10.0
+#: Ours are warm and heavy, peers cool and light; a provider keeps its colour in every picture.
+COLOURS = {
+    "marginkernels-cuda": "#d62728",
+    "marginkernels-cuda+workspace": "#ff7f0e",
+    "marginkernels-triton": "#e377c2",
+    "marginkernels-cpu": "#d62728",
+    "marginkernels-cpu+workspace": "#ff7f0e",
+    "marginkernels-slab": "#bc6c25",
+    "eager": "#4c566a",
+    "torch.compile": "#1f77b4",
+    "pytorch-metric-learning": "#17a398",
+    "partialfc-sequence": "#7b68ee",
+    "F.linear_cross_entropy": "#2e8b57",
+    "cut-cross-entropy": "#6b8e23",
+    "liger": "#8fa3bf",
+    "quack": "#0b3c5d",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: Path
+    what: str
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
+    parser.add_argument("--out", default=str(RESULTS), metavar="DIR", help="where the pictures go (default: benchmarks/results)")
+
+
+def run(args) -> int:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in args.paths or committed():
+        found = Records.read(path)
+        for picture in pictures(found, out):
+            figure = DRAW[picture.path.stem.rsplit("-", 1)[1]](found)
+            figure.savefig(picture.path, dpi=110, bbox_inches="tight")
+            print(picture.path)
+    return 0
+
+
+def pictures(found: Records, out: Path = RESULTS) -> list[Picture]:
+    """Those that the file has enough points for."""
+    stem = Path(found.name).stem
+    kinds = []
+    if _sweep(found, "C"):
+        kinds.append(("classes", "time and peak memory of a step against the number of classes"))
+    if _sweep(found, "N"):
+        kinds.append(("batch", "TFLOP/s of a step against the batch size"))
+    if any(is_ours(r["provider"]) and r["status"] == "ok" and r["phase"] == "step" for r in found.records):
+        kinds.append(("roofline", "roofline of the step"))
+    return [Picture(out / f"{stem}-{kind}.png", what) for kind, what in kinds]
+
+
+def _sweep(found: Records, axis: str, phase: str = "step") -> tuple[dict, dict[str, list[dict]]] | None:
+    """The group of cases that differ in ``axis`` alone and have the most values of it, three at least: what they share, and their
+    records by dtype."""
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    fixed = [a for a in ("N", "D", "C") if a != axis]
+    for r in found.records:
+        if r["phase"] == phase and r["status"] != "unsupported":
+            groups.setdefault((r["head"], *(r[a] for a in fixed)), {}).setdefault(r["dtype"], []).append(r)
+    size = lambda group: max(len({r[axis] for r in records}) for records in group.values())  # noqa: E731
+    best = max(groups, key=lambda k: (size(groups[k]), k[1:]), default=None)
+    if best is None or size(groups[best]) < 3:
+        return None
+    return {"head": best[0]} | dict(zip(fixed, best[1:], strict=True)), dict(sorted(groups[best].items(), reverse=True))
+
+
+def _style(provider: str) -> dict:
+    ours = is_ours(provider)
+    return {
+        "color": COLOURS.get(provider, "#999999"),
+        "linewidth": 2.4 if ours else 1.4,
+        "marker": "o" if ours else "s",
+        "markersize": 6 if ours else 4,
+        "zorder": 3 if ours else 2,
+    }
+
+
+def _lines(ax, records: list[dict], axis: str, value: str) -> None:
+    """A line for each provider; a cross at the upper edge where it has no figure."""
+    missing: dict[float, list[str]] = {}
+    for provider in sorted({r["provider"] for r in records}, key=lambda name: list(COLOURS).index(name) if name in COLOURS else 99):
+        mine = sorted((r for r in records if r["provider"] == provider), key=lambda r: r[axis])
+        good = [r for r in mine if r["status"] == "ok"]
+        if good:
+            ax.plot([r[axis] for r in good], [r[value] for r in good], label=provider, **_style(provider))
+        for r in mine:
+            if r["status"] != "ok":
+                missing.setdefault(r[axis], []).append(provider)
+    for at, names in missing.items():
+        for i, name in enumerate(names):
+            colour = COLOURS.get(name, "#999999")
+            ax.plot([at], [0.98 - 0.045 * i], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False, zorder=4)
+    ax.grid(True, which="major", alpha=0.35)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _panels(rows: int, found: Records, groups: dict, title: str):
+    import matplotlib.pyplot as plt
+
+    size = (WIDTH, 3.7 * rows)
+    figure, axes = plt.subplots(rows, len(groups), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained")
+    figure.suptitle(f"{title}\n{found.machine}; {found.name}, commit {found.environment['commit']}", fontsize=11)
+    for ax, dtype in zip(axes[0], groups, strict=True):
+        ax.set_title(dtype, fontsize=11)
+    return figure, axes
+
+
+def _legend(figure, axes, crosses: bool) -> None:
+    handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if crosses:
+        import matplotlib.lines
+
+        handles["no figure there (see RESULTS.md)"] = matplotlib.lines.Line2D([], [], color="#555555", marker="x", linestyle="")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+def _crossed(groups: dict) -> bool:
+    return any(r["status"] != "ok" for records in groups.values() for r in records)
+
+
+def draw_classes(found: Records):
+    shared, groups = _sweep(found, "C")
+    title = f"{shared['head']}, N={shared['N']:,}, D={shared['D']:,}: one step (forward and backward) against the number of classes C"
+    figure, axes = _panels(2, found, groups, title)
+    for column, records in enumerate(groups.values()):
+        time, memory = axes[:, column]
+        _lines(time, records, "C", "ms_p50")
+        # Below a megabyte the measure is noise; log axes want no zero.
+        _lines(memory, [r | {"peak_mb": max(1.0, r["peak_mb"])} if r["status"] == "ok" else r for r in records], "C", "peak_mb")
+        time.loglog()
+        memory.loglog()
+        memory.set_xlabel("classes C")
+    axes[0, 0].set_ylabel("ms a step")
+    axes[1, 0].set_ylabel("peak MB beyond\ninputs and gradients")
+    _legend(figure, axes, _crossed(groups))
+    return figure
+
+
+def draw_batch(found: Records):
+    shared, groups = _sweep(found, "N")
+    title = f"{shared['head']}, D={shared['D']:,}, C={shared['C']:,}: useful TFLOP/s of a step (8NDC) against the batch size N"
+    figure, axes = _panels(1, found, groups, title)
+    for ax, (_, records) in zip(axes[0], groups.items(), strict=True):
+        _lines(ax, records, "N", "tflops")
+        products = [r["mm_tflops"] for r in records if r["status"] == "ok"]
+        ax.axhline(max(products), color="black", linewidth=1, linestyle="--", label="matrix product, same run")
+        ax.loglog()
+        ns = sorted({r["N"] for r in records})
+        ax.set_xticks(ns, [f"{n:,}" for n in ns])
+        ax.minorticks_off()
+        ax.set_xlabel("batch size N")
+    axes[0, 0].set_ylabel("TFLOP/s")
+    _legend(figure, axes, _crossed(groups))
+    return figure
+
+
+def intensity(r: dict) -> float:
+    """Useful operations for each byte that any implementation must move: centres read in each pass, their gradient written, the
+    embeddings and their gradient (float32 centres)."""
+    item = 4 if r["dtype"] == "fp32" else 2
+    return 8 * r["N"] * r["D"] * r["C"] / (12 * r["C"] * r["D"] + 3 * item * r["N"] * r["D"])
+
+
+def draw_roofline(found: Records):
+    """Ours in full, the fastest peer of each case hollow; D at its largest."""
+    import numpy as np
+
+    steps = [r for r in found.records if r["phase"] == "step" and r["status"] == "ok" and r["head"] == "arcface"]
+    largest = max(r["D"] for r in steps)
+    groups = {dtype: [r for r in steps if r["dtype"] == dtype and r["D"] == largest] for dtype in ("fp32", "bf16")}
+    groups = {dtype: records for dtype, records in groups.items() if records}
+    figure, axes = _panels(1, found, groups, f"Roofline of a step, D={largest:,}: useful rate against operations per byte that must move")
+    bandwidth = found.environment["copy_gb_s"] / 1e3  # TB/s
+    for ax, records in zip(axes[0], groups.values(), strict=True):
+        peak = max(r["mm_tflops"] for r in records)
+        at = np.array([intensity(r) for r in records])
+        span = np.geomspace(at.min() / 2, max(at.max(), peak / bandwidth) * 2, 200)
+        ax.plot(span, np.minimum(peak, span * bandwidth), color="black", linewidth=1.2)
+        ax.annotate(f"matrix product {peak:.3g} TFLOP/s", (span[-1], peak), (-2, 4), textcoords="offset points", ha="right", fontsize=8)
+        ax.annotate(f"copy {1e3 * bandwidth:,.0f} GB/s", (span[0], span[0] * bandwidth), (4, -14), textcoords="offset points", fontsize=8)
+        sizes = sorted({r["C"] for r in records})
+        for r in records:
+            if not is_ours(r["provider"]) and r["provider"] not in ("torch.compile", "eager"):
+                continue
+            colour = COLOURS.get(r["provider"], "#999999")
+            ax.plot(
+                intensity(r),
+                r["tflops"],
+                marker="o^sDv"[min(sizes.index(r["C"]), 4)],
+                markersize=7,
+                markerfacecolor=colour if is_ours(r["provider"]) else "none",
+                markeredgecolor=colour,
+                linestyle="",
+                label=r["provider"],
+            )
+        for i, c in enumerate(sizes):
+            ax.plot([], [], "o^sDv"[min(i, 4)], color="#777777", markerfacecolor="none", label=f"C={c:,}")
+        ax.loglog()
+        ax.set_xlabel("FLOP per byte (2N/3 and less)")
+        ax.grid(True, which="major", alpha=0.35)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("TFLOP/s (8NDC)")
+    _legend(figure, axes, False)
+    return figure
+
+
+DRAW = {"classes": draw_classes, "batch": draw_batch, "roofline": draw_roofline}

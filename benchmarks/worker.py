@@ -1,0 +1,241 @@
+"""One case in a process of its own: ``python -m benchmarks.worker``, the case on standard input, events on standard output.
+
+An event is a line that begins with ``EVENT`` and goes on as JSON: ``{"running": provider}`` before anything of a provider runs, so that
+whoever started this process knows which one killed it, and ``{"record": {...}}`` for each finished figure.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+
+import torch
+
+from marginkernels import verify
+
+from .cases import DTYPES, Case, inputs
+from .measure import Device, Series, in_turn, matrix_product
+from .peers import Provider, Work, providers
+from .reference import expected
+
+EVENT = "EVENT "
+#: One step beyond this has one sample of each phase instead of three.
+SLOW_MS = 8_000.0
+#: The tolerance of each output is ``verify.TOLERANCE``, or eager's own error in that output and dtype times this where that is larger.
+OVER_EAGER = 3.0
+
+
+def emit(**event) -> None:
+    print(EVENT + json.dumps(event), flush=True)
+
+
+def reason_of(error: Exception) -> tuple[str, str]:
+    """Status and one line of reason."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text or "can't allocate memory" in text:
+        return "oom", text[:160]
+    return "failed", f"{type(error).__name__}: {text}"[:160]
+
+
+class Runner:
+    """One provider on one case."""
+
+    def __init__(self, provider: Provider, case: Case, device: Device, x, w, labels, optimizers):
+        self.provider, self.case, self.device = provider, case, device
+        self.x, self.labels = x, labels
+        self.work: Work = provider.build(case, w)
+        self._optimizers = optimizers
+
+    def forward(self):
+        return self.work.loss(self.x, self.labels)
+
+    def step(self):
+        loss = self.forward()
+        loss.backward()
+        return loss
+
+    def train(self):
+        self.step()
+        self._optimizer().step()
+
+    def _optimizer(self):
+        """One for each weight, so that providers that share the centres share the momentum. At rate 0 the same work is done and the
+        centres stay as they are."""
+        weight = self.work.weight
+        if id(weight) not in self._optimizers:
+            self._optimizers[id(weight)] = torch.optim.SGD([weight], lr=0.0, momentum=0.9, weight_decay=5e-4)
+        return self._optimizers[id(weight)]
+
+    def release(self) -> None:
+        self.x.grad = None
+        self.work.weight.grad = None
+
+    def milliseconds(self, phase: str) -> float:
+        try:
+            return self.device.milliseconds(getattr(self, phase))
+        finally:
+            self.release()
+
+    def peak_mb(self, phase: str) -> float:
+        """Beyond inputs and, where the phase makes them, gradients."""
+        try:
+            peak = self.device.peak_bytes(getattr(self, phase))
+            made = 0 if self.x.grad is None else self.case.gradient_bytes()
+            return max(0.0, (peak - made) / 2**20)
+        finally:
+            self.release()
+
+
+def check(runner: Runner, want) -> tuple[dict[str, float], float]:
+    """Errors of the provider on the very case that is timed, and the seconds that its first step took."""
+    start = time.perf_counter()
+    loss = runner.step()
+    runner.device.synchronize()
+    seconds = time.perf_counter() - start
+    errors = want.errors(loss.detach(), runner.x.grad, runner.work.weight_gradient())
+    runner.release()
+    return errors, seconds
+
+
+def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: int | None) -> None:
+    """Emit a record for every phase of each of ``names``, which all can do the case.
+
+    Args:
+        seconds: wanted sampling time of each provider and phase.
+        memory_bytes: how much this process may allocate; what goes beyond is out of memory. None for no limit.
+    """
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    device = Device(kind)
+    known = providers()
+    x, w, labels = inputs(case, kind)
+    judges = dict.fromkeys((False, True))
+    x.requires_grad_()
+    w.requires_grad_()
+    optimizers: dict = {}
+    runners: dict[str, Runner] = {}
+    checks: dict[str, dict] = {}
+    slow: set[str] = set()
+    tolerance = dict.fromkeys(("loss", "dx", "dw_own", "dw_rest"), verify.TOLERANCE[DTYPES[case.dtype]])
+
+    def fail(name: str, status: str, reason: str) -> None:
+        runners.pop(name, None)
+        for phase in case.phases:
+            emit(record=_record(case, known[name], phase, status=status, reason=reason, **checks.get(name, {})))
+        gc.collect()
+        if kind == "cuda":
+            torch.cuda.empty_cache()
+
+    for name in names:
+        emit(running=name)
+        detached = case.head in known[name].detached_heads
+        try:
+            if judges[detached] is None:
+                judges[detached] = expected(x, w, labels, case.head, detached)
+            runners[name] = Runner(known[name], case, device, x, w, labels, optimizers)
+            errors, first = check(runners[name], judges[detached])
+        except Exception as error:
+            x.grad = w.grad = None
+            fail(name, *reason_of(error))
+            continue
+        if name == "eager":
+            tolerance = {k: max(v, OVER_EAGER * errors[k]) for k, v in tolerance.items()}
+        # The output nearest to, or furthest beyond, what is tolerated; NaN is beyond everything.
+        worst = max(errors, key=lambda k: errors[k] / tolerance[k] if errors[k] == errors[k] else float("inf"))
+        checks[name] = {"error": errors[worst], "error_in": worst, "tolerance": tolerance[worst]}
+        if not errors[worst] <= tolerance[worst]:
+            fail(name, "failed check", f"relative error {errors[worst]:.2e} in {worst}, tolerated {tolerance[worst]:.2e}")
+        elif first * 1e3 > SLOW_MS:
+            slow.add(name)
+    del judges
+    gc.collect()
+
+    peaks: dict[tuple[str, str], float] = {}
+    series: dict[str, Series] = {}
+    for name, runner in list(runners.items()):
+        emit(running=name)
+        try:
+            for phase in reversed(case.phases):  # the first step of all was the warm-up of a slow one
+                if name not in slow:
+                    runner.milliseconds(phase)
+                start = time.perf_counter()
+                peaks[name, phase] = runner.peak_mb(phase)
+                if 1e3 * (time.perf_counter() - start) <= SLOW_MS and phase != "forward":
+                    slow.discard(name)  # compiling was most of it
+        except Exception as error:
+            fail(name, *reason_of(error))
+            continue
+        for phase in case.phases:
+            series[f"{name}|{phase}"] = Series(
+                lambda runner=runner, phase=phase: runner.milliseconds(phase), 1e3 * seconds, least=1 if name in slow else 3
+            )
+    call, flop = matrix_product(device, DTYPES[case.dtype])
+    for _ in range(3):
+        call()
+    series["matrix product|"] = Series(call, 500.0, least=5)
+
+    def failed(key: str, error: Exception) -> None:
+        name = key.split("|")[0]
+        if name in runners:
+            fail(name, *reason_of(error))
+
+    emit(running="rounds")
+    in_turn(series, failed)
+    mm_tflops = flop / (1e9 * series["matrix product|"].percentile(50))
+    for name in runners:
+        for phase in case.phases:
+            taken = series[f"{name}|{phase}"]
+            median = taken.percentile(50)
+            tflops = case.flop(phase) / (1e9 * median)
+            emit(
+                record=_record(
+                    case,
+                    known[name],
+                    phase,
+                    ms_p20=taken.percentile(20),
+                    ms_p50=median,
+                    ms_p80=taken.percentile(80),
+                    samples=len(taken.ms),
+                    tflops=tflops,
+                    share=tflops / mm_tflops,
+                    mm_tflops=mm_tflops,
+                    peak_mb=peaks[name, phase],
+                    **checks[name],
+                )
+            )
+
+
+def _record(case: Case, provider: Provider, phase: str, *, status: str = "ok", reason: str | None = None, **figures) -> dict:
+    record = {
+        "provider": provider.name,
+        "head": case.head,
+        "phase": phase,
+        "N": case.N,
+        "D": case.D,
+        "C": case.C,
+        "dtype": case.dtype,
+        "weight_dtype": "fp32",
+        "status": status,
+        "reason": reason,
+    }
+    names = ("ms_p20", "ms_p50", "ms_p80", "samples", "tflops", "share", "mm_tflops", "peak_mb", "error", "error_in", "tolerance")
+    return record | {name: _rounded(figures.get(name)) for name in names} | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _rounded(v):
+    """Five digits are more than a clock knows; JSON has no NaN."""
+    if isinstance(v, float):
+        return float(f"{v:.5g}") if v == v and abs(v) != float("inf") else None
+    return v
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    run(Case(**job["case"]), job["device"], job["providers"], job["seconds"], job["memory_bytes"])
+
+
+if __name__ == "__main__":
+    main()

@@ -123,6 +123,11 @@ class MarginHead(nn.Module):
         self.reset_parameters()
 
     def _join(self) -> None:
+        """Hook into the gradients of the parameters."""
+        if self.sampler is not None:
+            for p in (self.weight, self.bias):
+                if p is not None:
+                    p.register_post_accumulate_grad_hook(self.sampler.mark)
         if self.shard is not None:
             for p in self.margin.parameters():
                 self.shard.sum_gradients(p)

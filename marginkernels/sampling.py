@@ -37,6 +37,7 @@ class Sampler(nn.Module):
         self.log_q = bool(log_q)
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.tensor(0))
+        self.index: Tensor | None = None  # of the last draw
 
     def count(self, rows: int, num_classes: int) -> int:
         """How many of ``num_classes`` classes take part in a step with ``rows`` rows."""
@@ -59,11 +60,23 @@ class Sampler(nn.Module):
             k = self.count(labels.shape[0], weight.shape[0])
             index, positive, labels = draw_op(self.seed, self.draws, labels, first_class, weight.shape[0], k)
             self.draws += 1
+            self.index = index
             correction = None
             if self.log_q:
                 drawn, open_to_draw = (~positive).sum(), weight.shape[0] - positive.sum()
                 correction = torch.where(positive, 0.0, -torch.log(drawn / open_to_draw))
         return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
+
+    def mark(self, p: Tensor) -> None:
+        """Hook behind the accumulation of ``p.grad``: note that it is coalesced where it holds the last draw's rows and no others.
+
+        Autograd takes the tensor over without that note, and finding out anew would sort the rows and wait for the device.
+        """
+        g = p.grad
+        if g is not None and g.is_sparse and self.index is not None:
+            index = g._indices()
+            if index.data_ptr() == self.index.data_ptr() and index.numel() == self.index.numel():
+                g._coalesced_(True)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, log_q={self.log_q}"

@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames both.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _groups: dict[str, dist.ProcessGroup] = {}
 #: Bytes this rank has received, by group name and by what they were for, as ring algorithms move them: an all-gather receives the
 #: others' parts, a reduce-scatter one part from each of the others, an all-reduce both.
@@ -54,7 +58,7 @@ def all_gather(x: Tensor, group: str, size: int, what: str) -> Tensor:
     # As bytes: no backend refuses a dtype that it only has to carry.
     flat = lambda v: v.reshape(-1).view(torch.uint8)  # noqa: E731
     if x.numel():
-        _run(group, what, (size - 1) * x.nbytes, dist.all_gather_into_tensor, flat(out), flat(x))
+        _run(group, what, (size - 1) * x.nbytes, _gather, flat(out), flat(x))
     return out
 
 
@@ -69,7 +73,7 @@ def reduce_scatter(x: Tensor, group: str, what: str) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x[0])
     if x.numel():
-        _run(group, what, (x.shape[0] - 1) * out.nbytes, dist.reduce_scatter_tensor, out, x)
+        _run(group, what, (x.shape[0] - 1) * out.nbytes, _scatter, out.view(-1), x.view(-1))
     return out
 
 

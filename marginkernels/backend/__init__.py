@@ -6,10 +6,11 @@ import torch
 
 from . import reference
 from .base import Backend
+from .cpu import CpuBackend
 from .slab import SlabBackend
 
 #: The fused backends by name, in the order in which ``auto`` prefers them.
-FUSED: dict[str, Backend] = {b.name: b for b in (SlabBackend(),)}
+FUSED: dict[str, Backend] = {b.name: b for b in (CpuBackend(), SlabBackend())}
 NAMES = ("auto", "reference", *FUSED)
 
 

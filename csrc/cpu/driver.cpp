@@ -1,0 +1,344 @@
+#include "driver.h"
+
+#if defined(__x86_64__)
+#define MK_X86 1
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <thread>
+
+#if MK_X86
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "../forms.h"
+
+namespace mk {
+
+namespace plain {
+extern const Kernels kernels;
+}
+#if MK_HAS_AVX2
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#if MK_HAS_AVX512
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+#if MK_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+#if MK_HAS_AMX
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+#if MK_X86
+// Tiles need the kernel's leave, once per process.
+bool amx_allowed() {
+#if defined(__linux__)
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool allowed = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+struct Features {
+  bool avx2, avx512, bf16, amx;
+};
+
+// Asked of the processor itself where an older compiler's __builtin_cpu_supports does not know the name.
+Features features() {
+  Features f{};
+  __builtin_cpu_init();
+  f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");
+  f.bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
+  unsigned a, b, c, d;
+  if (f.bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d)) f.amx = (d >> 22 & 1) && (d >> 24 & 1) && amx_allowed();
+  return f;
+}
+#endif
+
+// One block of zeroed memory, in large pages where it is large.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) {
+    constexpr int64_t HUGE = 2 << 20;
+    const int64_t align = bytes >= 2 * HUGE ? HUGE : 64;
+    bytes = (bytes + align - 1) / align * align;
+    start_ = static_cast<char*>(std::aligned_alloc(align, bytes));
+    if (!start_) throw std::bad_alloc();
+#if defined(__linux__)
+    if (align == HUGE) madvise(start_, bytes, MADV_HUGEPAGE);
+#endif
+    end_ = start_ + bytes;
+    at_ = start_;
+  }
+  ~Memory() { std::free(start_); }
+  Memory(const Memory&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(at_);
+    at_ += padded<T>(count);
+    if (at_ > end_) throw std::logic_error("marginkernels: a buffer was counted too small");
+    return out;
+  }
+  template <class T>
+  static int64_t padded(int64_t count) {
+    return (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  char *start_, *end_, *at_;
+};
+
+// f(i) for i in [0, count) on `threads` threads, this one among them. Nothing may depend on which thread runs what.
+template <class F>
+void parallel(int threads, int64_t count, F f) {
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) f(thread, i);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
+  for (auto& t : others) t.join();
+}
+
+constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
+
+// Fewer threads where one would have less than about a tenth of a millisecond to do: a thread costs some 20 microseconds.
+int useful_threads(int threads, const Problem& p) {
+  const double work = double(p.n) * double(p.d) * double(p.c);
+  return static_cast<int>(std::max(1.0, std::min(double(threads), work / 4e6)));
+}
+
+int64_t padded_rows(const Problem& p) { return round_up(p.n, PANEL); }
+
+constexpr int ROW_VECTORS = 12;
+
+int64_t rows_bytes(const Problem& p, const Layout& l, bool across) {
+  const int64_t n = padded_rows(p);
+  return Memory::padded<uint32_t>(n * l.dk) + (across ? Memory::padded<uint32_t>(n / l.per_unit * l.ldn) : 0) +
+         ROW_VECTORS * Memory::padded<float>(n);
+}
+
+// The rows packed, and their vectors; padding is 0, with no target.
+Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInput* in, bool need_across, Memory& memory) {
+  const int64_t n = padded_rows(p);
+  Rows r{};
+  uint32_t* along = memory.take<uint32_t>(n * l.dk);
+  k.pack_along(p, along);
+  r.along = along;
+  if (need_across) {
+    uint32_t* across = memory.take<uint32_t>(n / l.per_unit * l.ldn);
+    k.pack_across(p, across);
+    r.across = across;
+  }
+  const auto vector = [&] {
+    float* v = memory.take<float>(n);
+    std::fill(v, v + n, 0.0f);
+    return v;
+  };
+  r.factor = vector(), r.slope = vector(), r.scale = vector(), r.threshold = vector();
+  r.label = memory.take<int32_t>(n);
+  std::fill(r.label, r.label + n, -1);
+  for (int64_t i = 0; i < p.n; ++i) {
+    const double scale = double(p.scale[i]) * 1.44269504088896340736;
+    r.factor[i] = p.row_factor[i];
+    r.scale[i] = float(scale);
+    r.slope[i] = float(scale * p.row_factor[i]);
+    r.threshold[i] = p.threshold ? p.threshold[i] : 0.0f;
+    if (p.labels[i] >= 0 && p.labels[i] < p.c) r.label[i] = static_cast<int32_t>(p.labels[i]);
+  }
+  if (!in) return r;
+  r.lse = vector(), r.softmax = vector(), r.uniform = vector(), r.target = vector();
+  r.share = vector(), r.uniform_share = vector(), r.bias = vector();
+  for (int64_t i = 0; i < n; ++i) {
+    if (i >= p.n) {
+      r.lse[i] = INFINITY;  // p = 0
+      continue;
+    }
+    const double lse = double(in->lse[i]) * 1.44269504088896340736;
+    r.lse[i] = float(lse);
+    const double lost = std::isfinite(lse) ? std::exp2(double(r.lse[i]) - lse) : 1.0, f = p.row_factor[i];
+    const double uniform = in->uniform ? in->uniform[i] : 0.0;
+    r.softmax[i] = float(in->softmax[i] * lost * f);
+    r.uniform[i] = float(uniform * f);
+    r.target[i] = float(in->target[i] * f);
+    r.share[i] = float(in->softmax[i] * lost / p.scale[i]);
+    r.uniform_share[i] = float(uniform / p.scale[i]);
+    r.bias[i] = in->bias ? in->bias[i] : 0.0f;
+  }
+  return r;
+}
+
+// Into how many ranges of classes the row pass is cut: enough that the tasks fill the threads evenly, no more, since each holds a U.
+int64_t class_parts(int threads, int64_t blocks, int64_t slabs) {
+  int64_t best = 1;
+  double best_use = 0;
+  for (int64_t parts = 1; parts <= std::min<int64_t>(threads, slabs); ++parts) {
+    const int64_t tasks = parts * blocks;
+    const double use = double(tasks) / double(round_up(tasks, threads));
+    if (use > best_use + 0.02) best = parts, best_use = use;
+  }
+  return best;
+}
+
+}  // namespace
+
+std::vector<const Kernels*> levels() {
+  std::vector<const Kernels*> out{&plain::kernels};
+#if MK_X86
+  [[maybe_unused]] static const Features f = features();
+#endif
+#if MK_HAS_AVX2
+  if (f.avx2) out.push_back(&avx2::kernels);
+#endif
+#if MK_HAS_AVX512
+  if (f.avx512) out.push_back(&avx512::kernels);
+#endif
+#if MK_HAS_AVX512_BF16
+  if (f.bf16) out.push_back(&avx512_bf16::kernels);
+#endif
+#if MK_HAS_AMX
+  if (f.amx) out.push_back(&amx::kernels);
+#endif
+  return out;
+}
+
+const Kernels& choose(int x_dtype, const std::string& level) {
+  const Kernels* found = nullptr;
+  for (const Kernels* k : levels()) {
+    if (k->layout(1).per_unit == 2 && x_dtype != BFLOAT16) continue;
+    if (level.empty() || level == k->name) found = k;
+  }
+  if (!found) throw std::invalid_argument("level: this machine has none named '" + level + "' for this dtype");
+  return *found;
+}
+
+void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, const RowOutput& out) {
+  const Layout l = k.layout(p.d);
+  threads = useful_threads(threads, p);
+  const int64_t blocks = (p.n + l.rows - 1) / l.rows, slabs = (p.c + l.classes - 1) / l.classes;
+  const int64_t parts = class_parts(threads, blocks, slabs), tasks = blocks * parts;
+  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+  const int64_t rows = std::min<int64_t>(l.rows, padded_rows(p)), u_size = out.u ? rows * l.ldn : 0;
+  const int64_t state = 2 * Memory::padded<float>(rows) + 2 * Memory::padded<double>(rows) + Memory::padded<float>(u_size);
+  Memory memory(rows_bytes(p, l, false) + tasks * state + threads * Memory::padded<uint32_t>(l.row_scratch));
+  const Rows r = make_rows(k, p, l, nullptr, false, memory);
+
+  std::vector<RowTask> all(tasks);
+  for (int64_t i = 0; i < tasks; ++i) {
+    const int64_t block = i / parts, part = i % parts;
+    RowTask& t = all[i];
+    t.first_row = block * l.rows;
+    t.last_row = std::min(p.n, t.first_row + l.rows);
+    t.first_class = slabs * part / parts * l.classes;
+    t.last_class = std::min(p.c, slabs * (part + 1) / parts * l.classes);
+    t.uniform = uniform, t.need_u = out.u, t.need_moment = out.moment;
+    t.class_factor = block == 0 ? out.class_factor : nullptr;
+    t.peak = memory.take<float>(rows), t.top = memory.take<float>(rows);
+    t.total = memory.take<double>(rows), t.moment = memory.take<double>(rows);
+    t.u = memory.take<float>(u_size);
+  }
+  std::vector<uint32_t*> scratch(threads);
+  for (auto& s : scratch) s = memory.take<uint32_t>(l.row_scratch);
+  parallel(threads, tasks, [&](int thread, int64_t i) {
+    RowTask& t = all[i];
+    t.scratch = scratch[thread];
+    std::fill(t.peak, t.peak + rows, -INFINITY);
+    std::fill(t.top, t.top + rows, -INFINITY);
+    std::fill(t.total, t.total + rows, 0.0);
+    std::fill(t.moment, t.moment + rows, 0.0);
+    std::fill(t.u, t.u + u_size, 0.0f);
+    k.row_task(p, r, t);
+  });
+
+  // The parts of each row, always in the same order.
+  const auto exp = [](float z) { return std::exp2(z); };
+  for (int64_t i = 0; i < p.n; ++i) {
+    const RowTask* part = &all[i / l.rows * parts];
+    const int64_t at = i % l.rows;
+    float peak = part->peak[at], top = part->top[at];
+    double total = part->total[at], moment = part->moment[at];
+    float* u = part->u + at * l.ldn;
+    for (int64_t q = 1; q < parts; ++q) {
+      const RowTask& other = part[q];
+      Merge<float> m{peak, 1.0f, 1.0f};
+      if (!uniform) m = merge(peak, other.peak[at], exp);
+      peak = m.peak;
+      top = std::max(top, other.top[at]);
+      total = total * m.first + other.total[at] * m.second;
+      moment = moment * m.first + other.moment[at] * m.second;
+      if (out.u) {
+        const float* more = other.u + at * l.ldn;
+        for (int64_t j = 0; j < p.d; ++j) u[j] = u[j] * m.first + more[j] * m.second;
+      }
+    }
+    const double share = uniform || total == 0 ? 1.0 : 1.0 / total;
+    out.total[i] = float(uniform ? total : total == 0 ? -INFINITY : (peak + std::log2(total)) * 0.69314718055994530942);
+    out.top[i] = (p.form == IDENTITY ? peak : top) * LN2;
+    if (out.moment) out.moment[i] = float(moment * share);
+    if (out.u) {
+      for (int64_t j = 0; j < p.d; ++j) out.u[i * p.d + j] = u[j] * float(share);
+    }
+  }
+}
+
+void class_pass(const Kernels& k, const Problem& p, int threads, const RowInput& in, const float* class_factor, void* dw, float* db) {
+  const Layout l = k.layout(p.d);
+  threads = useful_threads(threads, p);
+  // A few tasks to a thread, so that one that is held up does not hold up the rest; each class's own result is the same whatever the cut.
+  const int64_t slabs = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(slabs, 16 * threads);
+  threads = static_cast<int>(std::min<int64_t>(threads, tasks));
+  Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
+  const Rows r = make_rows(k, p, l, &in, true, memory);
+#if defined(__linux__)
+  // A gradient as large as the weight is new memory at nearly every step: large pages spare most of the faults of its first touch.
+  const int64_t bytes = p.c * p.d * (p.w_dtype == FLOAT32 ? 4 : 2), page = 4096;
+  if (dw && bytes >= 8 << 20) {
+    const uintptr_t start = round_up(reinterpret_cast<uintptr_t>(dw), page), end = (reinterpret_cast<uintptr_t>(dw) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+  }
+#endif
+  std::vector<uint32_t*> scratch(threads);
+  for (auto& s : scratch) s = memory.take<uint32_t>(l.class_scratch);
+  parallel(threads, tasks, [&](int thread, int64_t i) {
+    ClassTask t{};
+    t.first_class = slabs * i / tasks * l.classes;
+    t.last_class = std::min(p.c, slabs * (i + 1) / tasks * l.classes);
+    t.class_factor = class_factor;
+    t.dw = dw, t.db = db;
+    t.scratch = scratch[thread];
+    k.class_task(p, r, t);
+  });
+}
+
+}  // namespace mk

@@ -1,0 +1,8 @@
+#define MK_NAME "avx512_bf16"
+#define MK_NAMESPACE avx512_bf16
+#define MK_WIDTH 16
+#define MK_MR 14
+#define MK_PAIRS 1
+#define MK_TILES 0
+#include <immintrin.h>
+#include "kernels.h"

@@ -1,0 +1,205 @@
+// The three matrix products of the passes, on vectors or on AMX tiles. Included by kernels.h inside the instruction set's namespace.
+
+#if MK_PAIRS
+
+// Two lines of 32 bfloat16, into 32 pairs: the pair of column i is (a[i], b[i]).
+MK_INLINE void interleave(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
+                                         2, 33, 1, 32, 0);
+  const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(16));
+  const __m512i va = load<__m512i>(a), vb = load<__m512i>(b);
+  store(out, _mm512_permutex2var_epi16(va, first, vb));
+  store(out + 16, _mm512_permutex2var_epi16(va, second, vb));
+}
+
+#endif
+
+#if MK_TILES
+
+// The tiles of this thread: eight of 16 rows x 64 bytes. What the caller had configured (another library may keep its tiles set up on
+// this thread) is put back at the end.
+struct TileState {
+  struct alignas(64) Config {
+    uint8_t palette = 0, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } before;
+
+  TileState() {
+    _tile_storeconfig(&before);
+    Config mine;
+    mine.palette = 1;
+    for (int i = 0; i < 8; ++i) mine.bytes[i] = 64, mine.rows[i] = 16;
+    _tile_loadconfig(&mine);
+  }
+  ~TileState() { before.palette ? _tile_loadconfig(&before) : _tile_release(); }
+  TileState(const TileState&) = delete;
+};
+
+// c[32][32] (+)= a[32][k] b[k][32], k in chunks of 16 units; strides in units.
+template <bool ADD>
+MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+  if (ADD) {
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + 16, ldc * 4);
+    _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < chunks; ++k, a += a_chunk, b += 16 * ldb) {
+    _tile_loadd(4, a, CHUNK * 4);
+    _tile_loadd(6, b, ldb * 4);
+    _tile_loadd(7, b + 16, ldb * 4);
+    _tile_loadd(5, a + 16 * CHUNK, CHUNK * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16, ldc * 4);
+  _tile_stored(2, c + 16 * ldc, ldc * 4);
+  _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+}
+
+void cosines(int64_t dk, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
+  for (int64_t j = 0; j < count; j += 32)
+    tile_product<false>(dk / CHUNK, centres + j * CHUNK, CLASSES * CHUNK, rows, PANEL, tile + j * PANEL, PANEL);
+}
+
+// 16 x 16 units turned over.
+MK_INLINE void transpose(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
+  __m512i r[16], s[16];
+  for (int i = 0; i < 16; ++i) r[i] = load<__m512i>(from + i * ldf);
+  for (int i = 0; i < 8; ++i) {
+    s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(s[4 * i], s[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(s[4 * i], s[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
+  }
+  // r[4 i + q] holds columns q, q + 4, q + 8, q + 12 of rows 4 i ... 4 i + 3, a column to each 128 bits.
+  for (int q = 0; q < 4; ++q) {
+    const __m512i a = _mm512_shuffle_i32x4(r[q], r[4 + q], 0x88), b = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(r[q], r[4 + q], 0xdd), d = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0xdd);
+    store(to + q * ldt, _mm512_shuffle_i32x4(a, b, 0x88));
+    store(to + (q + 8) * ldt, _mm512_shuffle_i32x4(a, b, 0xdd));
+    store(to + (q + 4) * ldt, _mm512_shuffle_i32x4(c, d, 0x88));
+    store(to + (q + 12) * ldt, _mm512_shuffle_i32x4(c, d, 0xdd));
+  }
+}
+
+// u[32 rows] += weights^T values. A tile's rows must be rows, so the weights are turned over first, into `spare`.
+void accumulate_u(int64_t count, const Layout& l, uint32_t* weights, uint32_t* spare, const uint32_t* values, float* u) {
+  const int64_t units = up(count, 32) / 2;
+  for (int64_t j = count / 2; j < units; ++j) __builtin_memset(weights + j * PANEL, 0, PANEL * 4);
+  for (int64_t j = 0; j < units; j += CHUNK)
+    for (int i = 0; i < PANEL; i += 16) transpose(weights + j * PANEL + i, PANEL, spare + j * PANEL + i * CHUNK, CHUNK);
+  for (int64_t k = 0; k + CHUNK < l.ldn; k += 32) tile_product<true>(units / CHUNK, spare, PANEL * CHUNK, values + k, l.ldn, u + k, l.ldn);
+}
+
+// v[count] (+)= g^T across.
+void accumulate_v(int64_t units, int64_t count, const Layout& l, const uint32_t* g, const uint32_t* across, float* v, bool add) {
+  for (int64_t j = 0; j < count; j += 32)
+    for (int64_t k = 0; k + CHUNK < l.ldn; k += 32) {
+      if (add)
+        tile_product<true>(units / CHUNK, g + j * CHUNK, CLASSES * CHUNK, across + k, l.ldn, v + j * l.ldn + k, l.ldn);
+      else
+        tile_product<false>(units / CHUNK, g + j * CHUNK, CLASSES * CHUNK, across + k, l.ldn, v + j * l.ldn + k, l.ldn);
+    }
+}
+
+#else
+
+struct TileState {
+  TileState() {}
+  ~TileState() {}
+};
+
+MK_INLINE V multiply_add(uint32_t a, V b, V c) {
+#if MK_PAIRS
+  return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
+#else
+  return bits<float>(a) * b + c;
+#endif
+}
+
+// c[MR][2 W] (+)= a b, one register tile. PANELLED: a is [k][32], else [k/16][a_chunk/16 rows][16]; strides in units.
+template <int MR, bool PANELLED>
+void register_tile(int64_t units, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  V sums[MR][2] = {};
+  const int64_t step = PANELLED ? 2 : CHUNK;
+  for (int64_t k = 0; k < units; k += step) {
+#pragma GCC unroll 4
+    for (int q = 0; q < step; ++q, b += ldb) {
+      const V b0 = load<V>(b), b1 = load<V>(b + W);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const uint32_t unit = PANELLED ? a[q * PANEL + m] : a[m * CHUNK + q];
+        sums[m][0] = multiply_add(unit, b0, sums[m][0]);
+        sums[m][1] = multiply_add(unit, b1, sums[m][1]);
+      }
+    }
+    a += PANELLED ? step * PANEL : a_chunk;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+    for (int h = 0; h < 2; ++h) {
+      float* to = c + m * ldc + h * W;
+      store(to, add ? load<V>(to) + sums[m][h] : sums[m][h]);
+    }
+}
+
+using RegisterTile = void (*)(int64_t, const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t, bool);
+
+template <bool PANELLED>
+RegisterTile register_tile_of(int rows) {
+  static_assert(MK_MR <= 14, "one entry per height");
+#define MK_TILE(R) register_tile<(R <= MK_MR ? R : MK_MR), PANELLED>
+  static constexpr RegisterTile table[] = {MK_TILE(1), MK_TILE(2), MK_TILE(3),  MK_TILE(4),  MK_TILE(5),  MK_TILE(6),  MK_TILE(7),
+                                           MK_TILE(8), MK_TILE(9), MK_TILE(10), MK_TILE(11), MK_TILE(12), MK_TILE(13), MK_TILE(14)};
+#undef MK_TILE
+  return table[rows - 1];
+}
+
+// c[m][n] (+)= a b in register tiles, as even in height as they come; n a multiple of 2 W.
+template <bool PANELLED>
+void product(int64_t m, int64_t n, int64_t units, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+             bool add) {
+  const int64_t tiles = (m + MK_MR - 1) / MK_MR;
+  for (int64_t j = 0; j < n; j += 2 * W)
+    for (int64_t q = 0, i = 0; q < tiles; ++q) {
+      const int64_t rows = (m - i + tiles - q - 1) / (tiles - q);
+      register_tile_of<PANELLED>((int)rows)(units, a + i * (PANELLED ? 1 : CHUNK), a_chunk, b + j, ldb, c + i * ldc + j, ldc, add);
+      i += rows;
+    }
+}
+
+// tile[count][32] = centres . rows; padded classes give 0.
+void cosines(int64_t dk, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
+  product<false>(count, PANEL, dk, centres, CLASSES * CHUNK, rows, PANEL, tile, PANEL, false);
+}
+
+// u[32 rows] += weights^T values; count is even, and in pairs the weights hold half as many units.
+void accumulate_u(int64_t count, const Layout& l, uint32_t* weights, uint32_t*, const uint32_t* values, float* u) {
+  int64_t units = count / PER_UNIT;
+  if (units % 2) {
+    __builtin_memset(weights + units * PANEL, 0, PANEL * 4);
+    ++units;
+  }
+  product<true>(PANEL, l.ldn - CHUNK, units, weights, 0, values, l.ldn, u, l.ldn, true);
+}
+
+// v[count] (+)= g^T across.
+void accumulate_v(int64_t units, int64_t count, const Layout& l, const uint32_t* g, const uint32_t* across, float* v, bool add) {
+  product<false>(count, l.ldn - CHUNK, units, g, CLASSES * CHUNK, across, l.ldn, v, l.ldn, add);
+}
+
+#endif

@@ -1,0 +1,106 @@
+"""The two passes in C++, one fused kernel each: no N x C tensor, no slab of logits in memory, instruction set chosen at run time.
+
+The extension takes addresses, not tensors: it links nothing of torch. Its buffers and threads live for one call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import Backend, Problem, RowPass, RowWeights
+
+try:
+    from .. import _cpu
+except ImportError as error:
+    _cpu = None
+    _missing = str(error)
+
+#: The numbers of csrc/forms.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CpuBackend(Backend):
+    """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
+    row pass cuts the classes elsewhere, so that lambda and U differ in their last bits; the class pass has no such sum.
+
+    Args:
+        level: the instruction set, one of ``levels()``; "" takes the best that serves the dtype.
+    """
+
+    name = "cpu"
+    device_types = ("cpu",)
+    dtypes = tuple(DTYPES)
+
+    def __init__(self, level: str = ""):
+        self.level = level
+
+    @property
+    def note(self) -> str:
+        if _cpu is None:
+            return "C++ kernels, not built"
+        best = {str(dtype).removeprefix("torch."): _cpu.level_for(number) for dtype, number in DTYPES.items()}
+        return "C++ kernels; " + ", ".join(f"{dtype} on {level}" for dtype, level in best.items())
+
+    def unavailable(self) -> str | None:
+        if _cpu is not None:
+            return None
+        report = Path(__file__).parents[1] / "_cpu.txt"
+        why = report.read_text().strip() if report.exists() else _missing
+        return f"the C++ extension marginkernels._cpu is not there ({why}); install again with g++ or clang++ on the PATH"
+
+    def refuses(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+        return super().refuses(device_type, dtype, weight_dtype, dim)
+
+    def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
+        n, d = p.x.shape
+        c = p.w.shape[0]
+        total, top = p.x.new_empty(n, dtype=p.acc), p.x.new_empty(n, dtype=p.acc)
+        moment = p.x.new_empty(n if need_moment else 0, dtype=p.acc)
+        u = p.x.new_empty((n if need_u else 0, d), dtype=p.acc)
+        factor = p.x.new_empty(c if p.normalize_weight else 0, dtype=p.acc)
+        problem, _alive = _problem(p)
+        _cpu.row_pass(
+            problem, level=self.level, threads=torch.get_num_threads(), uniform=uniform, total=total.data_ptr(), top=top.data_ptr(),
+            moment=moment.data_ptr() if need_moment else 0, u=u.data_ptr() if need_u else 0, class_factor=factor.data_ptr(),
+        )  # fmt: skip
+        return RowPass(total, top, moment, u, factor, p.x.new_empty(0, dtype=torch.uint8))
+
+    def class_pass(
+        self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
+        db = p.x.new_empty(p.w.shape[0], dtype=p.acc) if need_bias else None
+        problem, _alive = _problem(p)
+        weights = [None if v is None else v.contiguous() for v in (row.lse, row.softmax, row.uniform, row.target, row.bias, class_factor)]
+        lse, softmax, uniform, target, bias, factor = (_address(v) for v in weights)
+        _cpu.class_pass(
+            problem, level=self.level, threads=torch.get_num_threads(), lse=lse, softmax=softmax, uniform=uniform, target=target, bias=bias,
+            class_factor=factor, dw=_address(dw), db=_address(db),
+        )  # fmt: skip
+        return dw, db
+
+
+def levels() -> list[str]:
+    """The instruction sets that this machine can run, worst first."""
+    return [] if _cpu is None else _cpu.levels()
+
+
+def _address(v: Tensor | None) -> int:
+    return 0 if v is None else v.data_ptr()
+
+
+def _problem(p: Problem):
+    """The extension's own problem, and the tensors that must outlive it."""
+    w = p.w if p.w.stride(1) == 1 or p.w.shape[1] == 1 else p.w.contiguous()
+    rows = [None if v is None else v.contiguous() for v in (p.x, p.row_factor, p.bias, p.labels, p.scale, p.threshold)]
+    x, row_factor, bias, labels, scale, threshold = (_address(v) for v in rows)
+    n, d = p.x.shape
+    problem = _cpu.Problem(
+        n=n, d=d, c=w.shape[0], x=x, x_dtype=DTYPES[p.x.dtype], w=w.data_ptr(), w_dtype=DTYPES[w.dtype], w_stride=w.stride(0),
+        row_factor=row_factor, bias=bias, labels=labels, scale=scale, threshold=threshold, t=0.0 if p.t is None else float(p.t),
+        form=p.form, normalize_weight=p.normalize_weight,
+    )  # fmt: skip
+    return problem, (w, rows)

@@ -1,0 +1,141 @@
+"""Builds the compiled backends with ninja. Each is optional: where one cannot be built the package installs without it, and a text
+file in its place says why (``marginkernels.backends()`` shows it)."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+#: Instruction sets of the C++ kernels and the flags of each: what this compiler does not know is left out, what the processor does not know is
+#: never called.
+LEVELS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+
+
+class CannotBuild(Exception):
+    """Why an extension is left out."""
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sys.stdout.write(done.stdout)
+    if done.returncode:
+        raise CannotBuild(f"{command[0]} failed: {done.stdout.strip()[-500:]}")
+
+
+def ninja_build(folder: Path, compiler: str, rules: str, objects: dict[Path, tuple[Path, str]], link: tuple[Path, str]) -> None:
+    """Compile ``objects`` (object -> source, flags) and link them to ``link`` (output, flags), as many at once as there are cores."""
+    try:
+        import ninja
+
+        program = str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        program = shutil.which("ninja")
+    if program is None:
+        raise CannotBuild("ninja is not installed")
+
+    def escaped(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [f"cxx = {compiler}", rules]
+    for target, (source, flags) in objects.items():
+        lines.append(f"build {escaped(target)}: compile {escaped(source)}\n  flags = {flags}")
+    lines.append(f"build {escaped(link[0])}: link {' '.join(map(escaped, objects))}\n  flags = {link[1]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    link[0].parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    run(program, "-C", str(folder))
+
+
+CXX_RULES = """\
+rule compile
+  command = $cxx -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx $in $flags -o $out"""
+
+
+def build_cpu(target: Path, folder: Path) -> None:
+    """marginkernels._cpu: one object for each instruction set, a driver compiled for any processor, and the binding."""
+    import pybind11
+
+    if os.name != "posix":
+        raise CannotBuild("the kernels are written for GCC and Clang on Linux and macOS")
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        raise CannotBuild("no C++ compiler: none of c++, g++ and clang++ is on the PATH")
+    source = HERE / "csrc" / "cpu"
+    known = {level: flags for level, flags in LEVELS.items() if understands(compiler, flags)} if is_x86() else {}
+    # Multiply-adds may be fused; GCC's own vector headers trip its warning about uninitialised values.
+    kernel = "-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi"
+    objects = {folder / "level_plain.o": (source / "level_plain.cpp", kernel)}
+    for level, flags in known.items():
+        objects[folder / f"level_{level}.o"] = (source / f"level_{level}.cpp", f"{kernel} {flags}")
+    defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
+    objects[folder / "driver.o"] = (source / "driver.cpp", f"{defines} -pthread")
+    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
+    objects[folder / "bind.o"] = (source / "bind.cpp", f"{includes} -O1")
+    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -pthread -Wl,-s"
+    ninja_build(folder, compiler, CXX_RULES, objects, (target, shared))
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def understands(compiler: str, flags: str) -> bool:
+    """Whether ``compiler`` knows the instruction set ``flags`` and its intrinsics."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cpp"
+        probe.write_text("#include <immintrin.h>\n")
+        command = [*compiler.split(), *flags.split(), "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+#: What builds each extension: (where it goes, a folder for its objects) -> nothing, or CannotBuild.
+BUILDERS = {"marginkernels._cpu": build_cpu}
+
+
+class BuildOptional(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        report = target.with_name(f"{ext.name.rpartition('.')[2]}.txt")
+        report.unlink(missing_ok=True)
+        try:
+            BUILDERS[ext.name](target, Path(self.build_temp).resolve() / ext.name)
+        except (CannotBuild, ImportError, OSError) as error:
+            target.unlink(missing_ok=True)
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(f"{error}\n")
+            print(f"warning: {ext.name} is left out: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: what was built, or why it was not, to where the sources are."""
+        package = HERE / "marginkernels"
+        for ext in self.extensions:
+            built = Path(self.build_lib).resolve() / self.get_ext_filename(ext.name)
+            name = ext.name.rpartition(".")[2]
+            for file, other in ((built, f"{name}.txt"), (built.with_name(f"{name}.txt"), built.name)):
+                if file.exists():
+                    (package / other).unlink(missing_ok=True)
+                    shutil.copy2(file, package)
+
+
+setup(
+    ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
+    cmdclass={"build_ext": BuildOptional},
+)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend as registry
@@ -202,11 +201,12 @@ def _fused_losses(rows: Rows, part: Part, margin: Margin, label_smoothing: float
     # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
     target = scale * (value + slope.detach() * (cos - similarity)) + target_bias
     gap = lse - target
-    losses = -F.logsigmoid(-gap)  # softplus, without F.softplus's threshold
+    zero = torch.zeros_like(gap)
+    losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold
     if label_smoothing:
         losses = losses + label_smoothing * (target - (target + total) / part.count)
     if margin.focal_gamma:
-        losses = losses * torch.exp(margin.focal_gamma * F.logsigmoid(gap))
+        losses = losses * torch.exp(-margin.focal_gamma * torch.logaddexp(-gap, zero))
     stats = {
         "target_cosine": rows.mean(cosine),
         "scale": rows.mean(scale),

@@ -18,17 +18,12 @@ from .backend.slab import inverse_norm
 WIDE = torch.float64
 
 
-def _norm(v: Tensor) -> Tensor:
-    """(N,) float64 norms; exact range for anything a float32 holds."""
-    exponent = torch.frexp(v.abs().amax(1)).exponent if v.shape[1] else torch.zeros(v.shape[0], dtype=torch.int32, device=v.device)
-    return torch.ldexp(torch.linalg.vector_norm(torch.ldexp(v.to(WIDE), -exponent[:, None]), dim=1), exponent)
-
-
-def unit_rows(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v/|v| (N, D) float64 with zero for a zero row, and 1/|v| (N,) with 0 there."""
-    norm = _norm(v)
+def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v/|v| (N, D) float64 with zero for a zero row, |v| (N,), and 1/|v| (N,) with 0 there. float64 holds the square of any float32."""
+    wide = v.to(WIDE)
+    norm = torch.linalg.vector_norm(wide, dim=1)
     inverse = torch.where(norm < TINY, 0.0, 1 / norm)
-    return v.to(WIDE) * inverse[:, None], inverse
+    return wide * inverse[:, None], norm, inverse
 
 
 def _own_centres(w: Tensor, labels: Tensor) -> Tensor:
@@ -54,19 +49,18 @@ def rows_op(
         x times a power of two (N, D); row_factor (N,) acc; the target similarity c_iy and the true target cosine, both (N,) float64, 0
         where the label is none of ``w``'s.
     """
-    unit, inverse = unit_rows(x)
-    norm = _norm(x)
-    exponent = torch.frexp(norm).exponent
-    prepared = torch.ldexp(x.to(WIDE), -exponent[:, None]).to(x.dtype).contiguous()
-    power = torch.ldexp(torch.ones_like(norm), exponent)
+    unit, norm, inverse = unit_rows(x)
+    power = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent)
+    prepared = (x.to(WIDE) / power[:, None]).to(x.dtype).contiguous()
     factor = power * inverse if normalize_embedding else power
     centre = _own_centres(w, labels)
-    cosine = (unit * unit_rows(centre)[0]).sum(1).clamp(-1, 1)
+    unit_centre = unit_rows(centre)[0]
+    cosine = (unit * unit_centre).sum(1).clamp(-1, 1)
     if normalize_embedding and normalize_weight:
         similarity = cosine.clone()
     else:
         side = unit if normalize_embedding else x.to(WIDE)
-        similarity = (side * (unit_rows(centre)[0] if normalize_weight else centre)).sum(1)
+        similarity = (side * (unit_centre if normalize_weight else centre)).sum(1)
     return prepared, factor.to(accumulator(x.dtype)), similarity, cosine
 
 
@@ -212,7 +206,7 @@ def row_gradient_op(
     if uniform_u is not None:
         d = d + uniform_weight.to(WIDE)[:, None] * uniform_u.to(WIDE)
     if normalize_embedding:
-        unit, inverse = unit_rows(x)
+        unit, _, inverse = unit_rows(x)
         d = (d - (d * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
     return d.to(x.dtype)
 

@@ -1,0 +1,170 @@
+"""``python -m marginkernels demo``: train a small network with a margin head on rendered glyphs, and report.
+
+Identities are characters, images their renderings in many typefaces; the verification figures are on identities never trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .. import __version__, verify
+from ..backend import NAMES, resolve
+from ..text import table
+
+#: What ``--compare`` trains where it names no heads.
+COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
+#: Class count at which the heads are measured besides the demo's own.
+MANY_CLASSES = 100_000
+PACKAGES = "matplotlib, pillow and fonttools (pip install 'marginkernels[demo]')"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--head",
+        default="arcface",
+        choices=list(verify.HEADS),
+        metavar="NAME",
+        help=f"one of {', '.join(verify.HEADS)} (default: %(default)s)",
+    )
+    add("--compare", nargs="*", **known, help=f"train several heads (default: {' '.join(COMPARED)})")
+    add("--fonts", type=Path, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), besides those that matplotlib ships")
+    add("--min-typefaces", type=int, default=4, metavar="N", help="least number of distinct images of an identity (default: %(default)s)")
+    add("--epochs", type=float, default=8, help="passes over the training images (default: %(default)s)")
+    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    add("--dim", type=int, default=128, metavar="D", help="of the embedding (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the split, the weights and the order of images (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add("--backend", default="auto", choices=NAMES, help="of the head (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where plots and results go (default: %(default)s)")
+    add("--quick", action="store_true", help="a few hundred identities and 60 steps: to see that everything works")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import fontTools  # noqa: F401
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        print(f"The demo needs {PACKAGES}: {error}")
+        return 1
+    from . import data, heads, plots, train
+    from .evaluate import FARS
+
+    device = torch.device(args.device)
+    names = [args.head] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
+    quick = {"max_identities": 400} if args.quick else {}
+    glyphs = data.load(args.fonts, min_typefaces=args.min_typefaces, seed=args.seed, **quick)
+    training, unseen = glyphs.split(0.2, args.seed)
+    classes = len(training.characters)
+    print(f"{len(glyphs.images):,} images of {len(glyphs.characters):,} characters in {len(glyphs.typefaces)} typefaces")
+    print(
+        f"train on {classes:,} identities ({len(training.images):,} images), verify on {len(unseen.characters):,} others ({len(unseen.images):,})"
+    )
+    settings = train.Settings(
+        epochs=args.epochs,
+        steps=args.steps or (60 if args.quick else None),
+        batch_size=args.batch_size,
+        dim=args.dim,
+        seed=args.seed,
+        device=args.device,
+        backend=args.backend,
+    )
+    chosen = resolve(args.backend, device.type, torch.float32, torch.float32, args.dim)
+    print(
+        f"fused backend: {chosen} on {_device_name(device)}, {settings.total_steps(len(training.images))} steps of {args.batch_size} images\n"
+    )
+
+    runs = [train.fit(name, training, unseen, settings) for name in names]
+    costs = []
+    for c in (classes, MANY_CLASSES // (20 if args.quick else 1)):
+        costs += heads.compare(
+            heads.make(names[0], c), args.batch_size, args.dim, c, device=device, backend=args.backend, repeats=3 if args.quick else 7
+        )
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    with plots.plt.style.context(plots.STYLE):
+        written = [
+            plots.samples(glyphs, args.out / "samples.png", args.seed),
+            plots.losses(runs, args.out / "losses.png"),
+            plots.roc(runs, args.out / "roc.png"),
+            *(plots.angles(r, args.out / f"angles-{r.head}.png") for r in runs),
+            plots.target_logits(classes, args.out / "target-logits.png"),
+        ]
+    results = {
+        "versions": {"marginkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "backend": chosen,
+        "settings": asdict(settings),
+        "data": {
+            "typefaces": len(glyphs.typefaces),
+            "train": {"identities": classes, "images": len(training.images)},
+            "unseen": {"identities": len(unseen.characters), "images": len(unseen.images)},
+        },
+        "heads": [
+            {
+                "head": r.head,
+                "loss": r.losses[-1],
+                "top1": r.top1,
+                "tar": {f"{far:g}": r.verification.tar(far) for far in FARS},
+                "rank1": r.verification.rank1,
+                "largest_difference": max(r.differences),
+                "seconds": r.seconds,
+                "losses": r.losses,
+            }
+            for r in runs
+        ],
+        "costs": costs,
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _print_report(results, FARS)
+    print(f"\n{len(written)} plots and results.json in {args.out}")
+    return 0
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _print_report(results: dict, fars) -> None:
+    unseen = results["data"]["unseen"]
+    print(f"\nVerification on {unseen['identities']:,} identities never trained on: true accept rate at a false accept rate of ...")
+    header = ["head", *(f"{far:g}" for far in fars), "rank-1", "train top-1", "loss", "fused against eager", "time"]
+    rows = [
+        [
+            r["head"],
+            *(f"{r['tar'][f'{far:g}']:.1%}" for far in fars),
+            f"{r['rank1']:.1%}",
+            f"{r['top1']:.1%}",
+            f"{r['loss']:.3f}",
+            f"{r['largest_difference']:.1e}",
+            f"{r['seconds']:.0f} s",
+        ]
+        for r in results["heads"]
+    ]
+    print(table(header, rows, right=range(1, len(header))))
+    print("(rank-1: nearest other image shows the same character; fused against eager: largest relative difference of a step's loss)\n")
+    print(f"Loss and gradients of the {results['heads'][0]['head']} head, float32, fused and eager PyTorch in turn")
+    header = ["batch", "classes", "", "median time", "peak memory"]
+    rows = [
+        [
+            c["n"],
+            f"{c['c']:,}",
+            c["kind"],
+            f"{1e3 * c['seconds']:.1f} ms",
+            "-" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**20:.1f} MiB",
+        ]
+        for c in results["costs"]
+    ]
+    print(table(header, rows, right=(0, 1, 3, 4)))
+    print("(peak memory: above inputs and class centres; it holds the gradients of both)")

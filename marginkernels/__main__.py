@@ -1,0 +1,34 @@
+"""The command line: ``python -m marginkernels doctor | demo | check | plan``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: Each command's module, which defines ``add_arguments(parser)`` and ``run(args) -> exit status``; only the one asked for is imported.
+COMMANDS = {
+    "doctor": ("doctor", "what this machine has, and which backends can run on it"),
+    "demo": ("demo", "train a small network with a margin head on rendered glyphs, and report"),
+    "check": ("check", "compare every backend with the float64 reference on this machine"),
+    "plan": ("plan", "memory and time of a head at a given size"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m marginkernels", description="Fused margin-softmax heads.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if argv[:1] == [name]:
+            command = importlib.import_module(f".{module}", __package__)
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
                 if output not in seen or not error <= seen[output][0]:
                     seen[output] = (error, head)
     print(
-        f"\nLargest relative error |got - float64 reference| / |float64 reference|, {len(heads)} heads, {len(PROBLEMS)} problems each, {device}\n"
+        f"\n{len(heads)} heads, {len(PROBLEMS)} problems each, on {device}: largest relative error |got - want| / |want| against float64\n"
     )
     rows = []
     for (name, dtype), seen in worst.items():

@@ -6,7 +6,7 @@ try:
     from tqdm import tqdm
 except ImportError:
 
-    class tqdm:  # type: ignore[no-redef]  # noqa: N801
+    class tqdm:  # type: ignore[no-redef]
         """The part of tqdm's interface that this package uses, silent."""
 
         def __init__(self, iterable=None, **_):

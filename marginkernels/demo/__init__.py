@@ -26,11 +26,12 @@ PACKAGES = "matplotlib, pillow and fonttools (pip install 'marginkernels[demo]')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    known = {"choices": list(verify.HEADS), "metavar": "NAME"}
+    known = {"choices": list(verify.HEADS), "metavar": "NAME"}
     add(
         "--head",
         default="arcface",
-        choices=list(verify.HEADS),
-        metavar="NAME",
+        **known,
         help=f"one of {', '.join(verify.HEADS)} (default: %(default)s)",
     )
     add("--compare", nargs="*", **known, help=f"train several heads (default: {' '.join(COMPARED)})")
@@ -65,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
     training, unseen = glyphs.split(0.2, args.seed)
     classes = len(training.characters)
     print(f"{len(glyphs.images):,} images of {len(glyphs.characters):,} characters in {len(glyphs.typefaces)} typefaces")
-    print(
-        f"train on {classes:,} identities ({len(training.images):,} images), verify on {len(unseen.characters):,} others ({len(unseen.images):,})"
-    )
+    print(f"train on {classes:,} identities ({len(training.images):,} images)")
+    print(f"verify on {len(unseen.characters):,} identities never trained on ({len(unseen.images):,} images)")
     settings = train.Settings(
         epochs=args.epochs,
         steps=args.steps or (60 if args.quick else None),
@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
         backend=args.backend,
     )
     chosen = resolve(args.backend, device.type, torch.float32, torch.float32, args.dim)
-    print(
-        f"fused backend: {chosen} on {_device_name(device)}, {settings.total_steps(len(training.images))} steps of {args.batch_size} images\n"
-    )
+    print(f"fused backend: {chosen} on {_device_name(device)}, {settings.total_steps(len(training.images))} steps of {args.batch_size}\n")
 
     runs = [train.fit(name, training, unseen, settings) for name in names]
     costs = []

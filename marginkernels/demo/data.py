@@ -83,7 +83,7 @@ def is_identity(character: str) -> bool:
 
 
 def draw(font, character: str) -> np.ndarray | None:
-    """(SIZE, SIZE) uint8: the character on the baseline, its ink centred from left to right; shrunk where it is too large, None where blank."""
+    """(SIZE, SIZE) uint8: the character on the baseline, its ink centred from left to right, shrunk if too large; None if blank."""
     from PIL import Image
 
     mask, (_, top) = font.getmask2(character, mode="L", anchor="ls")

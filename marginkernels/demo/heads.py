@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forms, verify
-from .. import margins as m
 from ..head import MarginHead
 from ..margins import Margin, Rows
 
-#: Scales and margins fit for a small network and a few thousand identities, where they differ from those that :mod:`marginkernels.verify` compares.
+#: Scales and margins fit for a small network and a few thousand identities, where they differ from those of :mod:`marginkernels.verify`.
 TRAINING: dict[str, Callable[[int], Margin]] = {}
 
 
@@ -39,7 +38,7 @@ def make(name: str, num_classes: int) -> Margin:
 
 
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
-    """The mean loss as it is written in plain PyTorch: all N x C logits, the target column replaced, cross-entropy. For timings."""
+    """The mean loss as it is usually written: all N x C logits, the target column replaced, cross-entropy."""
     cos = (F.normalize(x) if margin.normalize_embedding else x) @ (F.normalize(w) if margin.normalize_weight else w).T
     rows = Rows(x, labels, len(w))
     column = labels[:, None]
@@ -62,7 +61,7 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """How far the memory of ``device`` rises above where it stood while ``step`` runs; for a CPU that of the whole process, where Linux tells."""
+    """How far the memory of ``device`` rises while ``step`` runs; on a CPU the whole process's, None where the system does not tell."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -95,8 +94,8 @@ def compare(margin: Margin, n: int, d: int, c: int, *, device: torch.device, bac
         repeats: timed runs of each, after one that is not counted.
 
     Returns:
-        For each of ``"fused"`` and ``"eager"``: ``{"kind", "n", "d", "c", "seconds" (median), "peak_bytes"}``; what is held beforehand (inputs and
-        class centres) does not count, the gradients do.
+        For each of ``"fused"`` and ``"eager"``: ``{"kind", "n", "d", "c", "seconds" (median), "peak_bytes"}``; what is held beforehand
+        (inputs and class centres) does not count, the gradients do.
     """
     g = torch.Generator().manual_seed(seed)
     head = MarginHead(d, c, copy.deepcopy(margin), backend=backend, device=device)

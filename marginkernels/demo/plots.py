@@ -49,7 +49,7 @@ def samples(glyphs: Glyphs, path: Path, seed: int) -> Path:
             sheet[i * SIZE : (i + 1) * SIZE, j * SIZE : (j + 1) * SIZE] = image
     figure, axes = plt.subplots(figsize=(SHEET[1] * 0.42, len(chosen) * 0.42))
     axes.imshow(255 - sheet, cmap="gray", vmin=0, vmax=255)
-    axes.set_title(f"{len(chosen)} of {len(glyphs.characters):,} identities, one a row, each column a typeface that has it")
+    axes.set_title(f"{len(chosen)} of {len(glyphs.characters):,} identities, one a row, in the typefaces that have it")
     axes.set_axis_off()
     return save(figure, path)
 
@@ -87,12 +87,14 @@ def losses(runs: Sequence[Trained], path: Path) -> Path:
         if len(runs) == 1:
             above.plot(steps, run.losses, color="C0", alpha=0.25, linewidth=0.8)
         above.plot(steps[window - 1 :], smooth, label=run.head)
-        below.semilogy(steps, np.maximum(run.differences, 1e-9), linewidth=0.8)
+        below.plot(steps, run.differences, ".", markersize=3)
     above.set(ylabel="loss", ylim=(0, None))
     above.set_title("Training loss" + (f", mean of {window} steps" if window > 1 else ""))
     above.legend()
-    below.axhline(np.finfo(np.float32).eps, color="0.5", linestyle=":", linewidth=1)
-    below.annotate("float32's epsilon", (1, np.finfo(np.float32).eps), fontsize=8, color="0.4", va="bottom")
+    epsilon = float(np.finfo(np.float32).eps)
+    below.axhline(epsilon, color="0.5", linestyle=":", linewidth=1, label="float32's epsilon")
+    below.legend()
+    below.set_ylim(0, 1.25 * max(epsilon, *(max(run.differences) for run in runs)))
     below.set(xlabel="step", ylabel="|fused - eager| / eager")
     below.set_title("The same loss computed eagerly from the same weights")
     return save(figure, path)
@@ -119,7 +121,7 @@ def target_logits(num_classes: int, path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     colors = plt.get_cmap("tab20")
     for i, (value, slope, members) in enumerate(groups):
-        style = {"color": colors(i % 20), "linestyle": ("-", "--", "-.")[i % 3], "linewidth": 1.6}
+        style = {"color": colors(i % 20), "linestyle": ("-", "--", "-.")[i % 3], "linewidth": 4 - 2.8 * i / len(groups)}
         left.plot(torch.rad2deg(theta), value, label="\n".join(_wrapped(members)), **style)
         right.plot(torch.rad2deg(theta), slope, **style)
     for axes in (left, right):

@@ -26,7 +26,7 @@ WATCHED = 4096
 
 @dataclass
 class Settings:
-    """How to train. ``steps`` overrides ``epochs``; ``device`` and ``backend`` as in PyTorch and :func:`marginkernels.margin_cross_entropy`."""
+    """How to train; ``steps`` overrides ``epochs``."""
 
     epochs: float = 16
     steps: int | None = None

@@ -1,0 +1,170 @@
+"""``python -m marginkernels doctor``: what this machine has, and which backends can run on it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .backend import backends
+from .text import table
+
+#: Packages that something here uses where they are installed, and what for.
+PACKAGES = {
+    "numpy": "everything",
+    "triton": "the triton backend",
+    "tqdm": "progress bars",
+    "matplotlib": "the demo, plots of benchmarks",
+    "pillow": "the demo",
+    "fonttools": "the demo",
+    "psutil": "benchmarks",
+    "pytest": "tests",
+    "pytest-xdist": "tests, in parallel",
+    "hypothesis": "tests",
+    "pytorch-metric-learning": "tests, benchmarks: a peer",
+    "ninja": "building the C++ and CUDA kernels",
+    "pybind11": "building the C++ kernels",
+}
+#: What the kernels can use, as Linux spells it.
+CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 always: a machine without a compiler or a GPU is not at fault."""
+    found = report()
+    print(json.dumps(found, indent=1) if args.json else as_text(found))
+    return 0
+
+
+def report() -> dict:
+    """Everything that ``doctor`` tells, ready for JSON."""
+    return {
+        "marginkernels": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "tools": {"C++ compiler": _compiler(), "nvcc": _tool("nvcc", r"release ([\d.]+)"), "ninja": _tool("ninja", r"([\d.]+)")},
+        "cpu": {
+            "name": _cpu_field("model name") or platform.processor() or "unknown",
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "torch_uses": torch.backends.cpu.get_cpu_capability(),
+            "features": [f for f in CPU_FEATURES if f in (_cpu_field("flags") or _cpu_field("Features") or "").split()],
+        },
+        "gpus": _gpus(),
+        "backends": {name: {**b, "device_types": list(b["device_types"])} for name, b in backends().items()},
+        "extensions": _extensions(),
+    }
+
+
+def as_text(found: dict) -> str:
+    tools, cpu = found["tools"], found["cpu"]
+    cuda = found["torch"]["cuda"] or (f"ROCm {found['torch']['hip']}" if found["torch"]["hip"] else "none")
+    facts = [
+        ("marginkernels", found["marginkernels"]),
+        ("Python", found["python"]),
+        ("PyTorch", f"{found['torch']['version']}, CUDA it was built for: {cuda}"),
+        ("system", found["system"]),
+        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, PyTorch uses {cpu['torch_threads']} threads and {cpu['torch_uses']}"),
+        ("CPU features", " ".join(cpu["features"]) or "none that the kernels could use"),
+        *(
+            (f"GPU {i}", f"{g['name']}, compute capability {g['capability']}, {g['memory_gib']:.0f} GiB")
+            for i, g in enumerate(found["gpus"])
+        ),
+        *([] if found["gpus"] else [("GPU", "none that PyTorch can use")]),
+        *((name, where or "not found") for name, where in tools.items()),
+    ]
+    backends_ = [
+        (name, "yes" if b["available"] else "no", "yes" if b["proven"] else "no", " ".join(b["device_types"]), b["reason"] or b["note"])
+        for name, b in found["backends"].items()
+    ]
+    packages = [(name, version or "not installed", PACKAGES[name]) for name, version in found["packages"].items()]
+    parts = [
+        "\n".join(f"{name:<15}{value}" for name, value in facts),
+        table(["backend", "available", "proven", "devices", "what it is, or why it cannot run"], backends_),
+        "An unproven backend serves only when named; auto never picks it.",
+        table(["extension", "state"], [(name, state) for name, state in found["extensions"].items()]),
+        table(["package", "version", "for"], packages),
+    ]
+    return "\n\n".join(parts)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tool(name: str, pattern: str) -> str | None:
+    """``version, path`` of a program on the PATH, or None."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{path}, which does not run: {error}"
+    match = re.search(pattern, out)
+    return f"{match[1] if match else 'unknown version'}, {path}"
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX", "").split() or [""])[0], "c++", "g++", "clang++"
+    return next((found for name in names if name and (found := _tool(name, r"(\d+\.\d+[\d.]*)"))), None)
+
+
+def _cpu_field(name: str) -> str | None:
+    """The first value of a field of /proc/cpuinfo, where there is such a file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    match = re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _gpus() -> list[dict]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": p.total_memory / 2**30})
+    return found
+
+
+def _extensions() -> dict[str, str]:
+    """Compiled modules beside this one: built, or what the build left to say why not."""
+    folder = Path(__file__).parent
+    states = {f"marginkernels.{p.name.partition('.')[0]}": f"built: {p.name}" for p in sorted(folder.glob("_*.so"))}
+    for p in sorted(folder.glob("_*.txt")):
+        states.setdefault(f"marginkernels.{p.stem}", f"not built: {p.read_text().strip()}")
+    return states or {"none": "not built; install the package with a C++ compiler on the PATH"}

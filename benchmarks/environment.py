@@ -15,6 +15,7 @@ import marginkernels
 
 from .measure import Device, copy_bandwidth
 from .peers import providers
+from .worker import without_folders
 
 #: What decides the speed of a product on an x86 core, in the order in which it is listed.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
@@ -50,7 +51,7 @@ def describe(kind: str) -> dict:
             "cuda": torch.version.cuda,
         }
     found["providers"] = {
-        p.name: {"note": p.note, "version": p.version(), "unavailable": p.unavailable(kind)}
+        p.name: {"note": p.note, "version": p.version(), "unavailable": without_folders(p.unavailable(kind) or "") or None}
         for p in providers().values()
         if not p.name.endswith("+workspace")
     }

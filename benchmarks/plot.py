@@ -26,6 +26,9 @@ COLOURS = {
     "quack": "#0b3c5d",
 }
 
+#: Beside ours in the roofline, where all would be too many.
+SHOWN_PEERS = ("torch.compile", "eager")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -111,10 +114,26 @@ def _lines(ax, records: list[dict], axis: str, value: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _log_axis(axis, steps: tuple[int, ...] = (1,)) -> None:
+    """Plain numbers at ``steps`` times each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axis.set_major_formatter(FuncFormatter(_plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain(v: float, _=None) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if v >= size:
+            return f"{v / size:g}{letter}"
+    return f"{v:g}"
+
+
 def _panels(rows: int, found: Records, groups: dict, title: str):
     import matplotlib.pyplot as plt
 
-    size = (WIDTH, 3.7 * rows)
+    size = (WIDTH, 3.7 * rows if rows > 1 else 4.6)
     figure, axes = plt.subplots(rows, len(groups), figsize=size, squeeze=False, sharex="col", sharey="row", layout="constrained")
     figure.suptitle(f"{title}\n{found.machine}; {found.name}, commit {found.environment['commit']}", fontsize=11)
     for ax, dtype in zip(axes[0], groups, strict=True):
@@ -146,6 +165,8 @@ def draw_classes(found: Records):
         _lines(memory, [r | {"peak_mb": max(1.0, r["peak_mb"])} if r["status"] == "ok" else r for r in records], "C", "peak_mb")
         time.loglog()
         memory.loglog()
+        for axis in (memory.xaxis, time.yaxis, memory.yaxis):
+            _log_axis(axis)
         memory.set_xlabel("classes C")
     axes[0, 0].set_ylabel("ms a step")
     axes[1, 0].set_ylabel("peak MB beyond\ninputs and gradients")
@@ -164,7 +185,8 @@ def draw_batch(found: Records):
         ax.loglog()
         ns = sorted({r["N"] for r in records})
         ax.set_xticks(ns, [f"{n:,}" for n in ns])
-        ax.minorticks_off()
+        ax.xaxis.minorticks_off()
+        _log_axis(ax.yaxis, (1, 2, 5))
         ax.set_xlabel("batch size N")
     axes[0, 0].set_ylabel("TFLOP/s")
     _legend(figure, axes, _crossed(groups))
@@ -179,14 +201,14 @@ def intensity(r: dict) -> float:
 
 
 def draw_roofline(found: Records):
-    """Ours in full, the fastest peer of each case hollow; D at its largest."""
+    """Ours in full, two peers hollow; the largest D."""
     import numpy as np
 
     steps = [r for r in found.records if r["phase"] == "step" and r["status"] == "ok" and r["head"] == "arcface"]
     largest = max(r["D"] for r in steps)
     groups = {dtype: [r for r in steps if r["dtype"] == dtype and r["D"] == largest] for dtype in ("fp32", "bf16")}
     groups = {dtype: records for dtype, records in groups.items() if records}
-    figure, axes = _panels(1, found, groups, f"Roofline of a step, D={largest:,}: useful rate against operations per byte that must move")
+    figure, axes = _panels(1, found, groups, f"Roofline of a step, D={largest:,}: useful TFLOP/s (8NDC) under what the machine allows")
     bandwidth = found.environment["copy_gb_s"] / 1e3  # TB/s
     for ax, records in zip(axes[0], groups.values(), strict=True):
         peak = max(r["mm_tflops"] for r in records)
@@ -194,10 +216,11 @@ def draw_roofline(found: Records):
         span = np.geomspace(at.min() / 2, max(at.max(), peak / bandwidth) * 2, 200)
         ax.plot(span, np.minimum(peak, span * bandwidth), color="black", linewidth=1.2)
         ax.annotate(f"matrix product {peak:.3g} TFLOP/s", (span[-1], peak), (-2, 4), textcoords="offset points", ha="right", fontsize=8)
-        ax.annotate(f"copy {1e3 * bandwidth:,.0f} GB/s", (span[0], span[0] * bandwidth), (4, -14), textcoords="offset points", fontsize=8)
+        memory = f"copy {1e3 * bandwidth:,.0f} GB/s"
+        ax.annotate(memory, (span[0], min(peak, span[0] * bandwidth)), (2, 6), textcoords="offset points", fontsize=8)
         sizes = sorted({r["C"] for r in records})
         for r in records:
-            if not is_ours(r["provider"]) and r["provider"] not in ("torch.compile", "eager"):
+            if not is_ours(r["provider"]) and r["provider"] not in SHOWN_PEERS:
                 continue
             colour = COLOURS.get(r["provider"], "#999999")
             ax.plot(
@@ -208,12 +231,18 @@ def draw_roofline(found: Records):
                 markerfacecolor=colour if is_ours(r["provider"]) else "none",
                 markeredgecolor=colour,
                 linestyle="",
-                label=r["provider"],
             )
+        for name in dict.fromkeys(r["provider"] for r in records):
+            colour = COLOURS.get(name, "#999999")
+            if is_ours(name) or name in SHOWN_PEERS:
+                ax.plot([], [], "o", color=colour, markerfacecolor=colour if is_ours(name) else "none", label=name)
         for i, c in enumerate(sizes):
             ax.plot([], [], "o^sDv"[min(i, 4)], color="#777777", markerfacecolor="none", label=f"C={c:,}")
         ax.loglog()
-        ax.set_xlabel("FLOP per byte (2N/3 and less)")
+        _log_axis(ax.xaxis)
+        _log_axis(ax.yaxis, (1, 2, 5))
+        ax.set_ylim(top=3 * peak)
+        ax.set_xlabel("useful FLOP per byte that must move, about 2N/3")
         ax.grid(True, which="major", alpha=0.35)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("TFLOP/s (8NDC)")

@@ -20,7 +20,7 @@ from .heads import HEADS
 from .peers import Provider, providers
 
 #: Sampling seconds of each provider and phase.
-SECONDS = {"quick": 0.4, "full": 1.5}
+SECONDS = {"quick": 0.4, "full": 1.0}
 #: A step that would take longer than this, by a smaller case of the same provider, is not run.
 LONGEST_STEP = {("cpu", "quick"): 8.0, ("cpu", "full"): 30.0, ("cuda", "quick"): 5.0, ("cuda", "full"): 30.0}
 #: A case that hangs is ended after so many seconds.
@@ -146,7 +146,7 @@ def expected_seconds(earlier: list[dict], provider: str, case: Case) -> float | 
 
 def _spawn(job: dict, limit: float, bar) -> tuple[list[dict], str | None, str]:
     """Run the worker; its records, and where it did not end well who was running and how it ended."""
-    from .worker import EVENT
+    from .worker import EVENT, without_folders
 
     records, running = [], None
     with tempfile.TemporaryFile("w+") as errors:
@@ -181,7 +181,7 @@ def _spawn(job: dict, limit: float, bar) -> tuple[list[dict], str | None, str]:
         if code == 0:
             return records, None, ""
         errors.seek(0)
-        last = ([line.strip() for line in errors.read().splitlines() if line.strip()] or [""])[-1]
+        last = without_folders(([line.strip() for line in errors.read().splitlines() if line.strip()] or [""])[-1])
     if expired:
         how = f"ended after {limit:.0f} s"
     else:

@@ -3,6 +3,7 @@ file in its place says why (``marginkernels.backends()`` shows it)."""
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -106,8 +107,46 @@ def understands(compiler: str, flags: str) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+NVCC_RULES = """\
+rule compile
+  command = $cxx -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx -shared -cudart static -Xlinker -s $in $flags -o $out"""
+#: What the CUDA kernels are compiled for unless TORCH_CUDA_ARCH_LIST says otherwise; later GPUs compile the PTX when they load it.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def build_cuda(target: Path, folder: Path) -> None:
+    """marginkernels._cuda: needs nvcc, but neither a GPU nor a PyTorch that has CUDA."""
+    import pybind11
+
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        raise CannotBuild(f"no nvcc {f'in CUDA_HOME ({home})' if home else 'on the PATH'}")
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    found = [re.fullmatch(r"(\d+)\.(\d)a?(\+PTX)?", word) for word in re.split(r"[;\s]+", asked.strip())]
+    if None in found:
+        raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: expected numbers such as {CUDA_ARCHITECTURES!r}, got {asked!r}")
+    wanted = {major + minor: bool(ptx) for major, minor, ptx in (m.groups() for m in found) if int(major) >= 8}
+    if not wanted:
+        raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: the kernels need compute capability 8.0 or later, got {asked!r}")
+    general = " ".join(f"'-gencode=arch=compute_{n},code={f'[sm_{n},compute_{n}]' if ptx else f'sm_{n}'}'" for n, ptx in wanted.items())
+    source = HERE / "csrc" / "cuda"
+    objects = {folder / "slab.o": (source / "slab.cu", general)}
+    # Warpgroup products exist on 9.0 alone, under a name of its own that takes no PTX to later GPUs.
+    if "90" in wanted:
+        objects[folder / "fused.o"] = (source / "fused.cu", "-gencode=arch=compute_90a,code=sm_90a")
+    defines = f"-DMK_MODULE={target.name.partition('.')[0]} {'-DMK_FUSED' if '90' in wanted else ''}"
+    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
+    objects[folder / "module.o"] = (source / "module.cpp", f"{includes} {defines}")
+    ninja_build(folder, nvcc, NVCC_RULES, objects, (target, ""))
+
+
 #: What builds each extension: (where it goes, a folder for its objects) -> nothing, or CannotBuild.
-BUILDERS = {"marginkernels._cpu": build_cpu}
+BUILDERS = {"marginkernels._cpu": build_cpu, "marginkernels._cuda": build_cuda}
 
 
 class BuildOptional(build_ext):

@@ -7,10 +7,12 @@ import torch
 from . import reference
 from .base import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .hopper import HopperBackend
 from .slab import SlabBackend
 
 #: The fused backends by name, in the order in which ``auto`` prefers them.
-FUSED: dict[str, Backend] = {b.name: b for b in (CpuBackend(), SlabBackend())}
+FUSED: dict[str, Backend] = {b.name: b for b in (HopperBackend(), CudaBackend(), CpuBackend(), SlabBackend())}
 NAMES = ("auto", "reference", *FUSED)
 
 

@@ -137,8 +137,7 @@ def _tool(name: str, pattern: str) -> str | None:
 
 
 def _compiler() -> str | None:
-    names = (os.environ.get("CXX", "").split() or [""])[0], "c++", "g++", "clang++"
-    return next((found for name in names if name and (found := _tool(name, r"(\d+\.\d+[\d.]*)"))), None)
+    return next((found for name in ("c++", "g++", "clang++") if (found := _tool(name, r"(\d+\.\d+[\d.]*)"))), None)
 
 
 def _cpu_field(name: str) -> str | None:

@@ -1,0 +1,104 @@
+"""The command line: doctor, check, and how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels.__main__ import COMMANDS, main
+from marginkernels.backend.slab import SlabBackend
+
+
+def check(capsys, *arguments):
+    """Exit status, the words of each backend's first row in the table of errors, and all that was printed."""
+    status = main(["check", "--head", "arcface", *arguments])
+    out = capsys.readouterr().out
+    rows = {}
+    for line in out.splitlines():
+        if line.startswith(("reference", "slab", "cpu")):
+            rows.setdefault(line.split()[0], line.split())
+    return status, rows, out
+
+
+def test_doctor_names_every_backend(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name, backend in mk.backends().items():
+        line = next(line for line in out.splitlines() if line.startswith(name + " "))
+        assert ("yes" if backend["available"] else "no") in line
+    assert torch.__version__ in out
+
+
+def test_doctor_as_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"]["version"] == torch.__version__
+    assert found["backends"].keys() == mk.backends().keys()
+    for name, backend in mk.backends().items():
+        assert found["backends"][name]["available"] == backend["available"]
+        assert found["backends"][name]["reason"] == backend["reason"]
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "marginkernels", "doctor", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["marginkernels"] == mk.__version__
+
+
+def test_check_passes(capsys):
+    status, rows, out = check(capsys, "--dtype", "float32", "--dtype", "float64")
+    assert status == 0
+    assert "All within bounds" in out
+    assert {"reference", "slab"} <= rows.keys()
+    assert all("pass" in row or "has no" in " ".join(row) for row in rows.values())
+
+
+def off_by_a_little(found):
+    return type(found)(**{**vars(found), "total": found.total + 0.1})
+
+
+def not_a_number(found):
+    return type(found)(**{**vars(found), "u": torch.full_like(found.u, torch.nan)})
+
+
+def crash(found):
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(off_by_a_little, "loss is off by"), (not_a_number, "dx is off by nan"), (crash, "out of luck")]
+)
+def test_check_fails_with_a_wrong_backend(capsys, monkeypatch, change, said):
+    right = SlabBackend.row_pass
+    monkeypatch.setattr(SlabBackend, "row_pass", lambda *a, **k: change(right(*a, **k)))
+    status, rows, out = check(capsys, "--dtype", "float32", "--backend", "slab", "--backend", "reference")
+    assert status == 1
+    assert "FAIL" in rows["slab"]
+    assert "pass" in rows["reference"]
+    assert said in out
+
+
+def test_check_fails_where_nothing_can_be_checked(capsys):
+    status, _, out = check(capsys, "--dtype", "float64", "--backend", "cpu")
+    assert status == 1
+    assert "Nothing could be checked" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["check", "--head", "nonsense"], ["check", "--dtype", "int8"], ["demo", "--head", "x"]]
+)
+def test_refuses(capsys, arguments):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as raised:
+        main([command, "--help"])
+    assert raised.value.code == 0
+    assert command in capsys.readouterr().out

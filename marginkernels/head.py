@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import FLOATS, check_reduction, positive
-from .distributed.shard import Shard
 from .functional import head_losses, reduce
 from .margins import Margin
 from .sampling import Sampler
@@ -102,6 +101,8 @@ class MarginHead(nn.Module):
             raise ValueError("log_q: expected False where every class takes part (sample_rate = 1), got True")
         self.shard = None
         if process_group is not None:
+            from .distributed.shard import Shard
+
             self.shard = Shard(self.num_classes, process_group, batch_size)
             facts = {
                 "embedding_dim": embedding_dim,

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import marginkernels as mk
-from marginkernels import optim, verify
+from marginkernels import optim, plan, verify
+from marginkernels.distributed import GradScaler, collectives
 from marginkernels.distributed.shard import bounds
 
 TOLERANCE = 5e-5
@@ -359,6 +360,36 @@ def check_sampling():
             still[index] = False
             assert torch.equal(head.weight[still], before[still])
             assert not torch.equal(head.weight[index], before[index])
+
+
+def check_grad_scaler():
+    """An infinite gradient on one rank, and all skip the step and lower the scale; on none, and all take it."""
+    for kind in (torch.optim.SGD, optim.SGD):
+        head = _head(2 * dist.get_world_size() + 1, batch_size=3)
+        optimizer = kind(head.parameters(), lr=0.1)
+        scaler = GradScaler("cpu", init_scale=8.0, growth_interval=10, process_group=dist.group.WORLD)
+        for poisoned in (None, 0, dist.get_world_size() - 1):
+            optimizer.zero_grad()
+            scaler.scale(head(torch.randn(3, D), torch.tensor([0, 1, 2]))).backward()
+            if dist.get_rank() == poisoned:
+                head.weight.grad[-1] = torch.inf
+            before, scale = head.weight.detach().clone(), scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(head.weight, before) == (poisoned is not None or not len(before))
+            assert scaler.get_scale() == (scale if poisoned is None else scale / 2)
+
+
+def check_received_bytes():
+    """What the planner says that a step exchanges is what the collectives count."""
+    size = dist.get_world_size()
+    for options, plan_options in (({}, {}), ({"label_smoothing": 0.1}, {"label_smoothing": True})):
+        head = _head(37, batch_size=4, **options)
+        collectives.forget(head.shard.group)
+        x = torch.randn(3, D, requires_grad=True)
+        head(x, torch.tensor([1, 2, 3])).backward()
+        want = plan.exchanged(dim=D, ranks=size, batch=4, embedding_bytes=4, **plan_options)
+        assert collectives.received(head.shard.group) == want
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import tempfile
 import time
 import traceback
@@ -27,6 +28,7 @@ def start(checks: list, size: int, timeout: float = 60.0) -> dict[str, str | Non
 
 def _rank(rank: int, size: int, checks: list, folder: str, timeout: float) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(timeout)
     init(rank, size, folder, timeout)
     for check in checks:
         text, began = None, time.perf_counter()

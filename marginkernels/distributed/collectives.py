@@ -27,6 +27,11 @@ def register(group: dist.ProcessGroup) -> str:
     return group.group_name
 
 
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group that :func:`register` was given."""
+    return _groups[name]
+
+
 def received(group: str) -> dict[str, int]:
     """What this rank has received so far, in bytes, by purpose."""
     return dict(_received[group])

@@ -69,7 +69,7 @@ class Shard:
             ValueError: on every rank, naming the first fact that is not the same everywhere. Names that start with ``_`` may differ.
         """
         every: list[dict] = [{} for _ in range(self.size)]
-        dist.all_gather_object(every, facts, group=collectives._groups[self.group])
+        dist.all_gather_object(every, facts, group=collectives.group_of(self.group))
         for name in facts:
             found = [f.get(name) for f in every]
             if not name.startswith("_") and any(v != found[0] for v in found):

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import Problem, RowWeights
@@ -70,8 +71,8 @@ def launches(p: Problem, arch: str, *, need_u: bool = True, need_w: bool = True,
     return found
 
 
-def compile(one: Launch, arch: str):
-    """Triton's compiled kernel of a launch, specialised as Triton would specialise it at run time, for ``arch`` such as ``"sm_90"``."""
+def source(one: Launch) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton compiles for a launch, specialised as it would at run time, and the options."""
     signature, constants, attributes = {}, dict(one.constants), {}
     for i, name in enumerate(one.kernel.arg_names):
         if name in one.constants:
@@ -80,6 +81,8 @@ def compile(one: Launch, arch: str):
         value = one.args[name]
         if value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -89,9 +92,22 @@ def compile(one: Launch, arch: str):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(one.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options={"num_warps": one.warps, "num_stages": one.stages})
+    return ASTSource(one.kernel, signature, constants, attributes), {"num_warps": one.warps, "num_stages": one.stages}
+
+
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """One launch of each kernel binary."""
+    found = {}
+    for one in launches:
+        what, options = source(one)
+        found.setdefault((what.hash(), *options.values()), one)
+    return list(found.values())
+
+
+def compile(one: Launch, arch: str):
+    """Triton's compiled kernel of a launch, for ``arch`` such as ``"sm_90"``."""
+    what, options = source(one)
+    return triton.compile(what, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
 
 
 def resources(compiled) -> Resources:

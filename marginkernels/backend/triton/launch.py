@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
 from .class_pass import class_pass_kernel
-from .row_pass import class_factor_kernel, combine_kernel, row_pass_kernel
-from .table import class_tile, power_of_two, row_tile
+from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
+from .table import Tile, class_tile, power_of_two, row_tile
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
+#: Of converted class centres held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them.
+SLAB_BYTES = 40 << 20
 #: What lifts float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
 FLOAT16_LIFT = 256.0
 
@@ -78,43 +81,68 @@ def precision(dtype: torch.dtype, device: Device) -> str:
 def row_pass(
     p: Problem, device: Device, run: Callable[[Launch], None], *, uniform: bool = False, need_u: bool = True, need_moment: bool = False
 ) -> RowPass:
-    """The row pass, by way of ``run``."""
+    """The row pass, by way of ``run``.
+
+    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into a buffer
+    of ``SLAB_BYTES`` that stays in the cache, and the kernel goes on from slab to slab; the others are read where they are.
+    """
     n, d = p.x.shape
     c = p.w.shape[0]
 
-    def new(*shape: int) -> Tensor:
-        return p.x.new_empty(shape, dtype=torch.float32)
+    def new(*shape: int, fill: float | None = None) -> Tensor:
+        v = p.x.new_empty(shape, dtype=torch.float32)
+        return v if fill is None else v.fill_(fill)
 
-    factor = _class_factor(p, device, run)
-    tile = row_tile(d, p.x.dtype, p.w.dtype, need_u, device.arch)
-    blocks, row_blocks = math.ceil(c / tile.keys), math.ceil(n / tile.queries)
-    slices = math.ceil(d / tile.width) if need_u else 1
-    per_split = math.ceil(blocks / _splits(row_blocks * slices, blocks, device.processors))
-    splits = math.ceil(blocks / per_split)
-    parts = {f"part_{k}": new(splits, n) for k in ("sum", "peak", "top")}
-    parts |= {"part_moment": new(splits, n) if need_moment else None, "part_u": new(splits, n, d) if need_u else None}
     half = p.x.dtype == torch.float16
-    bound = None if uniform or half or not p.normalize_weight else _exponent_bound(p, factor)
+    convert = p.w.dtype != p.x.dtype or (half and p.normalize_weight)
+    factor = new(c if p.normalize_weight else 0)
+    bounded = p.normalize_weight and not uniform and not half
+    busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
+    tile = row_tile(d, p.x.dtype, need_u, not bounded and not uniform, busy, device.arch)
+    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * tile.keys)) * tile.keys if convert else c
+    slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
+    copy = p.x.new_empty(slab, d) if convert else None
+    blocks = math.ceil(slab / tile.keys)
+    splits = _splits(math.ceil(n / tile.queries) * (math.ceil(d / tile.width) if need_u else 1), blocks, device.processors)
+    start = 0.0 if convert else None
+    parts = {f"part_{k}": new(splits, n, fill=start) for k in ("sum", "moment")}
+    parts |= {f"part_{k}": new(splits, n, fill=None if start is None else -math.inf) for k in ("peak", "top")}
+    parts["part_u"] = new(splits, n, d, fill=start) if need_u else None
+
+    bound = None
     args = {
-        "x": p.x, "w": p.w, "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold, "labels": p.labels,
-        "class_factor": factor if p.normalize_weight else None, "bias": p.bias, "t": p.t, "bound": bound, **parts,
-        "n": n, "c": c, "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "blocks_per_split": per_split, "limit": LIMIT,
+        "x": p.x, "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold, "labels": p.labels, "bias": p.bias, "t": p.t,
+        **parts, "n": n, "stride_xn": p.x.stride(0), "limit": LIMIT, "class_factor": factor if p.normalize_weight and not convert else None,
     }  # fmt: skip
     switches = {"UNIFORM": uniform, "NEED_U": need_u, "NEED_MOMENT": need_moment}
     constants = {
-        "DIM": d, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": tile.queries, "BLOCK_C": tile.keys,
-        "FORM": p.form, "NORMALIZED": p.normalize_weight, "PRESCALE": p.normalize_weight and half, **switches,
-        "LIFT": FLOAT16_LIFT if half else 1.0, "PRECISION": precision(p.x.dtype, device),
+        **switches, "FORM": p.form, "RESUME": convert, "LIFT": FLOAT16_LIFT if half else 1.0,
+        "PRECISION": precision(p.x.dtype, device),
     }  # fmt: skip
-    for online in (False, True) if bound is not None else (not uniform,):
-        run(
-            Launch(row_pass_kernel, (row_blocks, splits, slices), args, constants | {"ONLINE": online}, tile.warps, tile.stages)
-        )
+    for first in range(0, c, slab):
+        count = min(slab, c - first)
+        if convert or p.normalize_weight:
+            _prepare(p, factor, copy, first, count, device, run)
+        if first == 0 and bounded:
+            bound = _exponent_bound(p, None if convert else factor)
+        w = copy[:count] if convert else p.w
+        slab_args = args | {"w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0)}
+        for online in (False, True) if bounded else (not uniform,):
+            t = row_tile(d, p.x.dtype, need_u, online, busy, device.arch)
+            grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
+            tile_args = {
+                "x_box": boxes(p.x, t.queries, t) if d > t.depth else None, "w_box": boxes(w, t.keys, t),
+                "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
+            }  # fmt: skip
+            switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
+            run(Launch(row_pass_kernel, grid, slab_args | tile_args, switch, t.warps, t.stages))
+
     total, top, moment, u = new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d)
-    out = {"total": total, "top": top, "moment": moment if need_moment else None, "u": u if need_u else None}
+    out = {"total": total, "top": top, "moment": moment, "u": u}
     width = min(128, power_of_two(d))
     constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, **switches}
-    run(Launch(combine_kernel, (math.ceil(n / 16), math.ceil(d / width) if need_u else 1), {**parts, **out, "n": n, "splits": splits}, constants))
+    grid = (math.ceil(n / 16), math.ceil(d / width) if need_u else 1)
+    run(Launch(combine_kernel, grid, {**parts, **out, "n": n, "splits": splits}, constants))
     return RowPass(total, top, moment, u, factor, torch.empty(0, dtype=torch.uint8, device=p.x.device))
 
 
@@ -124,19 +152,20 @@ def class_pass(
     """The class pass, by way of ``run``."""
     n, d = p.x.shape
     c = p.w.shape[0]
-    tile = class_tile(d, p.x.dtype, p.w.dtype, need_w, device.arch)
+    tile = class_tile(d, p.x.dtype, need_w, p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None, device.arch)
     dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
     db = p.x.new_empty(c, dtype=torch.float32) if need_bias else None
     half = p.x.dtype == torch.float16
     args = {
-        "x": p.x, "w": p.w, "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold, "labels": p.labels,
-        "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target, "bias_weight": row.bias if need_bias else None,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "w_box": boxes(p.w, tile.queries, tile) if d > tile.depth else None,
+        "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
+        "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target, "bias_weight": row.bias if need_bias else None,
         "class_factor": class_factor if p.normalize_weight else None, "bias": p.bias, "t": p.t,
         "lift": _lift(p, row) if half else None, "dw": dw, "db": db,
         "n": n, "c": c, "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0),
     }  # fmt: skip
     constants = {
-        "DIM": d, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": tile.keys, "BLOCK_C": tile.queries,
+        **cut(d, tile, tile.keys, tile.queries),
         "FORM": p.form, "NORMALIZED": p.normalize_weight, "PRESCALE": p.normalize_weight and half, "PRECISION": precision(p.x.dtype, device),
     }  # fmt: skip
     grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if need_w else 1)
@@ -144,16 +173,27 @@ def class_pass(
     return dw, db
 
 
-def _class_factor(p: Problem, device: Device, run: Callable[[Launch], None]) -> Tensor:
-    """1/|w_j| (C,), or (0,) where the weights are not normalised."""
-    c, d = p.w.shape
-    factor = p.x.new_empty(c if p.normalize_weight else 0, dtype=torch.float32)
-    if p.normalize_weight:
-        block = 256 if device.arch == "interpreter" else 16
-        args = {"w": p.w, "factor": factor, "c": c, "stride_wc": p.w.stride(0), "tiny": TINY}
-        constants = {"DIM": d, "BLOCK_C": block, "WIDTH": power_of_two(d)}
-        run(Launch(class_factor_kernel, (math.ceil(c / block),), args, constants))
-    return factor
+def _prepare(p: Problem, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Callable[[Launch], None]) -> None:
+    d = p.w.shape[1]
+    block = 256 if device.arch == "interpreter" else 16
+    args = {
+        "w": p.w, "factor": factor if p.normalize_weight else None, "copy": copy,
+        "first_class": first, "count": count, "stride_wc": p.w.stride(0), "tiny": TINY,
+    }  # fmt: skip
+    constants = {"DIM": d, "BLOCK_C": block, "WIDTH": power_of_two(d)}
+    run(Launch(prepare_kernel, (math.ceil(count / block),), args, constants))
+
+
+def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
+    """A tile as the kernels' compile-time arguments."""
+    return {"DIM": dim, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": block_n, "BLOCK_C": block_c}
+
+
+def boxes(v: Tensor, block: int, tile: Tile) -> TensorDescriptor | None:
+    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where its rows are not 16-byte aligned."""
+    if v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
+        return None
+    return TensorDescriptor(v, list(v.shape), list(v.stride()), [block, tile.depth])
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:
@@ -165,18 +205,18 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
     return max(range(1, max(1, min(blocks, 2 * processors // programs)) + 1), key=lambda s: (round(busy(s), 2), -s))
 
 
-def _exponent_bound(p: Problem, factor: Tensor) -> Tensor:
-    """(N,) how far from 0 the exponents of a row's terms, of their sum and of their products with a class factor can lie."""
+def _exponent_bound(p: Problem, factor: Tensor | None) -> Tensor:
+    """() how far from 0 the exponents of any row's terms, of their sum and, if given, of their products with a class factor can lie."""
     reach = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
     if p.form == forms.HARD_LINEAR:
         reach = (1 + p.t.abs()) * reach + p.t.abs()
     elif p.form == forms.HARD_QUADRATIC:
         reach = reach * torch.clamp_min(p.t.abs() + reach, 1)
-    low, high = torch.aminmax(torch.where(factor > 0, factor, 1.0))
-    spread = torch.maximum(high.log(), -low.log())
-    if p.bias is not None:
-        spread = spread + p.bias.abs().amax()
-    return p.scale.abs() * reach + spread + math.log(p.w.shape[0])
+    bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
+    if factor is not None:
+        low, high = torch.aminmax(torch.where(factor > 0, factor, 1.0))
+        bound = bound + torch.maximum(high.log(), -low.log())
+    return bound if p.bias is None else bound + p.bias.abs().amax()
 
 
 def _lift(p: Problem, row: RowWeights) -> Tensor:

@@ -3,141 +3,187 @@
 import triton
 import triton.language as tl
 
-from .tiles import IDENTITY, LN2, LOG2E, form_slope, form_value, load_centres, load_labels, load_tile, product, store_tile, wide
+from .tiles import (
+    IDENTITY,
+    LN2,
+    LOG2E,
+    fold_max,
+    fold_sum,
+    form_slope,
+    form_value,
+    halves,
+    load_labels,
+    load_tile,
+    product,
+    store_tile,
+    to_unit_range,
+    wide,
+)
 
 
 @triton.jit
-def class_factor_kernel(
+def prepare_kernel(
     w,  # (C, D)
-    factor,  # (C,) float32, out
-    c, stride_wc, tiny,
+    factor,  # (C,) float32, out, or None
+    copy,  # (count, D) in the product's dtype, out, or None
+    first_class, count, stride_wc, tiny,
     DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """1/|w_j|, 0 where |w_j| < tiny. Centres are brought to [1, 2) by a power of two first: squares neither overflow nor vanish."""
+    """For ``count`` classes from ``first_class``: 1/|w_j|, 0 where |w_j| < tiny, and the centres times that.
+
+    Centres are brought to [1, 2) by a power of two first: squares neither overflow nor vanish.
+    """
     first = tl.program_id(0) * BLOCK_C
-    tile = load_tile(w + wide(first) * stride_wc, stride_wc, c - first, 0, DIM, BLOCK_C, WIDTH).to(tl.float32)
-    largest = tl.max(tl.abs(tile), 1)
-    exponent = tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 253)
-    power = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tile = tile * power[:, None]
-    length = tl.sqrt_rn(tl.sum(tile * tile, 1))
-    a = tl.where(length < tiny * power, 0.0, power / length)
-    col = first + tl.arange(0, BLOCK_C)
-    tl.store(factor + col, a, mask=col < c)
+    slab = w + wide(first_class) * stride_wc
+    tile = load_tile(slab, None, stride_wc, first, count, 0, DIM, BLOCK_C, WIDTH).to(tl.float32)
+    if factor is not None:
+        power = to_unit_range(tl.max(tl.abs(tile), 1))
+        unit = tile * power[:, None]
+        length = tl.sqrt_rn(tl.sum(unit * unit, 1))
+        zero = length < tiny * power
+        col = first + tl.arange(0, BLOCK_C)
+        tl.store(factor + first_class + col, tl.where(zero, 0.0, power / length), mask=col < count)
+        tile = unit * tl.where(zero, 0.0, 1.0 / length)[:, None]
+    if copy is not None:
+        store_tile(copy, first, count, 0, tile, DIM, BLOCK_C, WIDTH)
+
+
+@triton.jit
+def add_to_tile(matrix, first, count, first_dim, value, decay, RESUME: tl.constexpr,
+                DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Store a tile, plus ``decay`` (BLOCK,) times what stands there where RESUME."""
+    if RESUME:
+        value += decay[:, None] * load_tile(matrix, None, DIM, first, count, first_dim, DIM, BLOCK, WIDTH)
+    store_tile(matrix, first, count, first_dim, value, DIM, BLOCK, WIDTH)
 
 
 @triton.jit
 def row_pass_kernel(
-    x, w,  # (N, D), (C, D)
+    x, w,  # (N, D), (count, D)
+    x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
     row_factor, scale, threshold, labels,  # (N,)
-    class_factor, bias,  # (C,)
+    class_factor,  # (C,), or None where w needs none
+    bias,  # (C,), or None
     t,  # ()
-    bound,  # (N,): the largest exponent that a row can meet, or None where it is not known
-    part_sum, part_peak, part_top, part_moment,  # (splits, N), out
-    part_u,  # (splits, N, D), out
-    n, c, stride_xn, stride_wc, blocks_per_split, limit,
+    bound,  # (): the largest exponent that a row can meet, or None where it is not known
+    part_sum, part_peak, part_top, part_moment,  # (splits, N)
+    part_u,  # (splits, N, D)
+    n, first_class, count, stride_xn, stride_wc, blocks_per_split, limit,
     DIM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    FORM: tl.constexpr, NORMALIZED: tl.constexpr, UNIFORM: tl.constexpr, ONLINE: tl.constexpr,
-    NEED_U: tl.constexpr, NEED_MOMENT: tl.constexpr, PRESCALE: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, UNIFORM: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
+    NEED_U: tl.constexpr, NEED_MOMENT: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows against one split of the classes; with NEED_U, slice ``program_id(2)`` of u's columns.
+    """One block of rows against one split of ``count`` classes from ``first_class``; with NEED_U, slice ``program_id(2)`` of u's columns.
 
-    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling of u in the
-    loop; a row block takes that way where its ``bound`` allows, and the launch of the other way leaves it alone.
+    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling of u in
+    the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME goes on from
+    the partial results of an earlier launch.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
+    PLAIN: tl.constexpr = FORM == IDENTITY and not NEED_MOMENT
     DTYPE: tl.constexpr = x.dtype.element_ty
     first_row = tl.program_id(0) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)
     in_n = row < n
     if bound is not None:
-        within = tl.load(bound + row, mask=in_n, other=0.0) <= limit
-        if (tl.sum(within.to(tl.int32), 0) == BLOCK_N) == ONLINE:
+        if (tl.load(bound) <= limit) == ONLINE:
             return
-    x_base = x + wide(first_row) * stride_xn
-    f = tl.load(row_factor + row, mask=in_n, other=0.0)[:, None]
-    s = tl.load(scale + row, mask=in_n, other=0.0)[:, None] * LOG2E
-    label = load_labels(labels, row, in_n)[:, None]
+    f = tl.load(row_factor + row, mask=in_n, other=0.0)[None, :]
+    s = tl.load(scale + row, mask=in_n, other=0.0)[None, :] * LOG2E
+    if PLAIN:  # the similarities themselves are not wanted
+        s *= f
+    own = (load_labels(labels, row, in_n) - first_class)[None, :]
     hard = 0.0
     lifted = 0.0
     if FORM != IDENTITY:
-        hard = tl.load(threshold + row, mask=in_n, other=0.0)[:, None]
+        hard = tl.load(threshold + row, mask=in_n, other=0.0)[None, :]
         lifted = tl.load(t)
     if WHOLE:
-        query = load_tile(x_base, stride_xn, n - first_row, 0, DIM, BLOCK_N, DEPTH)
+        query = tl.trans(load_tile(x, None, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH))
     first_dim = tl.program_id(2) * WIDTH
-    # One number per place of the tile; summed across at the end.
-    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    moment = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    top = tl.full((BLOCK_N, BLOCK_C), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
+    moment = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
+    top = tl.full((BLOCK_C // 2, BLOCK_N), float("-inf"), tl.float32)
     peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    out = wide(tl.program_id(1)) * n
+    if RESUME and ONLINE:
+        peak = tl.load(part_peak + out + row, mask=in_n, other=float("-inf"))
     if NEED_U:
-        u = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+        u = tl.zeros((WIDTH, BLOCK_N), tl.float32)
+    decayed = tl.full((BLOCK_N,), 1.0, tl.float32)
     first_block = tl.program_id(1) * blocks_per_split
-    for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(c, BLOCK_C))):
+    for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(count, BLOCK_C))):
         first = block * BLOCK_C
-        w_base = w + wide(first) * stride_wc
         col = first + tl.arange(0, BLOCK_C)
-        in_c = col < c
-        factor = 1.0
-        if NORMALIZED:
-            factor = tl.load(class_factor + col, mask=in_c, other=0.0)
+        in_c = col < count
+        cos = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
         if WHOLE:
-            key = load_centres(w_base, stride_wc, c - first, 0, factor, PRESCALE, DTYPE, DIM, BLOCK_C, DEPTH)
-            cos = product(query, tl.trans(key), None, PRECISION)
+            key = load_tile(w, w_box, stride_wc, first, count, 0, DIM, BLOCK_C, DEPTH)
+            if n > 0:  # always; see `product`
+                cos = product(key, query, cos, PRECISION)
         else:
-            cos = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
             for d in tl.range(0, DIM, DEPTH):
-                part = load_tile(x_base, stride_xn, n - first_row, d, DIM, BLOCK_N, DEPTH)
-                key = load_centres(w_base, stride_wc, c - first, d, factor, PRESCALE, DTYPE, DIM, BLOCK_C, DEPTH)
-                cos = product(part, tl.trans(key), cos, PRECISION)
-        if NORMALIZED and not PRESCALE:
-            cos = cos * factor[None, :]
-        cos = cos * f
+                part = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH)
+                key = load_tile(w, w_box, stride_wc, first, count, d, DIM, BLOCK_C, DEPTH)
+                cos = product(key, tl.trans(part), cos, PRECISION)
+        if class_factor is not None:
+            factor = tl.load(class_factor + first_class + col, mask=in_c, other=0.0)[:, None]
+            cos = cos * factor
+        if not PLAIN:
+            cos = cos * f
         value = form_value(cos, hard, lifted, FORM)
         logit = value * s
         raw = cos * s
         if bias is not None:
-            b = (tl.load(bias + col, mask=in_c, other=0.0) * LOG2E)[None, :]
+            b = (tl.load(bias + first_class + col, mask=in_c, other=0.0) * LOG2E)[:, None]
             logit += b
             raw += b
-        keep = in_c[None, :] & (col[None, :] != label)
-        top = tl.maximum(top, tl.where(keep, raw, float("-inf")))
+        keep = in_c[:, None] & (col[:, None] != own)
+        top = tl.maximum(top, fold_max(tl.where(keep, raw, float("-inf"))))
         if UNIFORM:
             g = keep.to(tl.float32)
-            total += tl.where(keep, logit, 0.0)
+            total += fold_sum(tl.where(keep, logit, 0.0))
         else:
             logit = tl.where(keep, logit, float("-inf"))
             if ONLINE:
-                higher = tl.maximum(peak, tl.max(logit, 1))
+                higher = tl.maximum(peak, tl.max(logit, 0))
                 base = tl.where(higher == float("-inf"), 0.0, higher)
-                decay = tl.exp2(peak - base)[:, None]
+                decay = tl.exp2(peak - base)
                 peak = higher
-                logit -= base[:, None]
-                total *= decay
-                moment *= decay
+                logit -= base[None, :]
+                decayed *= decay
+                total *= decay[None, :]
+                moment *= decay[None, :]
                 if NEED_U:
-                    u *= decay
+                    u *= decay[None, :]
             g = tl.exp2(logit)
-            total += g
+            total += fold_sum(g)
         if NEED_MOMENT:
-            moment += g * value
+            moment += fold_sum(g * value)
         if NEED_U:
             g = form_slope(g, cos, hard, lifted, FORM) * LIFT
-            if NORMALIZED and not PRESCALE:
-                g *= factor[None, :]
+            if class_factor is not None:
+                g *= factor
             if not WHOLE or WIDTH < DEPTH:
-                key = load_centres(w_base, stride_wc, c - first, first_dim, factor, PRESCALE, DTYPE, DIM, BLOCK_C, WIDTH)
-            u = product(g.to(DTYPE), key, u, PRECISION)
-    out = wide(tl.program_id(1)) * n
+                key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH)
+            u = product(tl.trans(key), g.to(DTYPE), u, PRECISION)
     if tl.program_id(2) == 0:
-        tl.store(part_sum + out + row, tl.sum(total, 1), mask=in_n)
+        mass, best, mean = tl.sum(total, 0), tl.max(top, 0), tl.sum(moment, 0)
+        if RESUME:
+            mass += decayed * tl.load(part_sum + out + row, mask=in_n, other=0.0)
+            best = tl.maximum(best, tl.load(part_top + out + row, mask=in_n, other=0.0))
+            if NEED_MOMENT:
+                mean += decayed * tl.load(part_moment + out + row, mask=in_n, other=0.0)
+        tl.store(part_sum + out + row, mass, mask=in_n)
         tl.store(part_peak + out + row, peak if ONLINE else tl.zeros((BLOCK_N,), tl.float32), mask=in_n)
-        tl.store(part_top + out + row, tl.max(top, 1), mask=in_n)
+        tl.store(part_top + out + row, best, mask=in_n)
         if NEED_MOMENT:
-            tl.store(part_moment + out + row, tl.sum(moment, 1), mask=in_n)
+            tl.store(part_moment + out + row, mean, mask=in_n)
     if NEED_U:
-        store_tile(part_u + (out + first_row) * DIM, DIM, n - first_row, first_dim, u * (1.0 / LIFT), DIM, BLOCK_N, WIDTH)
+        low, high = halves(u * (1.0 / LIFT))
+        part = part_u + out * DIM
+        add_to_tile(part, first_row, n, first_dim, tl.trans(low), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2)
+        add_to_tile(part, first_row, n, first_dim + WIDTH // 2, tl.trans(high), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2)
 
 
 @triton.jit
@@ -169,7 +215,7 @@ def combine_kernel(
         if NEED_MOMENT:
             mean += share * tl.load(part_moment + at + row, mask=in_n, other=0.0)
         if NEED_U:
-            joint += share[:, None] * load_tile(part_u + (at + first_row) * DIM, DIM, n - first_row, first_dim, DIM, BLOCK_N, WIDTH)
+            joint += share[:, None] * load_tile(part_u + at * DIM, None, DIM, first_row, n, first_dim, DIM, BLOCK_N, WIDTH)
     if UNIFORM:
         log_mass = mass
     else:
@@ -183,4 +229,4 @@ def combine_kernel(
         if NEED_MOMENT:
             tl.store(moment + row, mean, mask=in_n)
     if NEED_U:
-        store_tile(u + wide(first_row) * DIM, DIM, n - first_row, first_dim, joint, DIM, BLOCK_N, WIDTH)
+        store_tile(u, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH)

@@ -35,27 +35,34 @@ def power_of_two(dim: int) -> int:
     return max(32, 1 << (dim - 1).bit_length())
 
 
-def row_tile(dim: int, x: torch.dtype, w: torch.dtype, need_u: bool, arch: str) -> Tile:
+def row_tile(dim: int, dtype: torch.dtype, need_u: bool, online: bool, busy: bool, arch: str) -> Tile:
+    """``online`` and ``busy``: whether the loop carries a running maximum, or more than plain logits (a hard form, a bias, a moment)."""
     d = power_of_two(dim)
     if arch == "interpreter":
-        return Tile(16, 64, 64 if dim > 64 else d, 64 if dim > 64 else d, 1, 1)
-    if x == torch.float32:
+        return _interpreted(d)
+    if dtype == torch.float32:
         return Tile(64, 64, 32, min(d, 256), 8, 2)
     if not need_u:
-        return Tile(128, 128, 64, d, 8, 3)
+        return Tile(128, 64 if online or busy else 128, 64, d, 8, 3)
     if d > 512:
-        return Tile(64, 32, 128, 512, 8, 2)
-    return Tile(64, 32, d, d, 8, 2)
+        return Tile(32, 64, 128, 512, 8, 2)
+    return Tile(32 if online or busy else 64, 64, d, d, 8, 2)
 
 
-def class_tile(dim: int, x: torch.dtype, w: torch.dtype, need_w: bool, arch: str) -> Tile:
+def class_tile(dim: int, dtype: torch.dtype, need_w: bool, busy: bool, arch: str) -> Tile:
+    """``busy``: whether the loop carries more than plain logits (a hard form, a bias, a sum of logits)."""
     d = power_of_two(dim)
     if arch == "interpreter":
-        return Tile(64, 16, 64 if dim > 64 else d, 64 if dim > 64 else d, 1, 1)
-    if x == torch.float32:
+        return _interpreted(d)
+    if dtype == torch.float32:
         return Tile(64, 64, 32, min(d, 256), 8, 2)
     if not need_w:
-        return Tile(128, 128, 64, d, 8, 3)
+        return Tile(128, 64, 64, d, 8, 3)
     if d > 512:
-        return Tile(64, 32, 128, 512, 8, 2)
-    return Tile(64, 32, d, d, 8, 2)
+        return Tile(32, 64, 128, 512, 8, 2)
+    return Tile(32 if busy else 64, 64, d, d, 8, 2)
+
+
+def _interpreted(d: int) -> Tile:
+    """Under the interpreter every program costs the same; narrow columns, so that small tests take the ways of large D as well."""
+    return Tile(64, 128, min(d, 64), min(d, 64), 1, 1)

@@ -1,7 +1,9 @@
 """Tile code that both passes share. Everything here is inlined into the kernels.
 
-A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the queries
-and the centres the keys; in the class pass it is the other way round. Logits are kept in units of log 2, so that ``exp`` is one instruction.
+A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the queries and the
+centres the keys; in the class pass it is the other way round. Tiles of similarities stand as (keys, queries) and what is accumulated as (D,
+queries): so the weights are the second operand of the second product, which a Hopper matrix unit takes from shared memory, and no thread need hold
+a copy of another's. Logits are in units of log 2, so that ``exp`` is one instruction.
 """
 
 import triton
@@ -31,6 +33,13 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def to_unit_range(a):
+    """The power of two that brings each a >= 0 to [1, 2): for 0 the largest there is, and the smallest for what is near float32's end."""
+    exponent = tl.minimum((a.to(tl.int32, bitcast=True) >> 23) & 255, 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def form_value(c, threshold, t, FORM: tl.constexpr):
     """N(c) of a tile of similarities; ``threshold`` broadcasts against it."""
     if FORM == HARD_LINEAR:
@@ -51,39 +60,52 @@ def form_slope(g, c, threshold, t, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, stride, count, first_dim, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """(BLOCK, WIDTH) of a matrix from its row ``base``, of which ``count`` rows are left, and column ``first_dim``; zeros outside.
+def load_tile(matrix, box, stride, first, count, first_dim, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
 
-    Offsets inside a tile fit in 32 bits; the caller moves ``base`` in 64.
+    ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile and 32-bit
+    inside it.
     """
+    if box is not None:
+        return box.load([first, first_dim])
     row = tl.arange(0, BLOCK)
     dim = first_dim + tl.arange(0, WIDTH)
-    at = base + row[:, None] * stride + dim[None, :]
-    if DIM % WIDTH == 0:
-        return tl.load(at, mask=row[:, None] < count, other=0.0)
-    return tl.load(at, mask=(row[:, None] < count) & (dim[None, :] < DIM), other=0.0)
+    at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
+    inside = row[:, None] < count - first
+    if DIM % WIDTH != 0:
+        inside &= dim[None, :] < DIM
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_centres(base, stride, count, first_dim, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr,
-                 DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """A tile of class centres in the product's dtype, times ``factor`` (BLOCK,) where PRESCALE.
-
-    float16 needs that, since a centre of any norm must fit; the other dtypes have float32's range and take the factor after the product.
-    """
-    w = load_tile(base, stride, count, first_dim, DIM, BLOCK, WIDTH)
-    if PRESCALE:
-        w = w.to(tl.float32) * factor[:, None]
-    return w.to(DTYPE)
+def store_tile(matrix, first, count, first_dim, value, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The reverse of :func:`load_tile` into a contiguous matrix, in its dtype."""
+    row = tl.arange(0, BLOCK)
+    dim = first_dim + tl.arange(0, WIDTH)
+    at = matrix + wide(first) * DIM + row[:, None] * DIM + dim[None, :]
+    inside = row[:, None] < count - first
+    if DIM % WIDTH != 0:
+        inside &= dim[None, :] < DIM
+    tl.store(at, value.to(matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def store_tile(base, stride, count, first_dim, value, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """The reverse of :func:`load_tile`, in the destination's dtype."""
-    row = tl.arange(0, BLOCK)
-    dim = first_dim + tl.arange(0, WIDTH)
-    at = base + row[:, None] * stride + dim[None, :]
-    tl.store(at, value.to(base.dtype.element_ty), mask=(row[:, None] < count) & (dim[None, :] < DIM))
+def halves(a):
+    """The upper and the lower half of the rows of ``a``: what is turned around and stored piece by piece needs less scratch memory and fewer registers."""
+    return tl.split(tl.permute(tl.reshape(a, (2, a.shape[0] // 2, a.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def fold_sum(a):
+    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart, which lie in one thread where a matrix unit gave the tile, added up. A loop keeps
+    its running sums so and adds across threads only once, at its end."""
+    return tl.reshape(tl.sum(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
+
+
+@triton.jit
+def fold_max(a):
+    """As :func:`fold_sum`, the largest."""
+    return tl.reshape(tl.max(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
 
 
 @triton.jit

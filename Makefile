@@ -28,7 +28,7 @@ format: $(READY)
 
 # The build tools are pinned too, so the package is built with them instead of in an environment of its own.
 # Installed in place: edits of Python files need nothing, edits of C++ files rebuild here.
-$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*)
+$(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*.h csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -r requirements.lock
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .

@@ -16,7 +16,7 @@ class MetricLearning(Provider):
     name = "pytorch-metric-learning"
     note = "ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss"
     package = "pytorch-metric-learning"
-    logit_copies, weight_copies = 7.0, 3.0
+    logit_copies, weight_copies = 7.0, 5.2  # one of them its own copy of the centres
 
     def build(self, case: Case, w: Tensor) -> Work:
         from pytorch_metric_learning import losses

@@ -15,11 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forms, verify
+from .. import margins as m
 from ..head import MarginHead
 from ..margins import Margin, Rows
 
-#: Scales and margins fit for a small network and a few thousand identities, where they differ from those of :mod:`marginkernels.verify`.
-TRAINING: dict[str, Callable[[int], Margin]] = {}
+#: Scale and margins fit for a small network and a few thousand identities: milder than those that :mod:`marginkernels.verify` compares.
+SCALE, ANGLE, COSINE = 32.0, 0.3, 0.2
+TRAINING: dict[str, Callable[[int], Margin]] = {
+    "sphereface": lambda c: m.SphereFace(margin=2),
+    "sphereface-fnorm": lambda c: m.SphereFace(margin=2, scale=SCALE),
+    "cosface": lambda c: m.CosFace(SCALE, COSINE),
+    "arcface": lambda c: m.ArcFace(SCALE, ANGLE),
+    **{f"arcface-{how}": lambda c, how=how: m.ArcFace(SCALE, ANGLE, beyond_pi=how) for how in ("none", "easy", "continuous", "clip")},
+    "arcface-detached": lambda c: m.ArcFace(SCALE, ANGLE, gradient="detached"),
+    "combined": lambda c: m.CombinedMargin(SCALE, m1=1.1, m2=0.15, m3=0.1),
+    "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
+    "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
+    "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
+    "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
+}
 
 
 def names() -> list[str]:

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from .. import verify
 from ..margins import Rows
-from . import heads
 from .data import SIZE, Glyphs
 from .train import Trained
 
@@ -101,13 +101,13 @@ def losses(runs: Sequence[Trained], path: Path) -> Path:
 
 
 def target_logits(num_classes: int, path: Path) -> Path:
-    """T(cos theta) and its slope for every head; heads with the same curves share a line."""
+    """T(cos theta) and its slope for every head with its usual margin; heads with the same curves share a line."""
     theta = torch.linspace(0, torch.pi, 721, dtype=torch.float64)
     cos = theta.cos()
     unit = torch.ones(len(theta), 1, dtype=torch.float64)
     groups: list[tuple[torch.Tensor, torch.Tensor, list[str]]] = []
-    for name in heads.names():
-        margin = heads.make(name, num_classes)
+    for name, make in verify.HEADS.items():
+        margin = make(num_classes)
         margin.bind(num_classes)
         margin.eval()
         with torch.no_grad():

@@ -28,12 +28,12 @@ WATCHED = 4096
 class Settings:
     """How to train; ``steps`` overrides ``epochs``."""
 
-    epochs: float = 16
+    epochs: float = 8
     steps: int | None = None
     batch_size: int = 256
     dim: int = 128
     width: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     weight_decay: float = 0.05
     seed: int = 0
     device: str = "cpu"

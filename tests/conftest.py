@@ -1,4 +1,15 @@
+import os
+
 import pytest
+
+
+def pytest_configure(config):
+    # Workers share the cores: as many threads each as there are cores would spend their time waiting for each other.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_addoption(parser):

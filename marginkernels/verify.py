@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import margins as m
+from .backend import reference
 from .functional import margin_cross_entropy
 
 #: Largest relative error ||got - want|| / ||want|| in loss and in each gradient, by the embeddings' dtype.
@@ -97,6 +98,19 @@ def run(case: Case, margin: m.Margin, backend: str, *, dtype: torch.dtype | None
     if b is not None:
         out["dbias"] = b.grad
     return out | {f"d{name}": p.grad for name, p in margin.named_parameters()}
+
+
+def eager(case: Case, margin: m.Margin) -> dict[str, Tensor]:
+    """What plain PyTorch gets when all of it is computed in the embeddings' dtype: the measure of what error is fair. As :func:`run`."""
+    margin = copy.deepcopy(margin).to(case.x.device)
+    margin.bind(case.w.shape[0])
+    leaves = {"dx": case.x, "dw": case.w} | ({} if case.bias is None else {"dbias": case.bias})
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in leaves.items()}
+    labels = torch.where(case.labels < 0, -1, case.labels)
+    losses, _ = reference.losses(leaves["dx"], leaves["dw"], labels, margin, leaves.get("dbias"), 0.0, case.x.dtype)
+    loss = losses.sum() / (labels >= 0).sum().clamp_min(1)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: v.grad for name, v in leaves.items()}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from marginkernels import verify
 from marginkernels.backend import FUSED
@@ -16,3 +17,22 @@ def test_every_head(backend, head, shape):
     for dtype in FUSED[backend].dtypes:
         found = verify.errors(verify.Case.random(*shape, dtype), verify.HEADS[head](shape[2]), backend)
         assert max(found.values()) <= verify.TOLERANCE[dtype], (dtype, found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", verify.HEADS)
+def test_no_worse_than_eager(backend, head):
+    """At most three times the error that eager PyTorch makes in the same dtype, on two problems of awkward shape."""
+    for shape in ((31, 64, 1000), (25, 123, 507)):
+        for dtype in FUSED[backend].dtypes:
+            if dtype == torch.float64:
+                continue
+            case = verify.Case.random(*shape, dtype, seed=3, bias=head == "softmax")
+            margin = verify.HEADS[head](shape[2])
+            want = verify.run(case, margin, "reference", dtype=torch.float64)
+            fair = verify.eager(case, margin)
+            got = verify.run(case, margin, backend)
+            for name in fair:
+                ours, theirs = (verify.relative_error(v[name], want[name]) for v in (got, fair))
+                # One rounding of the result is nobody's error.
+                assert ours <= 3 * theirs + torch.finfo(want[name].float().dtype).eps, (shape, dtype, name, ours, theirs)

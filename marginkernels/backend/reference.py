@@ -27,10 +27,19 @@ def normalize(v: Tensor) -> Tensor:
 
 
 def losses(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, margin: Margin, bias: Tensor | None, label_smoothing: float
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    bias: Tensor | None,
+    label_smoothing: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`."""
-    dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
+    """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`.
+
+    Computed in ``dtype``; by default the inputs' own, but at least float32.
+    """
+    dtype = dtype or torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
     x, w = embeddings.to(dtype), weight.to(dtype)
     b = 0 if bias is None else bias.to(dtype)
     c = w.shape[0]

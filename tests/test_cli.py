@@ -47,7 +47,16 @@ def test_runs_as_a_module():
     assert json.loads(done.stdout)["marginkernels"] == mk.__version__
 
 
-def test_check_passes(capsys):
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+def test_check_passes(capsys, threads):
     status, rows, out = check(capsys, "--dtype", "float32", "--dtype", "float64")
     assert status == 0
     assert "All within bounds" in out

@@ -5,6 +5,9 @@
 
 #include "fused.h"
 #include "slab.h"
+#if defined(MK_EMULATE)
+#include "hopper.h"
+#endif
 
 namespace py = pybind11;
 
@@ -108,5 +111,19 @@ PYBIND11_MODULE(MK_MODULE, m) {
   m.def("fused_shared_bytes", &mk::fused_shared_bytes);
   m.attr("TILE_KEPT") = mk::TILE_KEPT;
   m.attr("TILE_STREAMED") = mk::TILE_STREAMED;
+#endif
+#if defined(MK_EMULATE)  // for tests
+  m.def("fragment_row", &mk::hopper::fragment_row);
+  m.def("fragment_column", &mk::hopper::fragment_column);
+  m.def("swizzled", &mk::hopper::swizzled);
+  m.def("weight_offset", &mk::hopper::weight_offset<mk::TILE_STREAMED>);
+  m.def("weight_descriptor", &mk::hopper::weight_descriptor<mk::TILE_STREAMED>);
+  m.def("along_sum", &mk::hopper::along_sum);
+  m.def("across_sum", &mk::hopper::across_sum);
+  m.def("wait_for_ever", [] {
+    emulate::launch(dim3(1), dim3(32), [] {
+      if (threadIdx.x != 0) __syncthreads();
+    });
+  });
 #endif
 }

@@ -136,4 +136,4 @@ class HopperBackend(CudaBackend):
 
 def slab_width(c: int, limit: int) -> int:
     """Classes of a slab: at most ``limit``, a multiple of ``GROUP``."""
-    return min(limit // GROUP, -(-c // GROUP)) * GROUP
+    return min(max(limit // GROUP, 1), -(-c // GROUP)) * GROUP

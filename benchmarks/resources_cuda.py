@@ -1,0 +1,83 @@
+"""What each CUDA C++ kernel takes of a GPU, as nvcc reports it; needs nvcc, but neither a GPU nor the built extension."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+#: Which sources are compiled for an architecture: the fused kernels use instructions of 9.0 alone.
+FILES = {"sm_80": ("slab.cu",), "sm_90": ("slab.cu", "fused.cu")}
+
+
+def unavailable() -> str | None:
+    """Why nothing can be collected here, or None."""
+    missing = [name for name in ("nvcc", "c++filt") if not shutil.which(name)]
+    return f"no {' and no '.join(missing)} on the PATH" if missing else None
+
+
+def compile_source(source: str, arch: str) -> str:
+    """nvcc's report on ``csrc/cuda/<source>`` for ``arch`` ("sm_80"; "sm_90" stands for sm_90a where the source needs it).
+
+    Raises:
+        RuntimeError: with the compiler's words where it fails.
+    """
+    number = arch.removeprefix("sm_") + ("a" if source == "fused.cu" else "")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas=-v", "-c"]
+        done = subprocess.run([*command, str(SOURCES / source), "-o", f"{folder}/out.o"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source} for {arch}: {done.stderr[-2000:]}")
+    return done.stdout + done.stderr
+
+
+def parse(report: str) -> list[dict]:
+    """One record for each kernel of an nvcc report: ``kernel``, ``registers`` a thread, ``stack_bytes`` and ``spill_bytes`` a thread,
+    ``shared_bytes`` a block (without what a launch asks for besides)."""
+    blocks = report.split("Compiling entry function '")[1:]
+    names = subprocess.run(["c++filt"], input="\n".join(b.split("'")[0] for b in blocks), capture_output=True, text=True, check=True)
+    records = []
+    for name, block in zip(names.stdout.splitlines(), blocks, strict=True):
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups()
+        )
+        shared = re.search(r"(\d+) bytes smem", block)
+        records.append({
+            "kernel": readable(name),
+            "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
+            "stack_bytes": stack,
+            "spill_bytes": stores + loads,
+            "shared_bytes": int(shared.group(1)) if shared else 0,
+        })  # fmt: skip
+    return records
+
+
+def readable(name: str) -> str:
+    """``finish_kernel<float32, bfloat16>`` of a C++ signature."""
+    name = name.replace("mk::(anonymous namespace)::", "").removeprefix("void ").split("(")[0]
+    return (
+        name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16").replace("float,", "float32,").replace("float>", "float32>")
+    )
+
+
+def collect(archs: Iterable[str]) -> list[dict]:
+    """Records of :func:`parse` for every kernel and architecture of ``archs`` that there are sources for, each with ``backend`` and
+    ``arch``. Where the extension is built, the shared memory that launches of the fused kernels ask for is added."""
+    try:
+        dynamic = importlib.import_module("marginkernels._cuda").fused_shared_bytes
+    except (ImportError, AttributeError):
+        dynamic = None
+    records = []
+    for arch in archs:
+        for source in FILES.get(arch.removesuffix("a"), ("slab.cu",)):
+            backend = "hopper" if source == "fused.cu" else "cuda"
+            records += [{"backend": backend, "arch": arch, **r} for r in parse(compile_source(source, arch.removesuffix("a")))]
+    for record in records:
+        if dynamic and record["kernel"].startswith("fused_kernel"):
+            record["shared_bytes"] += dynamic(int(record["kernel"].split(", ")[1]))
+    return records

@@ -1,0 +1,317 @@
+"""The CUDA kernels' own sources on a CPU, under csrc/cuda/emulate.h: the two backends against the float64 reference, pass by pass against
+the slab backend, and the layouts against the PTX manual's tables. On a GPU, the compiled kernels themselves."""
+
+import fcntl
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from marginkernels import forms, verify
+from marginkernels.backend import FUSED, cuda, hopper
+from marginkernels.backend.base import Problem, RowWeights
+from marginkernels.backend.slab import SlabBackend
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+DTYPES = {"cuda": (torch.float32, torch.bfloat16, torch.float16), "hopper": (torch.bfloat16, torch.float16)}
+EVERY = [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes]
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The sources compiled for the CPU; once, whichever worker comes first."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
+    if compiler is None or not Path("/proc").exists():
+        pytest.skip("the emulation needs g++ or clang++ on Linux")
+    folder = tmp_path_factory.getbasetemp().parent / "emulated_cuda"
+    folder.mkdir(exist_ok=True)
+    target = folder / "emulated_cuda.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            command = [
+                compiler,
+                "-std=c++17",
+                "-O2",
+                "-fPIC",
+                "-shared",
+                "-U_FORTIFY_SOURCE",
+                "-Wall",
+                "-Wno-unknown-pragmas",
+                "-DMK_EMULATE",
+            ]
+            command += ["-DMK_FUSED", "-DMK_MODULE=emulated_cuda", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+            command += ["-x", "c++", *(str(SOURCES / name) for name in ("slab.cu", "fused.cu", "module.cpp")), "-o", str(target) + ".new"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            Path(f"{target}.new").rename(target)
+    spec = importlib.util.spec_from_file_location("emulated_cuda", target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EmulatedCuda(cuda.CudaBackend):
+    device_types = ("cpu",)
+
+
+class EmulatedHopper(hopper.HopperBackend):
+    device_types = ("cpu",)
+
+    def multiprocessors(self, device):
+        return 6
+
+
+@pytest.fixture
+def emulated(kernels, monkeypatch):
+    """Both backends by name, on the CPU, with slabs so narrow that small problems have several."""
+    monkeypatch.setattr(cuda, "MAX_WIDTH", 256)
+    monkeypatch.setattr(cuda, "ROW_THREADS", {False: 64, True: 64})
+    monkeypatch.setattr(hopper, "ROW_SLAB_BYTES", 256 * 2 * 128)
+    monkeypatch.setattr(hopper, "CLASS_SLAB_BYTES", 256 * 6 * 128)
+    for name, kind in (("cuda", EmulatedCuda), ("hopper", EmulatedHopper)):
+        backend = kind()
+        backend.kernels = kernels
+        monkeypatch.setitem(FUSED, name, backend)
+    return FUSED
+
+
+@pytest.mark.parametrize(("name", "head"), list(itertools.product(DTYPES, verify.HEADS)))
+def test_every_head(emulated, name, head):
+    number = list(verify.HEADS).index(head)
+    dtype = DTYPES[name][number % len(DTYPES[name])]  # each dtype meets every kind of head; the passes below meet each form in each
+    case = verify.Case.random(70, 128, 391, dtype, bias=number % 2 == 1, weight_dtype=torch.float32)
+    for options in ({}, {"label_smoothing": 0.1}):
+        found = verify.errors(case, verify.HEADS[head](391), name, **options)
+        assert max(found.values()) <= verify.TOLERANCE[dtype], (dtype, options, found)
+
+
+@pytest.mark.parametrize(("name", "dim"), [("hopper", 256), ("hopper", 512), ("cuda", 33), ("cuda", 2)])
+def test_dimensions(emulated, name, dim):
+    for head in ("l2-softmax", "curricularface"):
+        found = verify.errors(verify.Case.random(37, dim, 301, torch.bfloat16), verify.HEADS[head](301), name)
+        assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], found
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 128, 1), (1, 128, 2), (2, 128, 256), (65, 128, 33), (130, 128, 3)])
+def test_small_shapes(emulated, name, shape):
+    case = verify.Case.random(*shape, torch.bfloat16, ignored=False)
+    want = verify.run(case, verify.HEADS["cosface"](shape[2]), "reference", dtype=torch.float64)
+    got = verify.run(case, verify.HEADS["cosface"](shape[2]), name)
+    for key, value in want.items():  # with one class all of it is 0, hence the absolute part
+        assert (got[key] - value).norm() <= 3e-2 * value.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_norms_far_from_one(emulated, name, dtype):
+    """Centres of norm 1e18, 1e-18 and 0, in float32, and embeddings of the like where the dtype holds them."""
+    case = verify.Case.random(70, 128, 517, dtype, weight_dtype=torch.float32)
+    case.w[3::5] *= 1e18
+    case.w[4::5] *= 1e-18
+    case.w[7] = 0
+    if dtype != torch.float16:
+        case.x[::3] *= 1e18
+        case.x[1::3] *= 1e-18
+    want = verify.run(case, verify.HEADS["arcface"](517), "reference", dtype=torch.float64)
+    got = verify.run(case, verify.HEADS["arcface"](517), name)
+    tolerance = verify.TOLERANCE[dtype]
+    assert verify.relative_error(got["loss"], want["loss"]) <= tolerance
+    for part in (slice(3, None, 5), slice(4, None, 5), slice(0, None, 5)):  # each size by itself: the largest gradients hide the rest
+        assert verify.relative_error(got["dw"][part], want["dw"][part]) <= tolerance
+    assert (got["dw"][7] == 0).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_strided_centres_and_crowded_classes(emulated, name):
+    """Centres that are columns of a larger tensor; all rows of one class; labels of other shards."""
+    case = verify.Case.random(70, 128, 300, torch.bfloat16, weight_dtype=torch.float32, bias=True)
+    wide = torch.randn(300, 200)
+    wide[:, :128] = case.w
+    labels = torch.full((70,), 299)
+    labels[5] = -100
+    got, want = ({}, {})
+    for out, w, backend, dtype in ((got, wide[:, :128], name, None), (want, case.w, "reference", torch.float64)):
+        out |= verify.run(verify.Case(case.x, w, labels, case.bias), verify.HEADS["arcface"](300), backend, dtype=dtype)
+    assert max(verify.relative_error(got[k], want[k]) for k in want) <= verify.TOLERANCE[torch.bfloat16]
+
+
+def _problem(dtype, form, bias, normalize=True):
+    torch.manual_seed(0)
+    case = verify.Case.random(70, 128, 300, dtype, weight_dtype=torch.float32, bias=bias)
+    x = case.x / case.x.norm(dim=1, keepdim=True) * 0.7
+    scale, threshold = torch.rand(70) * 20 + 1, torch.rand(70) * 0.2 - 0.1
+    hard = form != forms.IDENTITY
+    labels = case.labels.clone()
+    labels[:3] = torch.tensor([-1, 300, 2**40])  # none of them is here
+    t = torch.tensor(0.3) if hard else None
+    return Problem(x, torch.full((70,), 1 / 0.7), case.w, case.bias, labels, scale,
+                   threshold if hard else None, t, form, normalize)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form", "uniform"), list(itertools.product(DTYPES, forms.NAMES, (False, True))))
+def test_passes_against_the_slab_backend(emulated, name, form, uniform):
+    """Everything the two passes may be asked for, and for nothing else, against plain PyTorch."""
+    for dtype, bias, normalize in ((DTYPES[name][0], True, True), (torch.float16, False, False)):
+        p = _problem(dtype, form, bias, normalize)
+        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+        for need_u, need_moment in ((True, True), (False, False)):
+            options = {"uniform": uniform, "need_u": need_u, "need_moment": need_moment, "workspace": 0}
+            got, want = (b.row_pass(p, **options) for b in (emulated[name], SlabBackend()))
+            for field in ("total", "moment", "u", "class_factor", *(() if uniform else ("top",))):
+                torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=tolerance, atol=tolerance * 20)
+        lse = SlabBackend().row_pass(p, **options | {"uniform": False}).total
+        rest = torch.rand(4, 70)
+        row = RowWeights(lse, rest[0], rest[1] if uniform else None, rest[2] - 0.5, rest[3])
+        for need_w, need_bias in ((True, True), (True, False), (False, True)):
+            options = {"need_w": need_w, "need_bias": need_bias}
+            got_w, got_b = emulated[name].class_pass(p, row, want.class_factor, want.kept, **options)
+            want_w, want_b = SlabBackend().class_pass(p, row, want.class_factor, want.kept, **options)
+            for got_one, want_one in ((got_w, want_w), (got_b, want_b)):
+                assert (got_one is None) == (want_one is None)
+                if got_one is not None:
+                    assert verify.relative_error(got_one, want_one) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES["cuda"])
+def test_workspace(emulated, monkeypatch, dtype):
+    """What is kept is within the limit, spares the class pass its products there, and changes nothing but rounding."""
+    backend, calls = emulated["cuda"], []
+    size = cuda._kept_bytes(70, 256, dtype)
+    assert [backend.workspace_bytes(70, 1000, dtype, k) for k in (0, size - 1, size, 2 * size + 5, 10**9)] == [
+        0,
+        0,
+        size,
+        2 * size,
+        4 * size,
+    ]
+    case = verify.Case.random(70, 33, 1000, dtype)
+    class_slab = backend.kernels.class_slab
+
+    class Spy:
+        def __getattr__(self, name):
+            return (
+                (lambda *a, **k: (calls.append(k["start"]), class_slab(*a, **k))) if name == "class_slab" else getattr(class_kernels, name)
+            )
+
+    class_kernels = backend.kernels
+    monkeypatch.setattr(backend, "kernels", Spy())
+    for head in ("arcface", "curricularface"):
+        calls.clear()
+        found = verify.errors(case, verify.HEADS[head](1000), "cuda", workspace_mb=2.5 * size / 2**20)
+        assert max(found.values()) <= verify.TOLERANCE[dtype], found
+        assert calls == [512, 768]
+
+
+def test_a_missing_or_unknown_argument_is_an_error(kernels):
+    with pytest.raises(KeyError, match="missing argument"):
+        kernels.centres(0, 0, 0, w=None)
+    with pytest.raises(KeyError, match="does not have"):
+        kernels.combine(0, peak=None, total=None, moment=None, top=None, u=None, out_total=None, out_moment=None, out_top=None, out_u=None,
+                        gain=1.0, n=0, d=0, splits=0, uniform=False, more=1)  # fmt: skip
+
+
+def test_layouts(kernels):
+    """csrc/cuda/hopper.h against the tables of the PTX manual, written out another way."""
+    places = {(kernels.fragment_row(t, i), kernels.fragment_column(t, i)) for t in range(128) for i in range(16)}
+    assert places == set(itertools.product(range(64), range(32)))  # each element of a 64 x 32 accumulator once
+    for t, i, row, column in (
+        (0, 0, 0, 0),
+        (0, 1, 0, 1),
+        (0, 2, 8, 0),
+        (1, 0, 0, 2),
+        (4, 0, 1, 0),
+        (0, 4, 0, 8),
+        (33, 7, 24, 11),
+        (127, 127, 63, 255),
+    ):
+        assert (kernels.fragment_row(t, i), kernels.fragment_column(t, i)) == (row, column)
+    # 128-byte swizzle: sixteen-byte unit u of row r goes to unit u xor r.
+    for r, u in itertools.product(range(32), range(8)):
+        assert kernels.swizzled(r * 128 + u * 16 + 6) == r * 128 + (u ^ (r % 8)) * 16 + 6
+    # Core matrices of eight rows of sixteen bytes, four side by side.
+    assert sorted(kernels.weight_offset(r, c) for r in range(64) for c in range(32)) == list(range(0, 64 * 32 * 2, 2))
+    assert kernels.weight_offset(1, 0) == 16
+    assert kernels.weight_offset(0, 8) == 128
+    assert kernels.weight_offset(8, 0) == 512
+    # Descriptor: address, leading and stride offsets in sixteen bytes at bits 0, 16 and 32; 1 at bit 62 is the 128-byte swizzle.
+    assert kernels.along_sum(0x12340) == 0x1234 | 1 << 16 | 64 << 32 | 1 << 62
+    assert kernels.across_sum(0x400, 4096) == 0x40 | 256 << 16 | 64 << 32 | 1 << 62
+    assert kernels.weight_descriptor(0x800) == 0x80 | 8 << 16 | 32 << 32
+    assert all(kernels.fused_shared_bytes(d) <= 227 * 1024 for d in hopper.HopperBackend.dims)
+
+
+def test_emulation_notices_a_deadlock(kernels):
+    with pytest.raises(RuntimeError, match="none can go on"):
+        kernels.wait_for_ever()
+
+
+def test_never_chosen_by_auto_before_it_is_proven():
+    for name in DTYPES:
+        assert not FUSED[name].proven
+        assert "never run on a GPU" in FUSED[name].note
+
+
+def _on_gpu(name):
+    backend = FUSED[name]
+    reason = backend.unavailable() or backend.refuses("cuda", torch.bfloat16, torch.float32, 128)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "head"), list(itertools.product(DTYPES, verify.HEADS)))
+def test_every_head_on_the_gpu(name, head):
+    _on_gpu(name)
+    for dtype, (n, d, c) in itertools.product(DTYPES[name], [(70, 128, 517), (129, 256, 20_011), (300, 512, 70_001)]):
+        case = verify.Case.random(n, d, c, dtype, weight_dtype=torch.float32, device="cuda")
+        for options in ({}, {"label_smoothing": 0.1}, {"workspace_mb": 8.0}):
+            found = verify.errors(case, verify.HEADS[head](c), name, **options)
+            assert max(found.values()) <= verify.TOLERANCE[dtype], (dtype, d, options, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DTYPES)
+def test_bits_repeat_on_the_gpu(name):
+    _on_gpu(name)
+    case = verify.Case.random(1000, 512, 100_003, torch.bfloat16, weight_dtype=torch.float32, device="cuda")
+    first = verify.run(case, verify.HEADS["arcface"](100_003), name)
+    for _ in range(5):
+        assert all(torch.equal(v, first[k]) for k, v in verify.run(case, verify.HEADS["arcface"](100_003), name).items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DTYPES)
+def test_graph_capture(name):
+    """Both passes are captured in a CUDA graph, and a replay sees new inputs."""
+    _on_gpu(name)
+    case = verify.Case.random(256, 512, 20_000, torch.bfloat16, weight_dtype=torch.float32, device="cuda", ignored=False)
+    p = Problem(case.x * 0.01, torch.full((256,), 3.0, device="cuda"), case.w, None, case.labels, torch.full((256,), 20.0, device="cuda"),
+                None, None, forms.IDENTITY, True)  # fmt: skip
+    row = None
+
+    def step():
+        out = FUSED[name].row_pass(p, uniform=False, need_u=True, need_moment=False, workspace=0)
+        weights = RowWeights(out.total, row, None, row, None)
+        return out.total, out.u, FUSED[name].class_pass(p, weights, out.class_factor, out.kept, need_w=True, need_bias=False)[0]
+
+    row = torch.rand(256, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    p.x.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)

@@ -1,0 +1,75 @@
+"""The CUDA sources compile where there is nvcc, with or without a GPU, and take of the GPU what they should."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from benchmarks import resources_cuda
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(resources_cuda.unavailable() is not None, reason=str(resources_cuda.unavailable()))
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("source", "arch", "count"), [("slab.cu", "sm_80", 24), ("fused.cu", "sm_90", 13)])
+def test_no_stack_no_spills_nothing_serialized(source, arch, count):
+    report = resources_cuda.compile_source(source, arch)
+    records = resources_cuda.parse(report)
+    assert len(records) == count
+    for record in records:
+        assert record["stack_bytes"] == record["spill_bytes"] == 0, record
+    assert "warning" not in report, report
+    # What ptxas says of warpgroup products that it could not keep asynchronous.
+    assert "serialized" not in report, report
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return load("setup", ROOT / "setup.py")
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+def test_setup_builds_for_what_is_asked(setup_module, tmp_path, monkeypatch):
+    """Without a GPU and without a PyTorch that has CUDA; the fused kernels only where 9.0 is asked for."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    setup_module.build_cuda(tmp_path / "_cuda.so", tmp_path / "objects")
+    built = load("_cuda", tmp_path / "_cuda.so")
+    assert hasattr(built, "row_slab")
+    assert not hasattr(built, "fused_row")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("wanted", "what"), [("Hopper", "expected numbers"), ("7.5", "8.0 or later")])
+def test_setup_refuses_architectures(setup_module, monkeypatch, wanted, what):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    with pytest.raises(setup_module.CannotBuild, match=what):
+        setup_module.build_cuda(Path("unused.so"), Path("unused"))
+
+
+def test_setup_says_that_nvcc_is_missing(setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    with pytest.raises(setup_module.CannotBuild, match="no nvcc on the PATH"):
+        setup_module.build_cuda(tmp_path / "_cuda.so", tmp_path)
+
+
+def test_report_is_read():
+    report = """ptxas info    : Compiling entry function '_ZN2mk12_GLOBAL__N_110row_kernelI6__halfEEvNS_7RowSlabE' for 'sm_80'
+ptxas info    : Function properties for _ZN2mk12_GLOBAL__N_110row_kernelI6__halfEEvNS_7RowSlabE
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 31 registers, used 1 barriers, 256 bytes smem, 504 bytes cmem[0]
+"""
+    if resources_cuda.unavailable() and "c++filt" in resources_cuda.unavailable():
+        pytest.skip(resources_cuda.unavailable())
+    assert resources_cuda.parse(report) == [
+        {"kernel": "row_kernel<float16>", "registers": 31, "stack_bytes": 16, "spill_bytes": 20, "shared_bytes": 256}
+    ]

@@ -46,8 +46,9 @@ class Provider(ABC):
     dtypes: tuple[str, ...] = tuple(DTYPES)
     #: Heads whose target gradient it takes as that of an unchanged cosine (dT/dcos = 1), so that it is compared with just that.
     detached_heads: tuple[str, ...] = ()
-    #: float32 matrices of N x C and of C x D that one step holds at its peak, beyond inputs and gradients, as measured at 100,000 classes:
-    #: on a CPU a case that would not fit is out of memory by this estimate, because trying would take the machine down.
+    #: What one step holds beyond inputs and gradients, as measured at 100,000 classes, in float32 matrices: of N x C while the logits live
+    #: (beside one of C x D), of C x D when the centres' gradient goes through their normalisation. On a CPU a case that would not fit is
+    #: out of memory by this estimate, because trying would take the machine down.
     logit_copies = 0.0
     weight_copies = 0.0
     ours = False
@@ -77,7 +78,9 @@ class Provider(ABC):
 
     def expected_bytes(self, case: Case) -> int:
         """What one step holds at its peak beyond inputs and gradients, estimated; 0 where nothing grows with C."""
-        return int(4 * case.C * (self.logit_copies * case.N + self.weight_copies * case.D))
+        if not self.logit_copies and not self.weight_copies:
+            return 0
+        return int(4 * case.C * max(self.logit_copies * case.N + case.D, self.weight_copies * case.D))
 
     @abstractmethod
     def build(self, case: Case, w: Tensor) -> Work:

@@ -32,7 +32,7 @@ def eager_loss(head: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tenso
 class Eager(Provider):
     name = "eager"
     note = "the head in plain PyTorch"
-    logit_copies, weight_copies = 7.5, 4.0
+    logit_copies, weight_copies = 5.0, 4.0
 
     def build(self, case: Case, w: Tensor) -> Work:
         run = eager_loss(case.head, DTYPES[case.dtype])
@@ -42,7 +42,7 @@ class Eager(Provider):
 class CompiledEager(Provider):
     name = "torch.compile"
     note = "the same function through torch.compile (static shapes, default mode)"
-    logit_copies, weight_copies = 3.5, 1.2
+    logit_copies, weight_copies = 3.0, 1.5
 
     def unavailable(self, device: str) -> str | None:
         if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):

@@ -37,7 +37,7 @@ class PartialFC(Provider):
     note = "the operations of insightface's PartialFC_V2 at rate 1, one process; target gradient detached, as there"
     heads = ("arcface", "cosface")
     detached_heads = ("arcface",)
-    logit_copies, weight_copies = 8.0, 4.0
+    logit_copies, weight_copies = 6.0, 4.3
 
     def refuses(self, case: Case, device: str) -> str | None:
         return "always has a margin" if case.head not in self.heads else super().refuses(case, device)

@@ -10,9 +10,10 @@ from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .hopper import HopperBackend
 from .slab import SlabBackend
+from .triton import TritonBackend
 
 #: The fused backends by name, in the order in which ``auto`` prefers them.
-FUSED: dict[str, Backend] = {b.name: b for b in (HopperBackend(), CudaBackend(), CpuBackend(), SlabBackend())}
+FUSED: dict[str, Backend] = {b.name: b for b in (HopperBackend(), CudaBackend(), TritonBackend(), CpuBackend(), SlabBackend())}
 NAMES = ("auto", "reference", *FUSED)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import sys
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Backend, Problem, RowPass, RowWeights
+from ..cuda import on_its_device
 
 #: The widest embedding that the tile table knows.
 MAX_DIM = 1024
@@ -38,7 +38,8 @@ class TritonBackend(Backend):
     name = "triton"
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     proven = False
-    note = "fused Triton kernels; proven under Triton's interpreter and compiled for sm_80, sm_90 and sm_100, but has never run on a GPU"
+    summary = "Triton: one kernel per pass, logits in registers only"
+    note = "fused Triton kernels, proven under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; they have never run on a GPU"
 
     @property
     def device_types(self) -> tuple[str, ...]:
@@ -56,28 +57,21 @@ class TritonBackend(Backend):
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
         return super().refuses(device_type, dtype, weight_dtype, dim)
 
+    @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         from . import launch
 
-        with _on(p.x):
-            return launch.row_pass(
-                _reachable(p), launch.Device.of(p.x), launch.Launch.run, uniform=uniform, need_u=need_u, need_moment=need_moment
-            )
+        device = launch.Device.of(p.x)
+        return launch.row_pass(_reachable(p), device, launch.Launch.run, uniform=uniform, need_u=need_u, need_moment=need_moment)
 
+    @on_its_device
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         from . import launch
 
-        with _on(p.x):
-            return launch.class_pass(
-                _reachable(p), row, class_factor, launch.Device.of(p.x), launch.Launch.run, need_w=need_w, need_bias=need_bias
-            )
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which may not be the tensors'."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+        device = launch.Device.of(p.x)
+        return launch.class_pass(_reachable(p), row, class_factor, device, launch.Launch.run, need_w=need_w, need_bias=need_bias)
 
 
 def _reachable(p: Problem) -> Problem:

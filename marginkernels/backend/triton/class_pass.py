@@ -127,6 +127,8 @@ def class_pass_kernel(
             tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
     if dw is not None:
         along = tl.sum(along, 0)
+        if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
+            factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
         low, high = halves(v)
         v0, v1 = halves(low)
         v2, v3 = halves(high)

@@ -19,7 +19,8 @@ from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
 from .class_pass import class_pass_kernel
 from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
-from .table import Tile, class_tile, power_of_two, row_tile
+from .table import Tile, power_of_two
+from .table import tile as tile_for
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
@@ -98,7 +99,8 @@ def row_pass(
     factor = new(c if p.normalize_weight else 0)
     bounded = p.normalize_weight and not uniform and not half
     busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
-    tile = row_tile(d, p.x.dtype, need_u, not bounded and not uniform, busy, device.arch)
+    kind = {"accumulates": need_u, "busy": busy}
+    tile = tile_for(d, p.x.dtype, device.arch, online=not bounded and not uniform, **kind)
     slab = max(1, SLAB_BYTES // (d * p.x.element_size() * tile.keys)) * tile.keys if convert else c
     slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
     copy = p.x.new_empty(slab, d) if convert else None
@@ -128,7 +130,7 @@ def row_pass(
         w = copy[:count] if convert else p.w
         slab_args = args | {"w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0)}
         for online in (False, True) if bounded else (not uniform,):
-            t = row_tile(d, p.x.dtype, need_u, online, busy, device.arch)
+            t = tile_for(d, p.x.dtype, device.arch, online=online, **kind)
             grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
             tile_args = {
                 "x_box": boxes(p.x, t.queries, t) if d > t.depth else None, "w_box": boxes(w, t.keys, t),
@@ -152,7 +154,8 @@ def class_pass(
     """The class pass, by way of ``run``."""
     n, d = p.x.shape
     c = p.w.shape[0]
-    tile = class_tile(d, p.x.dtype, need_w, p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None, device.arch)
+    busy = p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None
+    tile = tile_for(d, p.x.dtype, device.arch, accumulates=need_w, busy=busy)
     dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
     db = p.x.new_empty(c, dtype=torch.float32) if need_bias else None
     half = p.x.dtype == torch.float16

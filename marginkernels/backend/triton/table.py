@@ -1,4 +1,17 @@
-"""Tile shapes by kernel, depth and dtype."""
+"""Tile shapes by what a loop carries, depth, dtype and architecture.
+
+Reached by compiling candidates for each architecture and reading registers, stack and shared memory (``python -m benchmarks resources``); none
+has been timed, since none has run on a GPU. What limits them on sm_90, in 16-bit at D = 512, by count:
+
+- A (64 keys, 64 queries) step is 2048 cycles of the matrix unit. The first product takes 64x32x16 instructions, which read 3 KB of shared memory
+  in 16 cycles of work: at 128 bytes a cycle that is 24, so it runs at two thirds; the second takes 64x64x16, balanced. Between
+  them lie about 400 cycles of exponentials that nothing overlaps, since both warpgroups work on the same step.
+- The accumulator is half of the registers (128 of 255): twice the queries would spill, half of them halves the work for each byte of keys from L2.
+- 205 KB of shared memory: one block of queries, two of keys. One program to a processor.
+
+What the loop carries beyond plain logits (a running maximum, a hard form, a bias) costs a register for each of a thread's places in the tile,
+hence the narrower query blocks.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-#: The widest embedding that the table knows.
+#: The widest embedding that there are tiles for.
 MAX_DIM = 1024
+#: Shared memory a program may have, in bytes. The others have no more than the first.
+SHARED = {"sm_86": 101376, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 
 
 @dataclass(frozen=True)
@@ -26,43 +41,40 @@ class Tile:
     keys: int
     depth: int
     width: int
-    warps: int
-    stages: int
+    warps: int = 8
+    stages: int = 2
 
 
-def power_of_two(dim: int) -> int:
-    """The power of two, at least 32, that holds ``dim`` columns."""
-    return max(32, 1 << (dim - 1).bit_length())
+#: Widest D -> queries and stages, where products are 16-bit: for plain logits, with one of the two loads, with both.
+LARGE = {64: ((128, 64, 64), 3), 128: ((128, 64, 32), 3), 256: ((64, 64, 32), 3), 512: ((64, 32, 16), 2)}
+SMALL = {64: ((64, 32, 32), 3), 128: ((64, 32, 32), 3), 256: ((64, 32, 32), 2), 512: ((32, 32, 16), 2)}
 
 
-def row_tile(dim: int, dtype: torch.dtype, need_u: bool, online: bool, busy: bool, arch: str) -> Tile:
-    """``online`` and ``busy``: whether the loop carries a running maximum, or more than plain logits (a hard form, a bias, a moment)."""
-    d = power_of_two(dim)
-    if arch == "interpreter":
-        return _interpreted(d)
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, min(d, 256), 8, 2)
-    if not need_u:
-        return Tile(128, 64 if online or busy else 128, 64, d, 8, 3)
-    if d > 512:
-        return Tile(32, 64, 128, 512, 8, 2)
-    return Tile(32 if online or busy else 64, 64, d, d, 8, 2)
+def power_of_two(dim: int, least: int = 32) -> int:
+    """The power of two, at least ``least``, that holds ``dim`` columns."""
+    return max(least, 1 << (dim - 1).bit_length())
 
 
-def class_tile(dim: int, dtype: torch.dtype, need_w: bool, busy: bool, arch: str) -> Tile:
-    """``busy``: whether the loop carries more than plain logits (a hard form, a bias, a sum of logits)."""
-    d = power_of_two(dim)
-    if arch == "interpreter":
-        return _interpreted(d)
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, min(d, 256), 8, 2)
-    if not need_w:
-        return Tile(128, 64, 64, d, 8, 3)
-    if d > 512:
-        return Tile(32, 64, 128, 512, 8, 2)
-    return Tile(32 if busy else 64, 64, d, d, 8, 2)
+def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: bool = False, busy: bool = False) -> Tile:
+    """The tile of a row pass or class pass kernel.
 
-
-def _interpreted(d: int) -> Tile:
-    """Under the interpreter every program costs the same; narrow columns, so that small tests take the ways of large D as well."""
-    return Tile(64, 128, min(d, 64), min(d, 64), 1, 1)
+    Args:
+        dim: D.
+        dtype: of the products.
+        arch: ``"sm_90"`` and the like, or ``"interpreter"``.
+        accumulates: whether u or dw is wanted.
+        online: whether the loop carries a running maximum.
+        busy: whether it carries a hard form, a bias, or sums beyond one.
+    """
+    d = power_of_two(dim, 64)
+    large = SHARED.get(arch, 0) >= SHARED["sm_90"]
+    if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
+        return Tile(64, 128, 64, 64, 1, 1)
+    if dtype == torch.float32:  # float32 precision: no matrix unit, and operands in registers
+        return Tile(32, 64, 32, min(d, 128)) if accumulates else Tile(32, 64, 32, 64)
+    if not accumulates:
+        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 64, 64, d)
+    if d > 512:  # the similarities in steps of D, the accumulator in two slices
+        return Tile(32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
+    queries, stages = (LARGE if large else SMALL)[d]
+    return Tile(queries[online + busy], 64 if large else 32, d, d, stages=stages)

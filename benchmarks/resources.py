@@ -1,0 +1,67 @@
+"""``python -m benchmarks resources``: registers, stack and shared memory of every compiled kernel, without a GPU.
+
+A collector is a module beside this one with ``unavailable() -> why not, or None`` and ``collect(archs) -> records``. A record has ``kernel``,
+``backend``, ``arch``, ``registers`` and ``stack_bytes`` a thread and ``shared_bytes`` a program; it may have ``shared_limit``, and
+``explained``: why its stack does no harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+COLLECTORS = {"triton": "resources_triton", "cuda": "resources_cuda"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], metavar="SM", help="architectures, such as sm_80 sm_90 sm_100")
+    parser.add_argument("--only", nargs="+", choices=sorted(COLLECTORS), help="the collectors to ask; all that can run by default")
+    parser.add_argument("--dims", nargs="+", type=int, help="embedding dimensions of the Triton kernels; the whole table by default")
+    parser.add_argument("--json", type=Path, help="write the records here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table, write the records, and return 1 where :func:`faults` finds any."""
+    records = []
+    for name, module in COLLECTORS.items():
+        if args.only and name not in args.only:
+            continue
+        collector = importlib.import_module(f"benchmarks.{module}")
+        reason = collector.unavailable()
+        if reason:
+            print(f"{name}: left out, {reason}")
+            if args.only:
+                return 1
+            continue
+        records += collector.collect(args.arch, **({"dims": args.dims} if args.dims and name == "triton" else {}))
+    print(table(records))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"schema": "marginkernels.resources/1", "records": records}, indent=1) + "\n")
+    found = faults(records)
+    print("\n".join(found) if found else f"{len(records)} kernels, no unexplained stack")
+    return 1 if found or not records else 0
+
+
+def faults(records: list[dict]) -> list[str]:
+    """What must not be: a stack that nobody explained, more shared memory than there is."""
+    found = []
+    for r in records:
+        name = f"{r['backend']} {r['arch']} {r['kernel']}"
+        if r["stack_bytes"] > 0 and not r.get("explained"):
+            found.append(f"{name}: {r['stack_bytes']} bytes of stack, unexplained")
+        if r["shared_bytes"] > r.get("shared_limit", r["shared_bytes"]):
+            found.append(f"{name}: {r['shared_bytes']} bytes of shared memory, {r['shared_limit']} at most")
+    return found
+
+
+def table(records: list[dict]) -> str:
+    lines = [f"{'backend':8} {'arch':7} {'registers':>9} {'stack':>6} {'shared':>7}  kernel"]
+    for r in records:
+        note = f"  ({r['explained']})" if r.get("explained") else ""
+        lines.append(
+            f"{r['backend']:8} {r['arch']:7} {r['registers']:9} {r['stack_bytes']:6} {r['shared_bytes']:7}  {r['kernel']}{note}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""What each Triton kernel takes of a GPU, compiled ahead of time by Triton's own compiler; needs Triton, but no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterable
+from multiprocessing import get_context
+
+import torch
+
+from marginkernels import forms
+
+DIMS = (64, 128, 256, 512, 1024)
+#: dtypes of embeddings and weight.
+DTYPES = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float32),
+)
+#: What is asked of the kernels: the common case; a hard form and a bias; neither gradient; centres as they are, with the sums of label smoothing.
+ASKED = {
+    "": {},
+    "hard-linear, bias": {"form": forms.HARD_LINEAR, "bias": True},
+    "hard-quadratic": {"form": forms.HARD_QUADRATIC},
+    "no gradient": {"need_u": False, "need_w": False},
+    "raw centres, uniform": {"normalize_weight": False, "uniform": True},
+}
+#: Stack that is known and harmless, by (start of the kernel's name, architecture): why.
+EXPLAINED: dict[tuple[str, str], str] = {}
+
+
+def unavailable() -> str | None:
+    """Why nothing can be collected here, or None."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def cases(dims: Iterable[int] = DIMS, dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = DTYPES) -> list[tuple]:
+    return list(itertools.product(dims, dtypes, ASKED))
+
+
+def collect(archs: Iterable[str], dims: Iterable[int] = DIMS, processes: int = 2) -> list[dict]:
+    """A record of every distinct kernel of :func:`cases` for each of ``archs``: ``kernel``, ``backend``, ``arch``, ``registers`` a thread,
+    ``stack_bytes`` a thread, ``shared_bytes`` a program, ``shared_limit``, and ``explained`` where the stack is."""
+    work = [(arch, *case) for arch in archs for case in cases(dims)]
+    with get_context("spawn").Pool(processes) as pool:
+        found = pool.starmap(compile_case, work, chunksize=1)
+    return list({(r["kernel"], r["arch"]): r for records in found for r in records}.values())
+
+
+def compile_case(arch: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype], asked: str) -> list[dict]:
+    """The records of one case: every launch of a step of 1,024 rows and a million classes."""
+    from marginkernels.backend.triton import aot
+    from marginkernels.backend.triton.table import SHARED
+
+    options = dict(ASKED[asked])
+    needs = {name: options.pop(name) for name in ("need_u", "need_w", "uniform") if name in options}
+    problem = aot.problem(1024, dim, 1_000_000, *dtypes, **options)
+    records = []
+    for one in aot.distinct(aot.launches(problem, arch, **needs)):
+        found = aot.resources(aot.compile(one, arch))
+        x, w = (str(d).removeprefix("torch.") for d in dtypes)
+        online = ", running maximum" if one.constants.get("ONLINE") else ""
+        name = f"{one.kernel.__name__}<{x}, {w}, D={dim}{online}{', ' if asked else ''}{asked}>"
+        explained = next((why for (start, on), why in EXPLAINED.items() if name.startswith(start) and arch == on), None)
+        limit = SHARED.get(arch, SHARED["sm_86"])
+        records.append({
+            "kernel": name, "backend": "triton", "arch": arch, "registers": found.registers, "stack_bytes": found.stack_bytes,
+            "shared_bytes": found.shared_bytes, "shared_limit": limit,
+        } | ({"explained": explained} if explained and found.stack_bytes else {}))  # fmt: skip
+    return records

@@ -1,0 +1,233 @@
+"""The Triton kernels on CPU tensors under Triton's interpreter. Run by test_triton.py in processes of their own, since the interpreter has to be on
+before the kernels are imported; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_checks.py."""
+
+import itertools
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import forms, verify
+from marginkernels.backend import FUSED
+from marginkernels.backend.base import Problem, RowWeights
+from marginkernels.backend.slab import SlabBackend
+
+pytest.importorskip("triton")
+from marginkernels.backend.triton import interpreting, launch, tiles  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+
+#: dtypes of embeddings and weight.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "float16-mixed": (torch.float16, torch.float32),
+    "float32-narrow": (torch.float32, torch.bfloat16),
+}
+#: Largest relative error by kind: dw comes in the weight's dtype.
+TOLERANCE = {kind: max(verify.TOLERANCE[dtype] for dtype in pair) for kind, pair in DTYPES.items()}
+SHAPES = [(7, 40, 101), (31, 64, 1000), (33, 128, 517)]
+TRITON = FUSED["triton"]
+
+
+@pytest.fixture(autouse=True)
+def ran(monkeypatch):
+    """Every launch of the test, so that a test can see which ways were taken."""
+    assert interpreting(), "TRITON_INTERPRET=1 must be set before Triton is imported"
+    seen, run = [], launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda one: (seen.append(one), run(one))[1])
+    return seen
+
+
+@pytest.fixture
+def narrow_slabs(monkeypatch):
+    """Converted centres 256 at a time, at D = 64."""
+    monkeypatch.setattr(launch, "SLAB_BYTES", 256 * 64 * 2)
+
+
+def ways(ran):
+    """Of the row pass: for every launch, whether it carried a running maximum."""
+    return [one.constants["ONLINE"] for one in ran if one.kernel is launch.row_pass_kernel]
+
+
+@pytest.mark.parametrize("head", verify.HEADS)
+def test_heads(head):
+    """Every head: float32 on one shape after another, and two of the other dtypes by turns."""
+    number = list(verify.HEADS).index(head)
+    others = list(DTYPES)[1:]
+    for shape, kind in ((SHAPES[number % 3], "float32"), (SHAPES[0], others[number % 5]), (SHAPES[0], others[(number + 2) % 5])):
+        x, w = DTYPES[kind]
+        case = verify.Case.random(*shape, x, weight_dtype=w, bias=number % 2 == 1)
+        found = verify.errors(case, verify.HEADS[head](shape[2]), "triton")
+        assert max(found.values()) <= TOLERANCE[kind], (shape, kind, found)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_options(kind, narrow_slabs, ran):
+    x, w = DTYPES[kind]
+    case = verify.Case.random(31, 64, 1000, x, weight_dtype=w, bias=True)
+    for head in ("arcface", "curricularface", "l2-softmax-trainable"):
+        found = verify.errors(case, verify.HEADS[head](1000), "triton", label_smoothing=0.1)
+        assert max(found.values()) <= TOLERANCE[kind], (head, found)
+    slabs = {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel}
+    assert slabs == {0} if x == w == torch.float32 or kind == "bfloat16" else slabs == set(range(0, 1000, 256 * 2 // x.itemsize))
+
+
+@pytest.mark.parametrize("dim", [1, 33, 96, 200])
+def test_dimensions(dim):
+    """Odd rows, which the memory accelerator cannot load, and columns that do not fill a tile."""
+    for kind in ("float32", "mixed"):
+        x, w = DTYPES[kind]
+        found = verify.errors(verify.Case.random(19, dim, 150, x, weight_dtype=w), mk.CosFace(scale=16.0), "triton")
+        # In one dimension a cosine is 1 or -1 and has no gradient: rounding is all there is.
+        found = found if dim > 1 else {"loss": found["loss"]}
+        assert max(found.values()) <= TOLERANCE[kind], (kind, found)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 1), (1, 40, 2), (3, 40, 1), (1, 40, 300), (70, 40, 2), (130, 40, 129)])
+def test_small_shapes(shape):
+    case = verify.Case.random(*shape, ignored=False)
+    want = verify.run(case, mk.ArcFace(), "reference", dtype=torch.float64)
+    got = verify.run(case, mk.ArcFace(), "triton")
+    for key, value in want.items():  # with one class all of it is 0, hence the absolute part
+        assert (got[key] - value).norm() <= 2e-5 * value.norm() + 1e-7, key
+
+
+def test_no_row_counts():
+    case = verify.Case.random(9, 40, 101)
+    labels = torch.full((9,), -100)
+    got = verify.run(verify.Case(case.x, case.w, labels, None), mk.ArcFace(), "triton")
+    assert all((v == 0).all() for v in got.values())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "mixed", "float16-mixed"])
+def test_norms_far_from_one(kind, ran):
+    """Centres of norm 1e18, 1e-18 and 0, and embeddings of the like where the dtype holds them."""
+    x, w = DTYPES[kind]
+    case = verify.Case.random(33, 40, 150, x, weight_dtype=w)
+    case.w[3::5] *= 1e18
+    case.w[4::5] *= 1e-18
+    case.w[7] = 0
+    if x != torch.float16:
+        case.x[::3] *= 1e18
+        case.x[1::3] *= 1e-18
+    want = verify.run(case, mk.ArcFace(), "reference", dtype=torch.float64)
+    got = verify.run(case, mk.ArcFace(), "triton")
+    tolerance = TOLERANCE[kind]
+    assert verify.relative_error(got["loss"], want["loss"]) <= tolerance
+    for part in (slice(3, None, 5), slice(4, None, 5), slice(0, None, 5)):  # each size by itself: the largest gradients hide the rest
+        assert verify.relative_error(got["dw"][part], want["dw"][part]) <= tolerance
+    for part in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
+        assert verify.relative_error(got["dx"][part], want["dx"][part]) <= tolerance
+    assert (got["dw"][7] == 0).all()
+
+
+@pytest.mark.parametrize(("scale", "online"), [(64.0, False), (1024.0, True)])
+def test_the_way_that_the_exponents_allow(scale, online, ran):
+    """A scale of 64 needs no running maximum; of the two launches the device lets one return at once. Both ways give the same."""
+    case = verify.Case.random(33, 64, 300)
+    found = verify.errors(case, mk.CosFace(scale=scale), "triton")
+    assert max(found.values()) <= 2e-5, found
+    assert ways(ran) == [False, True]
+    bound = next(one.args["bound"] for one in ran if one.kernel is launch.row_pass_kernel)
+    assert (float(bound) > launch.LIMIT) == online
+
+
+def test_what_is_not_needed_is_not_run(ran):
+    case = verify.Case.random(9, 40, 101)
+    x, w = case.x.requires_grad_(), case.w.requires_grad_()
+    with torch.no_grad():
+        mk.margin_cross_entropy(x, w, case.labels, margin=mk.ArcFace(), backend="triton")
+    assert {one.constants["NEED_U"] for one in ran if one.kernel is launch.row_pass_kernel} == {False}
+    ran.clear()
+    mk.margin_cross_entropy(x, w.detach(), case.labels, margin=mk.ArcFace(), backend="triton").backward()
+    assert not any(one.kernel is launch.class_pass_kernel for one in ran)
+    ran.clear()
+    mk.margin_cross_entropy(x.detach(), w, case.labels, margin=mk.ArcFace(), backend="triton").backward()
+    assert {one.constants["NEED_U"] for one in ran if one.kernel is launch.row_pass_kernel} == {False}
+
+
+def test_strided_centres_and_crowded_classes():
+    """Centres that are columns of a larger tensor; all rows of one class."""
+    for kind in ("float32", "mixed"):
+        x, w = DTYPES[kind]
+        case = verify.Case.random(33, 40, 300, x, weight_dtype=w)
+        wide = torch.randn(300, 60, dtype=w)
+        wide[:, 8:48] = case.w
+        labels = torch.full((33,), 299)
+        labels[5] = -100
+        want = verify.run(verify.Case(case.x, case.w, labels, None), mk.ArcFace(), "reference", dtype=torch.float64)
+        got = verify.run(verify.Case(case.x, wide[:, 8:48], labels, None), mk.ArcFace(), "triton")
+        assert max(verify.relative_error(got[k], want[k]) for k in want) <= TOLERANCE[kind]
+
+
+def test_bits_repeat():
+    case = verify.Case.random(70, 64, 700, torch.bfloat16, weight_dtype=torch.float32)
+    first, again = (verify.run(case, mk.CurricularFace(), "triton") for _ in range(2))
+    assert all(torch.equal(again[k], v) for k, v in first.items())
+
+
+@pytest.mark.parametrize("upstream", [1e-6, 65536.0])
+def test_float16_holds_any_upstream(upstream):
+    """Weights of the class pass are lifted into float16's range, be the loss scaled up or averaged over many rows."""
+    case = verify.Case.random(31, 64, 1000, torch.float16, weight_dtype=torch.float32)
+    scale = torch.tensor(upstream)
+    want = verify.run(case, mk.ArcFace(), "reference", dtype=torch.float64, upstream=scale)
+    got = verify.run(case, mk.ArcFace(), "triton", upstream=scale)
+    assert verify.relative_error(got["dw"], want["dw"]) <= 3e-2
+
+
+def _problem(kind, form, bias, normalize):
+    x, w = DTYPES[kind]
+    case = verify.Case.random(70, 64, 300, x, weight_dtype=w, bias=bias)
+    scaled = (case.x.float() / case.x.float().norm(dim=1, keepdim=True) * 0.7).to(x)
+    generator = torch.Generator().manual_seed(1)
+    scale, threshold = torch.rand(70, generator=generator) * 20 + 1, torch.rand(70, generator=generator) * 0.2 - 0.1
+    labels = case.labels.clone()
+    labels[:4] = torch.tensor([-1, 300, 2**40, 2**32 + 5])  # none of them is here
+    hard = form != forms.IDENTITY
+    return Problem(scaled, torch.full((70,), 1 / 0.7), case.w, None if case.bias is None else case.bias.float(), labels, scale,
+                   threshold if hard else None, torch.tensor(0.3) if hard else None, form, normalize)  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "uniform", "normalize"), list(itertools.product(forms.NAMES, (False, True), (True, False))))
+def test_passes_against_the_slab_backend(form, uniform, normalize, narrow_slabs):
+    """Everything the two passes may be asked for, and for nothing else, against plain PyTorch."""
+    for kind, bias in (("float32", True), ("float16-mixed", False)):
+        p = _problem(kind, form, bias, normalize)
+        tolerance = 1e-5 if kind == "float32" else 4e-3
+        for need_u, need_moment in ((True, True), (False, False)):
+            options = {"uniform": uniform, "need_u": need_u, "need_moment": need_moment, "workspace": 0}
+            got, want = (b.row_pass(p, **options) for b in (TRITON, SlabBackend()))
+            for field in ("total", "moment", "u", "class_factor", *(() if uniform else ("top",))):
+                torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=tolerance, atol=tolerance * 20)
+        lse = SlabBackend().row_pass(p, **options | {"uniform": False}).total
+        rest = torch.rand(4, 70, generator=torch.Generator().manual_seed(2))
+        row = RowWeights(lse, rest[0], rest[1] if uniform else None, rest[2] - 0.5, rest[3])
+        for need_w, need_bias in ((True, True), (True, False), (False, True)):
+            options = {"need_w": need_w, "need_bias": need_bias}
+            got_w, got_b = TRITON.class_pass(p, row, want.class_factor, want.kept, **options)
+            want_w, want_b = SlabBackend().class_pass(p, row, want.class_factor, want.kept, **options)
+            for got_one, want_one in ((got_w, want_w), (got_b, want_b)):
+                assert (got_one is None) == (want_one is None)
+                if got_one is not None:
+                    assert verify.relative_error(got_one, want_one) <= tolerance
+
+
+def test_the_forms_have_the_numbers_of_the_package():
+    assert [tiles.IDENTITY.value, tiles.HARD_LINEAR.value, tiles.HARD_QUADRATIC.value] == [
+        forms.IDENTITY,
+        forms.HARD_LINEAR,
+        forms.HARD_QUADRATIC,
+    ]
+
+
+def test_splits_fill_the_device_and_stay_few():
+    for programs, blocks in itertools.product((1, 3, 8, 64, 100, 1000), (1, 5, 10_000)):
+        splits = launch._splits(programs, blocks, 132)
+        assert 1 <= splits <= blocks
+        assert splits == 1 or programs * splits <= 2 * 132
+    assert launch._splits(8, 10_000, 132) * 8 >= 128
+    assert launch._splits(64, 10_000, 132) * 64 == 128

@@ -66,4 +66,5 @@ def fastest(case: dict[str, dict], ours: bool | None = None) -> dict | None:
 
 
 def committed() -> list[Path]:
-    return sorted(RESULTS.glob("*.json"))
+    """The record files of ``run`` in ``results``; what else lies there has no environment block."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if "environment" in json.loads(path.read_text())]

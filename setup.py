@@ -16,8 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-#: Instruction sets of the C++ kernels and the flags of each: what this compiler does not know is left out, what the processor does not know is
-#: never called.
+#: Instruction sets of the C++ kernels and the flags of each: what this compiler does not know is left out, what the processor does not
+#: know is never called.
 LEVELS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
@@ -85,7 +85,8 @@ def build_cpu(target: Path, folder: Path) -> None:
     kernel = "-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi"
     objects = {folder / "level_plain.o": (source / "level_plain.cpp", kernel)}
     for level, flags in known.items():
-        objects[folder / f"level_{level}.o"] = (source / f"level_{level}.cpp", f"{kernel} {flags}")
+        for file in source.glob(f"level_{level}.cpp") if level != "amx" else source.glob("level_amx*.cpp"):
+            objects[folder / f"{file.stem}.o"] = (file, f"{kernel} {flags}")
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
     objects[folder / "driver.o"] = (source / "driver.cpp", f"{defines} -pthread")
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"

@@ -49,6 +49,9 @@ extern const Kernels kernels;
 namespace amx {
 extern const Kernels kernels;
 }
+namespace amx_split {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -145,19 +148,18 @@ constexpr int ROW_VECTORS = 12;
 
 int64_t rows_bytes(const Problem& p, const Layout& l, bool across) {
   const int64_t n = padded_rows(p);
-  return Memory::padded<uint32_t>(n * l.dk) + (across ? Memory::padded<uint32_t>(n / l.per_unit * l.ldn) : 0) +
-         ROW_VECTORS * Memory::padded<float>(n);
+  return Memory::padded<uint32_t>(n * l.along) + (across ? Memory::padded<uint32_t>(n * l.across) : 0) + ROW_VECTORS * Memory::padded<float>(n);
 }
 
 // The rows packed, and their vectors; padding is 0, with no target.
 Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInput* in, bool need_across, Memory& memory) {
   const int64_t n = padded_rows(p);
   Rows r{};
-  uint32_t* along = memory.take<uint32_t>(n * l.dk);
+  uint32_t* along = memory.take<uint32_t>(n * l.along);
   k.pack_along(p, along);
   r.along = along;
   if (need_across) {
-    uint32_t* across = memory.take<uint32_t>(n / l.per_unit * l.ldn);
+    uint32_t* across = memory.take<uint32_t>(n * l.across);
     k.pack_across(p, across);
     r.across = across;
   }
@@ -180,6 +182,14 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
   if (!in) return r;
   r.lse = vector(), r.softmax = vector(), r.uniform = vector(), r.target = vector();
   r.share = vector(), r.uniform_share = vector(), r.bias = vector();
+  double most = 0;
+  for (int64_t i = 0; i < p.n; ++i)
+    for (const float* v : {in->softmax, in->uniform, in->target})
+      if (v && std::isfinite(v[i])) most = std::max(most, std::fabs(double(v[i])));
+  int exponent = 0;
+  std::frexp(most, &exponent);
+  r.unit = float(std::ldexp(1.0, exponent = std::clamp(exponent, -120, 120)));
+  const double over = std::ldexp(1.0, -exponent);
   for (int64_t i = 0; i < n; ++i) {
     if (i >= p.n) {
       r.lse[i] = INFINITY;  // p = 0
@@ -188,13 +198,13 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
     const double lse = double(in->lse[i]) * 1.44269504088896340736;
     r.lse[i] = float(lse);
     const double lost = std::isfinite(lse) ? std::exp2(double(r.lse[i]) - lse) : 1.0, f = p.row_factor[i];
-    const double uniform = in->uniform ? in->uniform[i] : 0.0;
-    r.softmax[i] = float(in->softmax[i] * lost * f);
+    const double softmax = in->softmax[i] * lost * over, uniform = in->uniform ? in->uniform[i] * over : 0.0;
+    r.softmax[i] = float(softmax * f);
     r.uniform[i] = float(uniform * f);
-    r.target[i] = float(in->target[i] * f);
-    r.share[i] = float(in->softmax[i] * lost / p.scale[i]);
+    r.target[i] = float(in->target[i] * over * f);
+    r.share[i] = float(softmax / p.scale[i]);
     r.uniform_share[i] = float(uniform / p.scale[i]);
-    r.bias[i] = in->bias ? in->bias[i] : 0.0f;
+    r.bias[i] = in->bias ? float(in->bias[i] * over) : 0.0f;
   }
   return r;
 }
@@ -228,7 +238,7 @@ std::vector<const Kernels*> levels() {
   if (f.bf16) out.push_back(&avx512_bf16::kernels);
 #endif
 #if MK_HAS_AMX
-  if (f.amx) out.push_back(&amx::kernels);
+  if (f.amx) out.insert(out.end(), {&amx::kernels, &amx_split::kernels});
 #endif
   return out;
 }
@@ -236,10 +246,10 @@ std::vector<const Kernels*> levels() {
 const Kernels& choose(int x_dtype, const std::string& level) {
   const Kernels* found = nullptr;
   for (const Kernels* k : levels()) {
-    if (k->layout(1).per_unit == 2 && x_dtype != BFLOAT16) continue;
+    if (!(k->dtypes >> x_dtype & 1)) continue;
     if (level.empty() || level == k->name) found = k;
   }
-  if (!found) throw std::invalid_argument("level: this machine has none named '" + level + "' for this dtype");
+  if (!found) throw std::invalid_argument("level: this machine has none '" + level + "' for this dtype");
   return *found;
 }
 

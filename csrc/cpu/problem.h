@@ -44,6 +44,8 @@ struct Rows {
   float* share;            // db: softmax_i / s_i, of p
   float* uniform_share;    //     uniform_i / s_i
   float* bias;             //     the row's own class
+  // The six above are over a power of two, so that whatever the loss was multiplied by they neither vanish nor overflow; this is it.
+  float unit;
 };
 
 // Rows [first_row, last_row) against classes [first_class, last_class).
@@ -68,18 +70,18 @@ struct ClassTask {
   uint32_t* scratch;
 };
 
-// How a kernel set lays out its buffers for one D. A unit is 32 bits: a float, or two neighbouring bfloat16 along the summed index.
+// How a kernel set lays out its buffers for one D. A unit is 32 bits: a float, or two bfloat16 that are neighbours along the summed index.
 struct Layout {
   int64_t dk;       // units along D where D is summed over
-  int64_t ldn;      // units along D where it is not, the stride of u and across
+  int64_t ldn;      // units along D where it is not, the stride of u
   int64_t classes;  // classes in a slab
   int64_t rows;     // rows in a block
-  int64_t per_unit; // numbers in a unit
-  int64_t row_scratch, class_scratch;  // units
+  int64_t along, across, row_scratch, class_scratch;  // units: the packed rows, for each row, and a task's scratch memory
 };
 
 struct Kernels {
   const char* name;
+  int dtypes;  // of the rows it serves: bit 1 << Dtype
   Layout (*layout)(int64_t d);
   void (*pack_along)(const Problem&, uint32_t* along);
   void (*pack_across)(const Problem&, uint32_t* across);

@@ -1,19 +1,5 @@
 // The three matrix products of the passes, on vectors or on AMX tiles. Included by kernels.h inside the instruction set's namespace.
 
-#if MK_PAIRS
-
-// Two lines of 32 bfloat16, into 32 pairs: the pair of column i is (a[i], b[i]).
-MK_INLINE void interleave(const uint32_t* a, const uint32_t* b, uint32_t* out) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-                                         2, 33, 1, 32, 0);
-  const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(16));
-  const __m512i va = load<__m512i>(a), vb = load<__m512i>(b);
-  store(out, _mm512_permutex2var_epi16(va, first, vb));
-  store(out + 16, _mm512_permutex2var_epi16(va, second, vb));
-}
-
-#endif
-
 #if MK_TILES
 
 // The tiles of this thread: eight of 16 rows x 64 bytes. What the caller had configured (another library may keep its tiles set up on
@@ -36,9 +22,27 @@ struct TileState {
   TileState(const TileState&) = delete;
 };
 
-// c[32][32] (+)= a[32][k] b[k][32], k in chunks of 16 units; strides in units.
+// One operand's step to the next plane and to the next 16 units of k, and a row of it, in units.
+struct Steps {
+  int64_t plane, chunk, row;
+};
+
+// One term of a product: planes P and Q of its operands, of which KEEP_A or KEEP_B is still in the tiles.
+template <int P, int Q, bool KEEP_A = false, bool KEEP_B = false>
+MK_INLINE void term(const uint32_t* a, Steps sa, const uint32_t* b, Steps sb) {
+  if (!KEEP_B) _tile_loadd(6, b + Q * sb.plane, sb.row * 4);
+  if (!KEEP_A) _tile_loadd(4, a + P * sa.plane, sa.row * 4);
+  _tile_dpbf16ps(0, 4, 6);
+  if (!KEEP_B) _tile_loadd(7, b + Q * sb.plane + 16, sb.row * 4);
+  _tile_dpbf16ps(1, 4, 7);
+  if (!KEEP_A) _tile_loadd(5, a + P * sa.plane + 16 * sa.row, sa.row * 4);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// c[32][32] (+)= a[32][k] b[k][32], k in chunks of 16 units.
 template <bool ADD>
-MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, Steps sa, const uint32_t* b, Steps sb, float* c, int64_t ldc) {
   if (ADD) {
     _tile_loadd(0, c, ldc * 4);
     _tile_loadd(1, c + 16, ldc * 4);
@@ -50,25 +54,29 @@ MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, int64_t a_chunk, 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < chunks; ++k, a += a_chunk, b += 16 * ldb) {
-    _tile_loadd(4, a, CHUNK * 4);
-    _tile_loadd(6, b, ldb * 4);
-    _tile_loadd(7, b + 16, ldb * 4);
-    _tile_loadd(5, a + 16 * CHUNK, CHUNK * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+#if MK_SPLIT
+  // The small terms first, while the sums are small: then they cost no rounding that counts.
+  for (int64_t k = 0; k < chunks; ++k) {
+    const uint32_t *ak = a + k * sa.chunk, *bk = b + k * sb.chunk;
+    term<2, 0>(ak, sa, bk, sb);
+    term<1, 0, false, true>(ak, sa, bk, sb);
+    term<1, 1, true>(ak, sa, bk, sb);
+    term<0, 1, false, true>(ak, sa, bk, sb);
+    term<0, 2, true>(ak, sa, bk, sb);
   }
+#endif
+  for (int64_t k = 0; k < chunks; ++k) term<0, 0>(a + k * sa.chunk, sa, b + k * sb.chunk, sb);
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
   _tile_stored(2, c + 16 * ldc, ldc * 4);
   _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-void cosines(int64_t dk, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
+// tile[count][32] = centres . rows; padded classes give 0.
+void cosines(const Layout& l, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
   for (int64_t j = 0; j < count; j += 32)
-    tile_product<false>(dk / CHUNK, centres + j * CHUNK, CLASSES * CHUNK, rows, PANEL, tile + j * PANEL, PANEL);
+    tile_product<false>(l.dk / CHUNK, centres + j * CHUNK, {CLASSES * CHUNK, PLANES * CLASSES * CHUNK, CHUNK}, rows,
+                                  {CHUNK * PANEL, PLANES * CHUNK * PANEL, PANEL}, tile + j * PANEL, PANEL);
 }
 
 // 16 x 16 units turned over.
@@ -97,22 +105,28 @@ MK_INLINE void transpose(const uint32_t* from, int64_t ldf, uint32_t* to, int64_
 }
 
 // u[32 rows] += weights^T values. A tile's rows must be rows, so the weights are turned over first, into `spare`.
-void accumulate_u(int64_t count, const Layout& l, uint32_t* weights, uint32_t* spare, const uint32_t* values, float* u) {
-  const int64_t units = up(count, 32) / 2;
-  for (int64_t j = count / 2; j < units; ++j) __builtin_memset(weights + j * PANEL, 0, PANEL * 4);
+void accumulate_u(const Layout& l, int64_t count, uint32_t* weights, uint32_t* spare, const uint32_t* values, float* u) {
+  const int64_t units = up(count, 32) / 2, row = PLANES * PANEL;
+  for (int64_t j = count / 2; j < units; ++j) __builtin_memset(weights + j * row, 0, row * 4);
   for (int64_t j = 0; j < units; j += CHUNK)
-    for (int i = 0; i < PANEL; i += 16) transpose(weights + j * PANEL + i, PANEL, spare + j * PANEL + i * CHUNK, CHUNK);
-  for (int64_t k = 0; k + CHUNK < l.ldn; k += 32) tile_product<true>(units / CHUNK, spare, PANEL * CHUNK, values + k, l.ldn, u + k, l.ldn);
+    for (int q = 0; q < PLANES; ++q)
+      for (int i = 0; i < PANEL; i += 16)
+        transpose(weights + j * row + q * PANEL + i, row, spare + (j * PLANES + q * CHUNK) * PANEL + i * CHUNK, CHUNK);
+  for (int64_t k = 0; k + CHUNK < l.ldn; k += 32)
+    tile_product<true>(units / CHUNK, spare, {CHUNK * PANEL, PLANES * CHUNK * PANEL, CHUNK}, values + k,
+                                 {l.ldn, CHUNK * PLANES * l.ldn, PLANES * l.ldn}, u + k, l.ldn);
 }
 
 // v[count] (+)= g^T across.
-void accumulate_v(int64_t units, int64_t count, const Layout& l, const uint32_t* g, const uint32_t* across, float* v, bool add) {
+void accumulate_v(const Layout& l, int64_t units, int64_t count, const uint32_t* g, const uint32_t* across, float* v, bool add) {
+  const Steps of_g{CLASSES * CHUNK, PLANES * CLASSES * CHUNK, CHUNK}, of_x{l.ldn, CHUNK * PLANES * l.ldn, PLANES * l.ldn};
   for (int64_t j = 0; j < count; j += 32)
     for (int64_t k = 0; k + CHUNK < l.ldn; k += 32) {
+      float* to = v + j * l.ldn + k;
       if (add)
-        tile_product<true>(units / CHUNK, g + j * CHUNK, CLASSES * CHUNK, across + k, l.ldn, v + j * l.ldn + k, l.ldn);
+        tile_product<true>(units / CHUNK, g + j * CHUNK, of_g, across + k, of_x, to, l.ldn);
       else
-        tile_product<false>(units / CHUNK, g + j * CHUNK, CLASSES * CHUNK, across + k, l.ldn, v + j * l.ldn + k, l.ldn);
+        tile_product<false>(units / CHUNK, g + j * CHUNK, of_g, across + k, of_x, to, l.ldn);
     }
 }
 
@@ -183,12 +197,12 @@ void product(int64_t m, int64_t n, int64_t units, const uint32_t* a, int64_t a_c
 }
 
 // tile[count][32] = centres . rows; padded classes give 0.
-void cosines(int64_t dk, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
-  product<false>(count, PANEL, dk, centres, CLASSES * CHUNK, rows, PANEL, tile, PANEL, false);
+void cosines(const Layout& l, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
+  product<false>(count, PANEL, l.dk, centres, CLASSES * CHUNK, rows, PANEL, tile, PANEL, false);
 }
 
 // u[32 rows] += weights^T values; count is even, and in pairs the weights hold half as many units.
-void accumulate_u(int64_t count, const Layout& l, uint32_t* weights, uint32_t*, const uint32_t* values, float* u) {
+void accumulate_u(const Layout& l, int64_t count, uint32_t* weights, uint32_t*, const uint32_t* values, float* u) {
   int64_t units = count / PER_UNIT;
   if (units % 2) {
     __builtin_memset(weights + units * PANEL, 0, PANEL * 4);
@@ -198,7 +212,7 @@ void accumulate_u(int64_t count, const Layout& l, uint32_t* weights, uint32_t*, 
 }
 
 // v[count] (+)= g^T across.
-void accumulate_v(int64_t units, int64_t count, const Layout& l, const uint32_t* g, const uint32_t* across, float* v, bool add) {
+void accumulate_v(const Layout& l, int64_t units, int64_t count, const uint32_t* g, const uint32_t* across, float* v, bool add) {
   product<false>(count, l.ldn - CHUNK, units, g, CLASSES * CHUNK, across, l.ldn, v, l.ldn, add);
 }
 

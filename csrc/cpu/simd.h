@@ -53,18 +53,19 @@ MK_INLINE float sum(V v) {
   return out;
 }
 
-// 2^z for z <= about 127, relative error 2e-9 (3e-6 for the bfloat16 products, whose weights are rounded to 2e-3 afterwards) before
+// 2^z for z <= about 127, relative error 2e-9 (7e-8 for the bfloat16 products, whose weights are rounded to 2e-3 afterwards) before
 // rounding; below 2^-126 it is 0. NaN stays NaN.
 MK_INLINE V exp2(V z) {
   const V shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   z = larger(broadcast(-127.0f), z);
   const V rounded = z + shift;
   const V r = z - (rounded - shift);
-#if MK_PAIRS
-  V p = r * 0x1.3997d2p-7f + 0x1.ca1440p-5f;
-  p = p * r + 0x1.ec06dap-3f;
-  p = p * r + 0x1.62e0dcp-1f;
-  p = p * r + 0x1.ffffe8p-1f;
+#if MK_PAIRS && !MK_SPLIT
+  V p = r * 0x1.5c08e2p-10f + 0x1.3d0c52p-7f;
+  p = p * r + 0x1.c6b6e4p-5f;
+  p = p * r + 0x1.ebf918p-3f;
+  p = p * r + 0x1.62e428p-1f;
+  p = p * r + 0x1.000002p+0f;
 #else
   V p = r * 0x1.41d332p-13f + 0x1.5f456ap-10f;
   p = p * r + 0x1.3b2db0p-7f;
@@ -116,7 +117,11 @@ MK_INLINE void store_as(void* p, V v) {
   if constexpr (DTYPE == FLOAT32) {
     store(p, v);
   } else if constexpr (DTYPE == BFLOAT16) {
+#if MK_PAIRS
+    store(p, _mm512_cvtneps_pbh((__m512)v));
+#else
     store(p, __builtin_convertvector(to_bfloat16(v), H));
+#endif
   } else {
 #if MK_WIDTH == 16
     store(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

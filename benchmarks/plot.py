@@ -38,17 +38,17 @@ class Picture:
 
 def add_arguments(parser) -> None:
     parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR", help="where the pictures go (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: beside each record file)")
 
 
 def run(args) -> int:
     import matplotlib
 
     matplotlib.use("Agg")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for path in args.paths or committed():
         found = Records.read(path)
+        out = args.out or Path(path).parent
+        out.mkdir(parents=True, exist_ok=True)
         for picture in pictures(found, out):
             figure = DRAW[picture.path.stem.rsplit("-", 1)[1]](found)
             figure.savefig(picture.path, dpi=110, bbox_inches="tight")

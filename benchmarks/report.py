@@ -35,13 +35,19 @@ How to read it:
 
 def add_arguments(parser) -> None:
     parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
-    parser.add_argument("--out", default=str(TARGET), help="where to write (default: benchmarks/RESULTS.md)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: benchmarks/RESULTS.md, or standard output for files that are named)"
+    )
 
 
 def run(args) -> int:
     files = [Records.read(path) for path in args.paths or committed()]
-    Path(args.out).write_text(render(files))
-    print(f"{args.out}: {len(files)} record files")
+    out = args.out or (None if args.paths else TARGET)
+    if out is None:
+        print(render(files))
+    else:
+        out.write_text(render(files))
+        print(f"{out}: {len(files)} record files")
     return 0
 
 

@@ -8,12 +8,21 @@ head may share one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from .checks import check_number
+
+#: Numbers updated at once: 64 MB of float32, so that a step's temporaries are small beside any weight worth the name.
+SLAB_ELEMENTS = 1 << 24
+
+
+def _slabs(v: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of ``v``."""
+    width = max(1, SLAB_ELEMENTS * v.shape[0] // max(v.numel(), 1))
+    return (slice(start, start + width) for start in range(0, v.shape[0], width))
 
 
 class _RowOptimizer(torch.optim.Optimizer):
@@ -34,26 +43,31 @@ class _RowOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                state = self.state[p]
+                if not state:
+                    self._start(p, state, group)
                 if p.grad.is_sparse:
                     g = p.grad.coalesce()  # costs nothing where one backward pass made it
-                    self._update_rows(p, g.indices()[0], g.values(), group)
+                    self._update_rows(p, g.indices()[0], g.values(), state, group)
+                elif p.ndim == 0:
+                    self._update(p, p.grad, state, group)
                 else:
-                    self._update(p, p.grad, self.state[p], group)
+                    for part in _slabs(p):
+                        self._update(p[part], p.grad[part], {name: v[part] for name, v in state.items()}, group)
         return loss
 
-    def _update_rows(self, p: Tensor, index: Tensor, g: Tensor, group: dict) -> None:
-        """Update rows ``index`` of ``p`` and of its state as a small parameter of their own."""
-        state = self.state[p]
-        self._start(p, state, group)
-        rows = p.index_select(0, index)
-        part = {name: v.index_select(0, index) for name, v in state.items()}
-        self._update(rows, g, part, group)
-        p.index_copy_(0, index, rows)
-        for name, v in state.items():
-            v.index_copy_(0, index, part[name])
+    def _update_rows(self, p: Tensor, index: Tensor, g: Tensor, state: dict, group: dict) -> None:
+        """Update rows ``index`` of ``p`` and of its state, as a small parameter of their own."""
+        for part in _slabs(g):
+            here = index[part]
+            rows, values = p.index_select(0, here), {name: v.index_select(0, here) for name, v in state.items()}
+            self._update(rows, g[part], values, group)
+            p.index_copy_(0, here, rows)
+            for name, v in values.items():
+                state[name].index_copy_(0, here, v)
 
     def _start(self, p: Tensor, state: dict, group: dict) -> None:
-        """Make the state of a parameter that has none yet."""
+        """Make the state of a parameter: tensors with as many rows, all updated row by row."""
         raise NotImplementedError
 
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
@@ -79,11 +93,10 @@ class SGD(_RowOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     def _start(self, p: Tensor, state: dict, group: dict) -> None:
-        if group["momentum"] and not state:
+        if group["momentum"]:
             state["momentum_buffer"] = torch.zeros_like(p)
 
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
-        self._start(p, state, group)
         if group["weight_decay"]:
             g = g.add(p, alpha=group["weight_decay"])
         if group["momentum"]:
@@ -117,13 +130,11 @@ class AdamW(_RowOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _start(self, p: Tensor, state: dict, group: dict) -> None:
-        if not state:
-            state["step"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+        state["step"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1), dtype=torch.float32, device=p.device)
+        state["exp_avg"] = torch.zeros_like(p)
+        state["exp_avg_sq"] = torch.zeros_like(p)
 
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
-        self._start(p, state, group)
         first, second = group["betas"]
         steps = state["step"].add_(1)
         p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -20,7 +20,7 @@ from .heads import HEADS
 from .peers import Provider, providers
 
 #: Sampling seconds of each provider and phase.
-SECONDS = {"quick": 0.4, "full": 1.0}
+SECONDS = {"quick": 0.4, "full": 0.6}
 #: A step that would take longer than this, by a smaller case of the same provider, is not run.
 LONGEST_STEP = {("cpu", "quick"): 8.0, ("cpu", "full"): 30.0, ("cuda", "quick"): 5.0, ("cuda", "full"): 30.0}
 #: A case that hangs is ended after so many seconds.

@@ -10,9 +10,12 @@ from .records import RESULTS, Records, committed, is_ours
 WIDTH = 10.0
 #: Ours are warm and heavy, peers cool and light; a provider keeps its colour in every picture.
 COLOURS = {
-    "marginkernels-cuda": "#d62728",
-    "marginkernels-cuda+workspace": "#ff7f0e",
+    "marginkernels-hopper": "#d62728",
+    "marginkernels-hopper+workspace": "#ff7f0e",
+    "marginkernels-cuda": "#a4161a",
+    "marginkernels-cuda+workspace": "#f4a259",
     "marginkernels-triton": "#e377c2",
+    "marginkernels-triton+workspace": "#c77dff",
     "marginkernels-cpu": "#d62728",
     "marginkernels-cpu+workspace": "#ff7f0e",
     "marginkernels-slab": "#bc6c25",

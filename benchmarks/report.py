@@ -85,11 +85,13 @@ def _section(found: Records) -> str:
     cases = {key: case for key, case in found.cases.items() if key[2] == "step"}
     lines += ["### step: peak memory in MB beyond inputs and gradients", "", *_memory(found, cases), ""]
     lines += ["### step: TFLOP/s (8NDC), and share of the matrix product", "", *_rates(found, cases), ""]
-    reasons = dict.fromkeys(
-        f"{r['provider']}: {r['status']}, {r['reason']}" for r in found.records if r["status"] in ("failed", "failed check", "unsupported")
-    )
+    reasons: dict[str, set[str]] = {}
+    for r in found.records:
+        if r["status"] != "ok":
+            where = "" if r["status"] == "unsupported" else f" at N={r['N']:,} D={r['D']:,} C={r['C']:,} {r['dtype']}"
+            reasons.setdefault(f"{r['provider']}: {r['status']}, {r['reason']}", set()).add(where)
     if reasons:
-        lines += ["Without a figure:", "", *(f"- {r}" for r in reasons), ""]
+        lines += ["Without a figure:", "", *(f"- {why}{','.join(sorted(where))}" for why, where in reasons.items()), ""]
     return "\n".join(lines)
 
 

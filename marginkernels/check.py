@@ -11,7 +11,7 @@ import torch
 from . import verify
 from .backend import FUSED
 from .progress import tqdm
-from .text import table
+from .text import table, usable_device
 
 #: (N, D, C, bias and label smoothing): sizes that are multiples of nothing a kernel might tile by.
 PROBLEMS = ((5, 24, 19, False), (33, 67, 259, True), (66, 136, 1031, False))
@@ -21,7 +21,7 @@ OUTPUTS = ("loss", "dx", "dw", "dbias")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
     parser.add_argument("--backend", action="append", choices=["reference", *FUSED], help="only this one (may be given again)")
     parser.add_argument("--head", action="append", choices=list(verify.HEADS), metavar="NAME", help="only this one (may be given again)")
     parser.add_argument(

@@ -1,8 +1,26 @@
-"""Plain-text tables for the command line."""
+"""What the commands share: tables in plain text, and the argument for a device."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+
+import torch
+
+
+def usable_device(name: str) -> str:
+    """The type of a ``--device`` argument: a name such as ``cpu`` or ``cuda:1`` that PyTorch can put tensors on.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot, and why.
+    """
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a device that PyTorch can use here, got {name!r} ({str(error).splitlines()[0]})"
+        ) from None
+    return name
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:

@@ -96,7 +96,15 @@ def test_check_fails_where_nothing_can_be_checked(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["check", "--head", "nonsense"], ["check", "--dtype", "int8"], ["demo", "--head", "x"]]
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["check", "--head", "nonsense"],
+        ["check", "--dtype", "int8"],
+        ["check", "--device", "nonsense"],
+        ["demo", "--head", "x"],
+    ],
 )
 def test_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as raised:

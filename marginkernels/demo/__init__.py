@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__, verify
 from ..backend import NAMES, resolve
-from ..text import table
+from ..text import table, usable_device
 
 #: What ``--compare`` trains where it names no heads.
 COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     add("--dim", type=int, default=128, metavar="D", help="of the embedding (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the split, the weights and the order of images (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--backend", default="auto", choices=NAMES, help="of the head (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where plots and results go (default: %(default)s)")
     add("--quick", action="store_true", help="a few hundred identities and 60 steps: to see that everything works")

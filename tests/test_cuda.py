@@ -179,11 +179,24 @@ def test_passes_against_the_slab_backend(emulated, name, form, uniform):
                     assert verify.relative_error(got_one, want_one) <= tolerance
 
 
-@pytest.mark.parametrize("dtype", DTYPES["cuda"])
-def test_workspace(emulated, monkeypatch, dtype):
+class Spy:
+    """The kernels, noting the first class of each slab that is computed in the class pass."""
+
+    def __init__(self, kernels):
+        self.kernels, self.starts = kernels, []
+
+    def __getattr__(self, name):
+        call = getattr(self.kernels, name)
+        if name not in ("class_slab", "fused_class"):
+            return call
+        return lambda *args, **options: (self.starts.append(options["start"]), call(*args, **options))
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_workspace(emulated, monkeypatch, name, dtype):
     """What is kept is within the limit, spares the class pass its products there, and changes nothing but rounding."""
-    backend, calls = emulated["cuda"], []
-    size = cuda._kept_bytes(70, 256, dtype)
+    backend = emulated[name]
+    size = cuda.kept_bytes(70, 256, dtype)
     assert [backend.workspace_bytes(70, 1000, dtype, k) for k in (0, size - 1, size, 2 * size + 5, 10**9)] == [
         0,
         0,
@@ -191,22 +204,22 @@ def test_workspace(emulated, monkeypatch, dtype):
         2 * size,
         4 * size,
     ]
-    case = verify.Case.random(70, 33, 1000, dtype)
-    class_slab = backend.kernels.class_slab
-
-    class Spy:
-        def __getattr__(self, name):
-            return (
-                (lambda *a, **k: (calls.append(k["start"]), class_slab(*a, **k))) if name == "class_slab" else getattr(class_kernels, name)
-            )
-
-    class_kernels = backend.kernels
-    monkeypatch.setattr(backend, "kernels", Spy())
-    for head in ("arcface", "curricularface"):
-        calls.clear()
-        found = verify.errors(case, verify.HEADS[head](1000), "cuda", workspace_mb=2.5 * size / 2**20)
+    case = verify.Case.random(70, 128, 1000, dtype)
+    spy = Spy(backend.kernels)
+    monkeypatch.setattr(backend, "kernels", spy)
+    for head, options, expected in (
+        ("arcface", {}, [512, 768]),
+        ("curricularface", {}, [512, 768]),
+        ("arcface", {"label_smoothing": 0.1}, [0, 256, 512, 768]),
+    ):
+        spy.starts.clear()
+        found = verify.errors(case, verify.HEADS[head](1000), name, workspace_mb=2.5 * size / 2**20, **options)
         assert max(found.values()) <= verify.TOLERANCE[dtype], found
-        assert calls == [512, 768]
+        assert spy.starts == expected
+    spy.starts.clear()
+    found = verify.errors(case, verify.HEADS["arcface"](1000), name, workspace_mb=100)
+    assert max(found.values()) <= verify.TOLERANCE[dtype], found
+    assert spy.starts == []
 
 
 def test_a_missing_or_unknown_argument_is_an_error(kernels):

@@ -284,6 +284,7 @@ struct Consumer {
   __device__ __forceinline__ void start_products(int k) {
     barrier_wait(m.full + k % S::STAGES, k / S::STAGES & 1);
     const uint64_t a = along_sum(shared_address(m.kept)), b = along_sum(shared_address(m.stages + k % S::STAGES * S::STAGE));
+    pin(s);
     products_fence();
 #pragma unroll
     for (int e = 0; e < D / 16; ++e) {
@@ -328,6 +329,7 @@ struct Consumer {
       const uint64_t a = weight_descriptor<TILE_STREAMED>(shared_address(m.weights + k % 2 * S::WEIGHTS));
       const uint64_t b = across_sum(
           shared_address(m.stages + k % S::STAGES * S::STAGE + group * (S::HALF / CHUNK_COLUMNS) * S::STREAMED_CHUNK), S::STREAMED_CHUNK);
+      pin(o);
       products_fence();
 #pragma unroll
       for (int e = 0; e < TILE_STREAMED / 16; ++e)
@@ -402,6 +404,7 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
     int k = group;
     for (; k < count; k += 2) {
       products_wait<0>();  // tile k - 2 is in O
+      pin(o);
       if (k > 1) consumer.release(k - 2);
       if (k > 0) follow_peak(k - 1);
       consumer.start_products(k);
@@ -412,20 +415,24 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
       } else {
         products_wait<0>();
       }
+      pin(s);
       note_peak();
       consumer.make_weights(k, first + k);
       consumer.wait_weights(k);
       products_wait<0>();
+      pin(o);
       if (k > 0) consumer.release(k - 1);
       move_to_peak(k);
       consumer.add(k);
     }
     products_wait<0>();
+    pin(o);
     if (k == count && count > 0) {  // the last tile is the other warpgroup's
       follow_peak(k - 1);
       consumer.wait_weights(k - 1);
       consumer.add(k - 1);
       products_wait<0>();
+      pin(o);
     }
     elements.store(m.exchange, kept, group, thread, row, split);
     if (out) {

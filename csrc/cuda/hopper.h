@@ -122,6 +122,12 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Products write their registers behind the compiler's back until they are waited for; between here and there it may not touch them.
+template <int N>
+__device__ __forceinline__ void pin(float (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
 template <int REGISTERS>
 __device__ __forceinline__ void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -237,6 +243,8 @@ inline void products_fence() {}
 inline void products_commit() {}
 template <int>
 void products_wait() {}
+template <int N>
+void pin(float (&)[N]) {}
 template <int>
 void registers_up() {}
 template <int>

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ class CudaBackend(Backend):
     device_types = ("cuda",)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     proven = False
-    note = "CUDA C++ kernels between library matrix products, sm_80 and later; compiled and emulated on a CPU, never run on a GPU so far"
+    summary = "CUDA C++ (compute capability 8.0 and later): own kernels between library matrix products, a slab of classes at a time"
+    note = f"{summary}; compiled and emulated on a CPU, never run on a GPU so far"
     kernels = _cuda  #: the compiled launchers; tests put their emulation here
 
     def unavailable(self) -> str | None:
@@ -84,39 +86,22 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         width = slab_width(n, c)
-        return min(limit // _kept_bytes(n, width, dtype), -(-c // width)) * _kept_bytes(n, width, dtype)
+        return min(limit // kept_bytes(n, width, dtype), -(-c // width)) * kept_bytes(n, width, dtype)
 
     @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         n, d = p.x.shape
         c = p.w.shape[0]
-        device = p.x.device
 
         def new(*shape: int, fill: float = 0.0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.float32, device=device)
+            return torch.full(shape, fill, dtype=torch.float32, device=p.x.device)
 
         peak, total, moment = new(n, fill=-torch.inf), new(n), new(n if need_moment else 0)
-        top, u, decay = new(n, fill=-torch.inf), new(n if need_u else 0, d), new(n)
+        top, u = new(n, fill=-torch.inf), new(n if need_u else 0, d)
         factor = new(c if p.normalize_weight else 0)
-        kept = torch.empty(workspace, dtype=torch.uint8, device=device)
+        kept = torch.empty(workspace, dtype=torch.uint8, device=p.x.device)
         slabs = Slabs(p, self.kernels, slab_width(n, c))
-        products, scratch = slabs.scratch()
-        part = torch.empty_like(u)
-        for index, start, stop in slabs:
-            w = slabs.centres(start, stop, factor, given=False)
-            weights, base = _kept_slab(kept, index, n, slabs.width, p.x.dtype)
-            if weights is None and need_u:
-                weights = scratch
-            matrix_product(p.x, w.T, products[:, : stop - start])
-            self.kernels.row_slab(
-                *slabs.launch, products=products.data_ptr(), weights=address(weights), decay=decay.data_ptr(), base=address(base),
-                peak=peak.data_ptr(), total=total.data_ptr(), moment=address(moment), top=top.data_ptr(),
-                gain=slabs.gain, threads=ROW_THREADS[n < 256], uniform=uniform,
-                bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start, **slabs.rows(),
-            )  # fmt: skip
-            if need_u:
-                matrix_product(weights[:, : stop - start], w, part)
-                torch.addcmul(part, u, decay[:, None], out=u)
+        rows_by_slab(slabs, c, (peak, total, moment, top, u), factor, kept, uniform=uniform)
         if need_u:
             u.mul_(1 / slabs.gain)
         if not uniform:
@@ -131,64 +116,110 @@ class CudaBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         n, d = p.x.shape
         c = p.w.shape[0]
-        row = RowWeights(*(None if v is None else v.contiguous() for v in vars(row).values()))
-        dw = torch.empty((c, d), dtype=p.w.dtype, device=p.x.device) if need_w else None
-        db = torch.empty(c, dtype=torch.float32, device=p.x.device) if need_bias else None
         slabs = Slabs(p, self.kernels, slab_width(n, c))
+        finish = Finish(slabs, row, class_factor, need_w, need_bias)
         products, scratch = slabs.scratch()
-        finish = Finish(p, row, self.kernels, dw, db, class_factor)
-        gain = class_gain(p, row)
         v = torch.empty((slabs.width if need_w else 0, d), dtype=torch.float32, device=p.x.device)
         chunks = -(-n // self.kernels.CHUNK)
         parts = torch.empty((chunks if need_bias else 0, slabs.width), dtype=torch.float32, device=p.x.device)
-        # What was kept is exp(z) N'(c): enough for dw of the softmax alone.
-        plain = need_w and not need_bias and row.uniform is None
-        for index, start, stop in slabs:
-            weights, base = _kept_slab(kept, index, n, slabs.width, p.x.dtype) if plain else (None, None)
-            post = 1.0
-            if weights is not None:
-                post = slabs.gain
-                share = row.softmax * p.row_factor * torch.exp(base - row.lse)
-                if gain is not None:
-                    share = share * gain
-                x = (p.x * share[:, None]).to(p.x.dtype)
-            else:
-                w = slabs.centres(start, stop, class_factor, given=True)
-                weights = scratch if need_w else None
-                matrix_product(p.x, w.T, products[:, : stop - start])
-                self.kernels.class_slab(
-                    *slabs.launch, products=products.data_ptr(), weights=address(weights), bias_parts=address(parts),
-                    lse=row.lse.data_ptr(), softmax=row.softmax.data_ptr(), uniform=address(row.uniform), gain=address(gain),
-                    bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start,
-                    **slabs.rows(),
-                )  # fmt: skip
-                x = p.x
+        row, weights = finish.row, scratch if need_w else None
+        for _, start, stop in slabs.between(finish.from_kept(slabs, kept, v), c):
+            w = slabs.centres(start, stop, class_factor, given=True)
+            matrix_product(p.x, w.T, products[:, : stop - start])
+            self.kernels.class_slab(
+                *slabs.launch, products=products.data_ptr(), weights=address(weights), bias_parts=address(parts),
+                lse=row.lse.data_ptr(), softmax=row.softmax.data_ptr(), uniform=address(row.uniform), gain=address(finish.gain),
+                bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start,
+                **slabs.rows(),
+            )  # fmt: skip
             if need_w:
-                matrix_product(weights[:, : stop - start].T, x, v[: stop - start])
-            finish(slabs.launch, start, stop, v, parts, gain, post)
-        return dw, db
+                matrix_product(weights[:, : stop - start].T, p.x, v[: stop - start])
+            finish(start, stop, v, parts)
+        return finish.dw, finish.db
+
+
+def rows_by_slab(slabs: Slabs, last: int, state: tuple[Tensor, ...], factor: Tensor, kept: Tensor, *, uniform: bool) -> None:
+    """The row pass over classes [0, ``last``).
+
+    Args:
+        state: running peak (N,), total (N,), moment (N,) or (0,), top (N,) and u (N, D) or (0, D), u times ``slabs.gain``; moved on.
+        factor: (C,) a_j, written; or (0,).
+        kept: (K,) uint8, filled with as many slabs' weights as it holds.
+    """
+    p, kernels = slabs.p, slabs.kernels
+    n = p.x.shape[0]
+    peak, total, moment, top, u = state
+    need_u = u.shape[0] > 0
+    decay, part = torch.empty_like(peak), torch.empty_like(u)
+    products, scratch = slabs.scratch()
+    for index, start, stop in slabs.between(0, last):
+        w = slabs.centres(start, stop, factor, given=False)
+        weights, base = kept_slab(kept, index, n, slabs.width, p.x.dtype)
+        if weights is None and need_u:
+            weights = scratch
+        matrix_product(p.x, w.T, products[:, : stop - start])
+        kernels.row_slab(
+            *slabs.launch, products=products.data_ptr(), weights=address(weights), decay=decay.data_ptr(), base=address(base),
+            peak=peak.data_ptr(), total=total.data_ptr(), moment=address(moment), top=top.data_ptr(),
+            gain=slabs.gain, threads=ROW_THREADS[n < 256], uniform=uniform,
+            bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start, **slabs.rows(),
+        )  # fmt: skip
+        if need_u:
+            matrix_product(weights[:, : stop - start], w, part)
+            torch.addcmul(part, u, decay[:, None], out=u)
 
 
 class Finish:
-    """The last step of a slab of the class pass: the rows' own targets, the normalisation's Jacobian, the write of dw and db."""
+    """The class pass's results, and its last step for each slab: the rows' own targets, the normalisation's Jacobian, one write.
 
-    def __init__(self, p: Problem, row: RowWeights, kernels, dw: Tensor | None, db: Tensor | None, class_factor: Tensor):
-        self.p, self.row, self.kernels, self.dw, self.db, self.class_factor = p, row, kernels, dw, db, class_factor
+    Attributes:
+        row: the upstream, contiguous.
+        gain: () what weights are to be multiplied by, or None.
+        dw, db: (C, D) in w's dtype and (C,) float32, or None where not needed.
+    """
+
+    def __init__(self, slabs: Slabs, row: RowWeights, class_factor: Tensor, need_w: bool, need_bias: bool):
+        p = slabs.p
+        self.p, self.slabs, self.class_factor = p, slabs, class_factor
+        self.row = RowWeights(*(None if v is None else v.contiguous() for v in vars(row).values()))
+        self.dw = torch.empty(p.w.shape, dtype=p.w.dtype, device=p.x.device) if need_w else None
+        self.db = torch.empty(p.w.shape[0], dtype=torch.float32, device=p.x.device) if need_bias else None
         # Stable, so that the rows of one class are always added in the same order.
         self.sorted, self.order = torch.sort(p.labels, stable=True)
+        self.gain = class_gain(p, self.row)
 
-    def __call__(self, launch: tuple, start: int, stop: int, v: Tensor, parts: Tensor, gain: Tensor | None, post: float) -> None:
+    def __call__(self, start: int, stop: int, v: Tensor, parts: Tensor | None, post: float = 1.0) -> None:
         """``v`` (slab, D): gradients in the converted centres, without targets, times ``gain`` and ``post``; ``parts`` (chunks, at least
         slab) adds up to db without targets."""
         p, row, w = self.p, self.row, self.p.w[start:]
-        self.kernels.finish(
-            DTYPES[w.dtype], *launch, v=address(v), gain=address(gain), post=post, x=p.x.data_ptr(), sorted=self.sorted.data_ptr(),
-            order=self.order.data_ptr(), row_factor=p.row_factor.data_ptr(), target=row.target.data_ptr(), row_bias=address(row.bias),
-            w=w.data_ptr(), stride=w.stride(0), factor=address(self.class_factor[start:]),
+        self.slabs.kernels.finish(
+            DTYPES[w.dtype], *self.slabs.launch, v=address(v), gain=address(self.gain), post=post, x=p.x.data_ptr(),
+            sorted=self.sorted.data_ptr(), order=self.order.data_ptr(), row_factor=p.row_factor.data_ptr(), target=row.target.data_ptr(),
+            row_bias=address(row.bias), w=w.data_ptr(), stride=w.stride(0), factor=address(self.class_factor[start:]),
             dw=None if self.dw is None else self.dw[start:].data_ptr(), db=None if self.db is None else self.db[start:].data_ptr(),
-            bias_parts=address(parts), ld=parts.stride(0), chunks=parts.shape[0], start=start, n=p.x.shape[0], count=stop - start,
-            d=w.shape[1],
+            bias_parts=address(parts), ld=0 if parts is None else parts.stride(0), chunks=0 if parts is None else parts.shape[0],
+            start=start, n=p.x.shape[0], count=stop - start, d=w.shape[1],
         )  # fmt: skip
+
+    def from_kept(self, slabs: Slabs, kept: Tensor, v: Tensor) -> int:
+        """Does those of ``slabs`` whose weights were kept, one product each, with ``v`` (width, D) as scratch; gives the first class left.
+
+        Weights were kept as exp(z) N'(c): enough for dw of the softmax alone, so nothing is done where more is asked for.
+        """
+        p, row = self.p, self.row
+        n, c = p.x.shape[0], p.w.shape[0]
+        if self.dw is None or self.db is not None or row.uniform is not None:
+            return 0
+        for index, start, stop in slabs.between(0, c):
+            weights, base = kept_slab(kept, index, n, slabs.width, p.x.dtype)
+            if weights is None:
+                return start
+            share = row.softmax * p.row_factor * torch.exp(base - row.lse)
+            if self.gain is not None:
+                share = share * self.gain
+            matrix_product(weights[:, : stop - start].T, (p.x * share[:, None]).to(p.x.dtype), v[: stop - start])
+            self(start, stop, v, None, slabs.gain)
+        return c
 
 
 class Slabs:
@@ -208,9 +239,9 @@ class Slabs:
         self.launch = (DTYPES[p.x.dtype], stream)
         self.gain = HALF_GAIN if p.x.dtype == torch.float16 else 1.0
 
-    def __iter__(self):
-        c = self.p.w.shape[0]
-        return ((i, start, min(start + self.width, c)) for i, start in enumerate(range(0, c, self.width)))
+    def between(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """(number, start, stop) of the slabs of classes [first, last)."""
+        return ((i, start, min(start + self.width, last)) for i, start in enumerate(range(first, last, self.width)))
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Products (N, width) float32, and weights (N, width) in the product's dtype: in float32 the same, overwritten."""
@@ -268,14 +299,14 @@ def class_gain(p: Problem, row: RowWeights) -> Tensor | None:
     return torch.ldexp(torch.full_like(largest, HALF_GAIN), -exponent)
 
 
-def _kept_bytes(n: int, width: int, dtype: torch.dtype) -> int:
+def kept_bytes(n: int, width: int, dtype: torch.dtype) -> int:
     """A kept slab: (N, width) weights, then what their exponentials were taken against (N,) float32; each on 16 bytes."""
     return n * width * dtype.itemsize + -(-n * 4 // 16) * 16
 
 
-def _kept_slab(kept: Tensor, index: int, n: int, width: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def kept_slab(kept: Tensor, index: int, n: int, width: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Weights (N, width) and base (N,) of slab ``index``, or None where it was not kept."""
-    size = _kept_bytes(n, width, dtype)
+    size = kept_bytes(n, width, dtype)
     if (index + 1) * size > kept.numel():
         return None, None
     one = kept[index * size : (index + 1) * size]

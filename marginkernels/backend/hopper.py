@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cuda
 from .base import Problem, RowPass, RowWeights
-from .cuda import GROUP, CudaBackend, Finish, Slabs, address, class_gain, on_its_device
+from .cuda import GROUP, CudaBackend, Finish, Slabs, address, on_its_device
 
 LOG2E = math.log2(math.e)
 #: What a slab's converted centres, and in the class pass the float32 gradient in them too, may take.
@@ -28,8 +29,10 @@ CLASS_SLAB_BYTES = 48 << 20
 
 class HopperBackend(CudaBackend):
     name = "hopper"
+    dtypes = (torch.float16, torch.bfloat16)
     dims = (128, 256, 512)
-    note = "CUDA C++ kernels fused over wgmma and TMA, compute capability 9.0; compiled and emulated on a CPU, never run on a GPU so far"
+    summary = "CUDA C++ (compute capability 9.0): each pass one kernel over wgmma and TMA, for D of 128, 256 or 512"
+    note = f"{summary}; compiled and emulated on a CPU, never run on a GPU so far"
 
     def unavailable(self) -> str | None:
         reason = super().unavailable()
@@ -38,17 +41,13 @@ class HopperBackend(CudaBackend):
         return reason
 
     def refuses(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        reason = super().refuses(device_type, dtype, weight_dtype, dim)
-        if reason is None and dtype == torch.float32:
-            return "has no float32 embeddings"
+        # The weight may be float32 as well: it is converted a slab at a time.
+        reason = super().refuses(device_type, dtype, dtype if weight_dtype == torch.float32 else weight_dtype, dim)
         if reason is None and dim not in self.dims:
             return f"has embedding dimensions {', '.join(map(str, self.dims))}, not {dim}"
         if reason is None and device_type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
             return f"is for compute capability 9.0, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
         return reason
-
-    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
-        return 0
 
     def multiprocessors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -57,29 +56,43 @@ class HopperBackend(CudaBackend):
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         n, d = p.x.shape
         c = p.w.shape[0]
-        slabs = Slabs(p, self.kernels, slab_width(c, ROW_SLAB_BYTES // (2 * d)))
+        # Classes whose weights are kept go by library products, as one more split.
+        width = cuda.slab_width(n, c)
+        first = min(c, workspace // cuda.kept_bytes(n, width, p.x.dtype) * width)
+        slabs = Slabs(p, self.kernels, slab_width(c - first, ROW_SLAB_BYTES // (2 * d)))
         row_tiles = -(-n // self.kernels.TILE_KEPT)
-        splits = max(1, min(self.multiprocessors(p.x.device) // row_tiles, slabs.width // self.kernels.TILE_STREAMED))
+        splits = 0
+        if first < c:
+            splits = max(1, min(self.multiprocessors(p.x.device) // row_tiles, slabs.width // self.kernels.TILE_STREAMED))
+        every = splits + (first > 0)
 
         def new(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device=p.x.device)
 
         factor = new(c if p.normalize_weight else 0)
-        peak, total, top = new(splits, n), new(splits, n), new(splits, n)
-        moment, u = new(splits if need_moment else 0, n), new(splits if need_u else 0, n, d)
+        peak, total, top = new(every, n), new(every, n), new(every, n)
+        moment, u = new(every if need_moment else 0, n), new(every if need_u else 0, n, d)
+        kept = torch.empty(workspace, dtype=torch.uint8, device=p.x.device)
+        if first:
+            own = [v[-1] if v.shape[0] else v for v in (peak, total, moment, top, u)]
+            for v, start in zip(own, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
+                v.fill_(start)
+            cuda.rows_by_slab(Slabs(p, self.kernels, width), first, own, factor, kept, uniform=uniform)
+            for v in (peak, top):  # the fused kernels' logits are in units of log2
+                v[-1].mul_(LOG2E)
         state = {name: address(v) for name, v in (("peak", peak), ("total", total), ("top", top), ("moment", moment), ("u", u))}
-        state |= {"gain": slabs.gain, "d": d, "splits": splits, "uniform": uniform}
+        state |= {"gain": slabs.gain, "d": d, "uniform": uniform}
         bias = self._bias(p)
-        for index, start, stop in slabs:
+        for index, start, stop in slabs.between(first, c):
             w = slabs.centres(start, stop, factor, given=False)
             self.kernels.fused_row(
-                *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), start=start, count=stop - start, resume=index > 0,
+                *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), start=start, count=stop - start, resume=index > 0, splits=splits,
                 bias=None if bias is None else bias[start:].data_ptr(), **slabs.rows(), **state,
             )  # fmt: skip
-        out = RowPass(new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d), factor, p.x.new_empty(0, dtype=torch.uint8))
+        out = RowPass(new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d), factor, kept)
         self.kernels.combine(
             slabs.launch[1], out_total=out.total.data_ptr(), out_top=out.top.data_ptr(), out_moment=address(out.moment),
-            out_u=address(out.u), n=n, **state,
+            out_u=address(out.u), n=n, splits=every, **state,
         )  # fmt: skip
         return out
 
@@ -89,25 +102,24 @@ class HopperBackend(CudaBackend):
     ) -> tuple[Tensor | None, Tensor | None]:
         n, d = p.x.shape
         c = p.w.shape[0]
-        row = RowWeights(*(None if v is None else v.contiguous() for v in vars(row).values()))
-        dw = torch.empty((c, d), dtype=p.w.dtype, device=p.x.device) if need_w else None
-        db = torch.empty(c, dtype=torch.float32, device=p.x.device) if need_bias else None
         slabs = Slabs(p, self.kernels, slab_width(c, CLASS_SLAB_BYTES // (6 * d)))
-        finish = Finish(p, row, self.kernels, dw, db, class_factor)
-        gain = class_gain(p, row)
-        v = torch.empty((slabs.width if need_w else 0, d), dtype=torch.float32, device=p.x.device)
+        finish = Finish(slabs, row, class_factor, need_w, need_bias)
+        # Where weights were kept, slabs are of the row pass's width.
+        narrow = Slabs(p, self.kernels, cuda.slab_width(n, c)) if kept.numel() else slabs
+        v = torch.empty((max(slabs.width, narrow.width) if need_w else 0, d), dtype=torch.float32, device=p.x.device)
+        first = finish.from_kept(narrow, kept, v) if kept.numel() else 0
         parts = torch.empty((1 if need_bias else 0, slabs.width), dtype=torch.float32, device=p.x.device)
-        rows = self._streamed(p, row)
+        rows = self._streamed(p, finish.row)
         bias = self._bias(p)
-        for _, start, stop in slabs:
+        for _, start, stop in slabs.between(first, c):
             w = slabs.centres(start, stop, class_factor, given=True)
             self.kernels.fused_class(
                 *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), rows=rows.data_ptr(), t=address(p.t),
-                bias=None if bias is None else bias[start:].data_ptr(), gain=address(gain), v=address(v), bias_sum=address(parts),
+                bias=None if bias is None else bias[start:].data_ptr(), gain=address(finish.gain), v=address(v), bias_sum=address(parts),
                 start=start, n=n, count=stop - start, d=d, form=p.form,
             )  # fmt: skip
-            finish(slabs.launch, start, stop, v, parts, gain, 1.0)
-        return dw, db
+            finish(start, stop, v, parts)
+        return finish.dw, finish.db
 
     def _bias(self, p: Problem) -> Tensor | None:
         """(C and up to a tile more) bias in units of log2, or None."""
@@ -126,7 +138,7 @@ class HopperBackend(CudaBackend):
             row.softmax,
             zero if row.uniform is None else row.uniform,
             zero if p.threshold is None else p.threshold,
-            torch.where(p.scale == 0, 0.0, 1 / p.scale),
+            1 / p.scale,
             own,
         )
         rows = F.pad(torch.stack(fields, 1), (0, 0, 0, -p.x.shape[0] % self.kernels.TILE_STREAMED))
@@ -136,4 +148,4 @@ class HopperBackend(CudaBackend):
 
 def slab_width(c: int, limit: int) -> int:
     """Classes of a slab: at most ``limit``, a multiple of ``GROUP``."""
-    return min(max(limit // GROUP, 1), -(-c // GROUP)) * GROUP
+    return max(1, min(limit // GROUP, -(-c // GROUP))) * GROUP

@@ -46,6 +46,9 @@ class MarginHead(nn.Module):
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
           in them, never the head.
         - The class centres drawn at the start do not depend on the number of ranks.
+        - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks once.
+        - Gradients accumulate over backward passes as everywhere; divide each loss by how many there are, and have DDP wait for the last
+          (``no_sync``). For float16 use :class:`marginkernels.distributed.GradScaler`, so that all ranks skip the same steps.
 
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).

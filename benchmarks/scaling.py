@@ -1,0 +1,145 @@
+"""Memory and exchanged bytes of a class-parallel head against ranks and classes: ``python -m benchmarks.scaling``.
+
+Measured on Gloo ranks of this machine's CPU: the peak resident memory of the fullest rank, above what it held before the head was
+made, over two SGD steps; and the bytes that one rank receives in a step, as the collectives count them. Beside them what the planner
+says of the same.
+Further sizes are the planner's alone. Writes ``scaling.json`` and ``scaling.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import marginkernels as mk
+from marginkernels import optim, plan
+from marginkernels.distributed import collectives
+
+DIM, BATCH = 128, 32
+MEASURED = [(ranks, classes, rate) for rate in (1.0, 0.1) for classes in (200_000, 800_000) for ranks in (1, 2, 4)]
+#: The planner's own lines: GPUs and million classes, each with and without sampling; everything else is the planner's default.
+PLANNED = [(1, 1), (8, 1), (8, 10), (8, 30), (16, 30), (64, 30), (64, 100)]
+RATES = (1.0, 0.1)
+
+
+def resident(name: str) -> int:
+    """A line of Linux's ``/proc/self/status`` in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+
+def step(head: mk.MarginHead, optimizer: torch.optim.Optimizer, classes: int) -> None:
+    x, y = torch.randn(BATCH, head.embedding_dim, requires_grad=True), torch.randint(classes, (BATCH,))
+    optimizer.zero_grad()
+    head(x, y).backward()
+    optimizer.step()
+
+
+def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+
+    def run(classes: int, rate: float) -> dict:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")  # the peak counts from here
+        head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate)
+        optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+        step(head, optimizer, classes)
+        collectives.forget(head.shard.group)
+        step(head, optimizer, classes)
+        return {"peak_bytes": resident("VmHWM") - before, "received": collectives.received(head.shard.group)}
+
+    run(1000, 0.5)  # what the first steps leave behind
+    found = [run(*case) for case in cases]
+    Path(folder, str(rank)).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure() -> list[dict]:
+    records = []
+    for ranks in sorted({r for r, _, _ in MEASURED}):
+        cases = [(classes, rate) for r, classes, rate in MEASURED if r == ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(rank_main, (ranks, cases, folder), nprocs=ranks)
+            every = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(ranks)]
+        for i, (classes, rate) in enumerate(cases):
+            shape = {"classes": classes, "dim": DIM, "ranks": ranks, "batch": BATCH}
+            records.append(
+                {
+                    **shape,
+                    "sample_rate": rate,
+                    "peak_bytes": max(found[i]["peak_bytes"] for found in every),
+                    "planned_peak_bytes": sum(plan.memory(**shape, sample_rate=rate).values()),
+                    "received_bytes": sum(every[0][i]["received"].values()),
+                    "planned_received_bytes": sum(plan.exchanged(DIM, ranks, BATCH).values()),
+                }
+            )
+            print(records[-1], flush=True)
+    return records
+
+
+def arguments(gpus: int, millions: int, rate: float) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    asked = {"classes": millions * 1_000_000, "gpus": gpus, "sample-rate": rate, "reserve": 0}
+    return parser.parse_args([f"--{name}={value}" for name, value in asked.items()])
+
+
+def planned() -> list[dict]:
+    return [plan.plan(arguments(*size, rate)) for size in PLANNED for rate in RATES]
+
+
+def markdown(measured: list[dict], plans: list[dict]) -> str:
+    lines = [
+        f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum); the planner's figure in brackets:",
+        "",
+        "| classes | sample rate | ranks | peak memory of a rank, MB | received by a rank in a step, kB |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for r in sorted(measured, key=lambda r: (r["classes"], -r["sample_rate"], r["ranks"])):
+        lines.append(
+            f"| {r['classes']:,} | {r['sample_rate']:g} | {r['ranks']} | {r['peak_bytes'] / 1e6:.0f} ({r['planned_peak_bytes'] / 1e6:.0f}) "
+            f"| {r['received_bytes'] / 1e3:.1f} ({r['planned_received_bytes'] / 1e3:.1f}) |"
+        )
+    a = arguments(*PLANNED[0], 1.0)
+    lines += [
+        "",
+        f"Planned (D = {a.dim}, {a.batch} rows on each GPU, {a.weight} centres, {a.embedding} embeddings, {a.optimizer}, without the "
+        f"backbone); the time assumes {a.rate:g} TFLOP/s, {a.bandwidth:g} GB/s of memory and {a.link:g} GB/s of link, nothing overlapping:",
+        "",
+        "| classes | GPUs | sample rate | memory of a GPU, GB | received by a GPU in a step, MB | TFLOP of a GPU | step, ms |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for p in sorted(plans, key=lambda p: (p["classes"], p["ranks"], -p["sample_rate"])):
+        memory, received, seconds = (sum(p[part].values()) for part in ("bytes", "exchanged", "seconds"))
+        lines.append(
+            f"| {p['classes']:,} | {p['ranks']} | {p['sample_rate']:g} | {memory / 1e9:.2f} | {received / 1e6:.2f} "
+            f"| {p['flops'] / 1e12:.2f} | {1e3 * seconds:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling", help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    measured, plans = measure(), planned()
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"torch": torch.__version__, "marginkernels": mk.__version__, "measured": measured, "planned": plans}
+    (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / "scaling.md").write_text(markdown(measured, plans))
+    print(args.out / "scaling.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,13 +30,13 @@ def centres(w, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def finish(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr,
-           DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+           DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
     """Take some columns of v (WIDTH, BLOCK_C), lifted by ``power`` like ``along``, through the Jacobian, and write them."""
     dv = tl.trans(v)
     if NORMALIZED:
-        unit = load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH).to(tl.float32) * factor[:, None]
+        unit = load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER).to(tl.float32) * factor[:, None]
         dv = (dv - along[:, None] * unit) * factor[:, None]
-    store_tile(dw, first, c, first_dim, dv * (1.0 / power), DIM, BLOCK_C, WIDTH)
+    store_tile(dw, first, c, first_dim, dv * (1.0 / power), DIM, BLOCK_C, WIDTH, COVER)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def class_pass_kernel(
     if NORMALIZED:
         factor = tl.load(class_factor + col, mask=in_c, other=0.0)
     if WHOLE:
-        query = tl.trans(centres(load_tile(w, None, stride_wc, first, c, 0, DIM, BLOCK_C, DEPTH), factor, PRESCALE, DTYPE))
+        query = tl.trans(centres(load_tile(w, None, stride_wc, first, c, 0, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE))
     if bias is not None:
         b = (tl.load(bias + col, mask=in_c, other=0.0) * LOG2E)[None, :]
     power = 1.0
@@ -95,13 +95,13 @@ def class_pass_kernel(
             hard = tl.load(threshold + row, mask=in_n, other=0.0)[:, None]
         near = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         if WHOLE:
-            key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH)
+            key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH, DEPTH)
             if n > 0:  # always; see `product`
                 near = product(key, query, near, PRECISION)
         else:
             for d in tl.range(0, DIM, DEPTH):
-                part = centres(load_tile(w, w_box, stride_wc, first, c, d, DIM, BLOCK_C, DEPTH), factor, PRESCALE, DTYPE)
-                key = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH)
+                part = centres(load_tile(w, w_box, stride_wc, first, c, d, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE)
+                key = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH, DEPTH)
                 near = product(key, tl.trans(part), near, PRECISION)
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
@@ -120,7 +120,7 @@ def class_pass_kernel(
             if NORMALIZED:
                 along += fold_sum(g.to(tl.float32) * near)
             if not WHOLE or WIDTH < DEPTH:
-                key = load_tile(x, None, stride_xn, first_row, n, first_dim, DIM, BLOCK_N, WIDTH)
+                key = load_tile(x, None, stride_xn, first_row, n, first_dim, DIM, BLOCK_N, WIDTH, WIDTH)
             v = product(tl.trans(key), g, v, PRECISION)
     if db is not None:
         if tl.program_id(1) == 0:
@@ -132,7 +132,7 @@ def class_pass_kernel(
         low, high = halves(v)
         v0, v1 = halves(low)
         v2, v3 = halves(high)
-        finish(v0, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, DIM, BLOCK_C, WIDTH // 4)
-        finish(v1, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4)
-        finish(v2, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 2, NORMALIZED, DIM, BLOCK_C, WIDTH // 4)
-        finish(v3, along, power, factor, w, dw, stride_wc, first, c, first_dim + 3 * WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4)
+        finish(v0, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
+        finish(v1, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
+        finish(v2, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 2, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
+        finish(v3, along, power, factor, w, dw, stride_wc, first, c, first_dim + 3 * WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)

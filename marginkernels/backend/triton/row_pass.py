@@ -35,7 +35,7 @@ def prepare_kernel(
     """
     first = tl.program_id(0) * BLOCK_C
     slab = w + wide(first_class) * stride_wc
-    tile = load_tile(slab, None, stride_wc, first, count, 0, DIM, BLOCK_C, WIDTH).to(tl.float32)
+    tile = load_tile(slab, None, stride_wc, first, count, 0, DIM, BLOCK_C, WIDTH, WIDTH).to(tl.float32)
     if factor is not None:
         power = to_unit_range(tl.max(tl.abs(tile), 1))
         unit = tile * power[:, None]
@@ -45,16 +45,16 @@ def prepare_kernel(
         tl.store(factor + first_class + col, tl.where(zero, 0.0, power / length), mask=col < count)
         tile = unit * tl.where(zero, 0.0, 1.0 / length)[:, None]
     if copy is not None:
-        store_tile(copy, first, count, 0, tile, DIM, BLOCK_C, WIDTH)
+        store_tile(copy, first, count, 0, tile, DIM, BLOCK_C, WIDTH, WIDTH)
 
 
 @triton.jit
 def add_to_tile(matrix, first, count, first_dim, value, decay, RESUME: tl.constexpr,
-                DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
     """Store a tile, plus ``decay`` (BLOCK,) times what stands there where RESUME."""
     if RESUME:
-        value += decay[:, None] * load_tile(matrix, None, DIM, first, count, first_dim, DIM, BLOCK, WIDTH)
-    store_tile(matrix, first, count, first_dim, value, DIM, BLOCK, WIDTH)
+        value += decay[:, None] * load_tile(matrix, None, DIM, first, count, first_dim, DIM, BLOCK, WIDTH, COVER)
+    store_tile(matrix, first, count, first_dim, value, DIM, BLOCK, WIDTH, COVER)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def row_pass_kernel(
         hard = tl.load(threshold + row, mask=in_n, other=0.0)[None, :]
         lifted = tl.load(t)
     if WHOLE:
-        query = tl.trans(load_tile(x, None, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH))
+        query = tl.trans(load_tile(x, None, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH, DEPTH))
     first_dim = tl.program_id(2) * WIDTH
     total = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
     moment = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
@@ -118,13 +118,13 @@ def row_pass_kernel(
         in_c = col < count
         cos = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
         if WHOLE:
-            key = load_tile(w, w_box, stride_wc, first, count, 0, DIM, BLOCK_C, DEPTH)
+            key = load_tile(w, w_box, stride_wc, first, count, 0, DIM, BLOCK_C, DEPTH, DEPTH)
             if n > 0:  # always; see `product`
                 cos = product(key, query, cos, PRECISION)
         else:
             for d in tl.range(0, DIM, DEPTH):
-                part = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH)
-                key = load_tile(w, w_box, stride_wc, first, count, d, DIM, BLOCK_C, DEPTH)
+                part = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH, DEPTH)
+                key = load_tile(w, w_box, stride_wc, first, count, d, DIM, BLOCK_C, DEPTH, DEPTH)
                 cos = product(key, tl.trans(part), cos, PRECISION)
         if class_factor is not None:
             factor = tl.load(class_factor + first_class + col, mask=in_c, other=0.0)[:, None]
@@ -165,7 +165,7 @@ def row_pass_kernel(
             if class_factor is not None:
                 g *= factor
             if not WHOLE or WIDTH < DEPTH:
-                key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH)
+                key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
             u = product(tl.trans(key), g.to(DTYPE), u, PRECISION)
     if tl.program_id(2) == 0:
         mass, best, mean = tl.sum(total, 0), tl.max(top, 0), tl.sum(moment, 0)
@@ -182,8 +182,8 @@ def row_pass_kernel(
     if NEED_U:
         low, high = halves(u * (1.0 / LIFT))
         part = part_u + out * DIM
-        add_to_tile(part, first_row, n, first_dim, tl.trans(low), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2)
-        add_to_tile(part, first_row, n, first_dim + WIDTH // 2, tl.trans(high), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2)
+        add_to_tile(part, first_row, n, first_dim, tl.trans(low), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
+        add_to_tile(part, first_row, n, first_dim + WIDTH // 2, tl.trans(high), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def combine_kernel(
         if NEED_MOMENT:
             mean += share * tl.load(part_moment + at + row, mask=in_n, other=0.0)
         if NEED_U:
-            joint += share[:, None] * load_tile(part_u + at * DIM, None, DIM, first_row, n, first_dim, DIM, BLOCK_N, WIDTH)
+            joint += share[:, None] * load_tile(part_u + at * DIM, None, DIM, first_row, n, first_dim, DIM, BLOCK_N, WIDTH, WIDTH)
     if UNIFORM:
         log_mass = mass
     else:
@@ -229,4 +229,4 @@ def combine_kernel(
         if NEED_MOMENT:
             tl.store(moment + row, mean, mask=in_n)
     if NEED_U:
-        store_tile(u, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH)
+        store_tile(u, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH, WIDTH)

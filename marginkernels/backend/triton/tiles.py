@@ -60,11 +60,12 @@ def form_slope(g, c, threshold, t, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_tile(matrix, box, stride, first, count, first_dim, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def load_tile(matrix, box, stride, first, count, first_dim,
+              DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
     """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
 
     ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile and 32-bit
-    inside it.
+    inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no multiple of it.
     """
     if box is not None:
         return box.load([first, first_dim])
@@ -72,19 +73,20 @@ def load_tile(matrix, box, stride, first, count, first_dim, DIM: tl.constexpr, B
     dim = first_dim + tl.arange(0, WIDTH)
     at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
     inside = row[:, None] < count - first
-    if DIM % WIDTH != 0:
+    if DIM % COVER != 0:
         inside &= dim[None, :] < DIM
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(matrix, first, count, first_dim, value, DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def store_tile(matrix, first, count, first_dim, value,
+               DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
     """The reverse of :func:`load_tile` into a contiguous matrix, in its dtype."""
     row = tl.arange(0, BLOCK)
     dim = first_dim + tl.arange(0, WIDTH)
     at = matrix + wide(first) * DIM + row[:, None] * DIM + dim[None, :]
     inside = row[:, None] < count - first
-    if DIM % WIDTH != 0:
+    if DIM % COVER != 0:
         inside &= dim[None, :] < DIM
     tl.store(at, value.to(matrix.dtype.element_ty), mask=inside)
 

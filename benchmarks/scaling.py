@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 
 import marginkernels as mk
 from marginkernels import optim, plan
+from marginkernels.backend.slab import SLAB_ELEMENTS
 from marginkernels.distributed import collectives
 
 DIM, BATCH = 128, 32
@@ -101,7 +103,8 @@ def planned() -> list[dict]:
 
 def markdown(measured: list[dict], plans: list[dict]) -> str:
     lines = [
-        f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum); the planner's figure in brackets:",
+        f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum). In brackets the planner's figure, which allows",
+        f"up to {6 * 4 * SLAB_ELEMENTS / 1e6:.0f} MB for the slabs that the plain PyTorch backend needs and kernels do not:",
         "",
         "| classes | sample rate | ranks | peak memory of a rank, MB | received by a rank in a step, kB |",
         "|---:|---:|---:|---:|---:|",
@@ -135,7 +138,8 @@ def main() -> None:
     args = parser.parse_args()
     measured, plans = measure(), planned()
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {"torch": torch.__version__, "marginkernels": mk.__version__, "measured": measured, "planned": plans}
+    about = {"torch": torch.__version__, "marginkernels": mk.__version__, "cpu_count": os.cpu_count()}
+    record = {**about, "measured": measured, "planned": plans}
     (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n")
     (args.out / "scaling.md").write_text(markdown(measured, plans))
     print(args.out / "scaling.md")

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="rows of all ranks together")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=6e-3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--identities", type=int, default=None, help="draw this many at random (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/distributed"))
     parser.add_argument("--save-every", type=int, default=100)
@@ -52,11 +53,11 @@ def main() -> None:
     glyphs = [data.load(max_identities=args.identities) if rank == 0 else None]
     if group is not None:
         dist.broadcast_object_list(glyphs, device=device)
-    train, test = glyphs[0].split(0.1, seed=0)
+    train, test = glyphs[0].split(0.1, seed=args.seed)
     images, labels = torch.from_numpy(train.images).to(device), torch.from_numpy(train.identities).to(device)
     classes = len(train.characters)
 
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     net = GlyphNet(args.dim).to(device)
     model = net if group is None else nn.parallel.DistributedDataParallel(net)
     head = mk.MarginHead(
@@ -66,6 +67,7 @@ def main() -> None:
         process_group=group,
         batch_size=None if group is None else -(-args.batch // ranks),
         sample_rate=args.sample_rate,
+        sample_seed=args.seed,
         log_q=args.log_q,
         device=device,
     )
@@ -86,7 +88,8 @@ def main() -> None:
             print(f"resumed from {path}", flush=True)
     loss = torch.tensor(float("nan"))
     while step < args.steps:
-        generator = torch.Generator().manual_seed(step)  # of the step alone: the same rows on any number of ranks, resumed or not
+        # Of the step alone: the same rows on any number of ranks, resumed or not.
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         chosen = torch.randint(len(labels), (args.batch,), generator=generator).tensor_split(ranks)[rank].to(device)
         embeddings = model(augment(images[chosen], generator))
         loss = head(embeddings, labels[chosen])
@@ -103,7 +106,14 @@ def main() -> None:
     if rank == 0:
         found = verify_pairs(embed(net, torch.from_numpy(test.images).to(device)), torch.from_numpy(test.identities).to(device))
         rates = {f"TAR@FAR={far:g}": found.tar(far) for far in (1e-2, 1e-3, 1e-4)}
-        asked = {"ranks": ranks, "steps": args.steps, "batch": args.batch, "sample_rate": args.sample_rate, "log_q": args.log_q}
+        asked = {
+            "ranks": ranks,
+            "steps": args.steps,
+            "batch": args.batch,
+            "sample_rate": args.sample_rate,
+            "log_q": args.log_q,
+            "seed": args.seed,
+        }
         about = {"identities": classes, "verified_on": len(test.characters), "loss": loss.item()}
         (args.folder / "result.json").write_text(json.dumps({**asked, **about, **rates}))
         print(f"{classes} identities, verified on {len(test.characters)} others:", ", ".join(f"{k} {v:.4f}" for k, v in rates.items()))

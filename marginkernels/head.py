@@ -46,8 +46,8 @@ class MarginHead(nn.Module):
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
           in them, never the head.
         - The class centres drawn at the start do not depend on the number of ranks.
-        - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks once.
-        - Gradients accumulate over backward passes as everywhere; divide each loss by how many there are, and have DDP wait for the last
+        - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks.
+        - Gradients accumulate over backward passes as ever; divide each loss by how many there are, and have DDP wait for the last
           (``no_sync``). For float16 use :class:`marginkernels.distributed.GradScaler`, so that all ranks skip the same steps.
 
     Attributes:
@@ -190,7 +190,7 @@ class MarginHead(nn.Module):
         """
         if self.shard is None:
             return nearest(embeddings, self.weight, self.bias, self.margin, k)
-        rows, _ = self.shard.gather(embeddings, torch.full((embeddings.shape[0],), -1, device=embeddings.device), -1)
+        rows = self.shard.gather(embeddings, torch.full((embeddings.shape[0],), -1, device=embeddings.device), -1, ask=True)[0]
         scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
 

@@ -56,8 +56,8 @@ def memory(
         parts["drawn classes"] = max(met * centre, 40 * held)
     # Of all ranks: the embeddings as they came and prepared, u, and the float64 temporaries of the O(N D) arithmetic.
     parts["rows"] = rows * dim * (2 * embedding_bytes + 4 + 5 * 8)
-    # A pass works on slabs of logits and converted centres (plain PyTorch on a dozen, kernels on one or none); an optimizer step on slabs of
-    # rows: temporaries, and copies where rows were drawn. Never both.
+    # A pass works on slabs of logits and converted centres (plain PyTorch on a dozen, kernels on one or none); an optimizer step on slabs
+    # of rows: temporaries, and copies where rows were drawn. Never both.
     logits = 6 * 4 * min(SLAB_ELEMENTS, rows * met) + 4 * met
     copies = MOMENTS[optimizer] + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
     parts["slabs"] = max(logits, copies * weight_bytes * min(optim.SLAB_ELEMENTS, met * dim))

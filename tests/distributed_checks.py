@@ -176,9 +176,10 @@ def check_topk():
         single = mk.MarginHead(D, 37, margin, bias=True)
         single.load_state_dict({"weight": whole.w, "bias": whole.bias})
         scores, classes = single.topk(whole.x, 11)
-        got = sharded(whole, copy.deepcopy(margin)).topk(whole.x[mine()], 11)
-        assert torch.equal(got[1], classes[mine()])
-        compare(got[0], scores[mine()], "scores", float(scores.norm()))
+        for batch_size in (None, 1):  # of a training step, not of a search
+            got = sharded(whole, copy.deepcopy(margin), batch_size=batch_size).topk(whole.x[mine()], 11)
+            assert torch.equal(got[1], classes[mine()])
+            compare(got[0], scores[mine()], "scores", float(scores.norm()))
 
 
 def check_start_does_not_depend_on_ranks():

@@ -78,13 +78,14 @@ class Shard:
 
     # -- 1. rows ---------------------------------------------------------------------------------------------------------------
 
-    def gather(self, x: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """The rows of all ranks (R M, D) and their labels (R M,), each rank's padded to M rows with ignored ones.
+    def gather(self, x: Tensor, labels: Tensor, ignore_index: int, *, ask: bool = False) -> tuple[Tensor, Tensor]:
+        """The rows of all ranks (R M, D) and their labels (R M,), each rank's padded to M rows with ignored ones: ``batch_size``, or the
+        most that any rank has, where that is None or ``ask`` is set.
 
         The gradient that comes back to ``x`` is the sum over ranks times R, so that averaging over ranks, as DDP and FSDP do with the
         backbone's gradient, gives the gradient of the global loss.
         """
-        if self.batch_size is None:
+        if ask or self.batch_size is None:
             rows, needs_grad = self._most(x)
         else:
             rows, needs_grad = self.batch_size, torch.is_grad_enabled()

@@ -1,6 +1,7 @@
 """``python -m benchmarks resources``: registers, stack and shared memory of every compiled kernel, without a GPU.
 
-A collector is a module beside this one with ``unavailable() -> why not, or None`` and ``collect(archs) -> records``. A record has ``kernel``,
+A collector is a module beside this one with ``unavailable() -> why not, or None`` and ``collect(archs) -> records``. A record has
+``kernel``,
 ``backend``, ``arch``, ``registers`` and ``stack_bytes`` a thread and ``shared_bytes`` a program; it may have ``shared_limit``, and
 ``explained``: why its stack does no harm.
 """
@@ -61,7 +62,5 @@ def table(records: list[dict]) -> str:
     lines = [f"{'backend':8} {'arch':7} {'registers':>9} {'stack':>6} {'shared':>7}  kernel"]
     for r in records:
         note = f"  ({r['explained']})" if r.get("explained") else ""
-        lines.append(
-            f"{r['backend']:8} {r['arch']:7} {r['registers']:9} {r['stack_bytes']:6} {r['shared_bytes']:7}  {r['kernel']}{note}"
-        )
+        lines.append(f"{r['backend']:8} {r['arch']:7} {r['registers']:9} {r['stack_bytes']:6} {r['shared_bytes']:7}  {r['kernel']}{note}")
     return "\n".join(lines)

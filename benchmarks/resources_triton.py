@@ -19,7 +19,8 @@ DTYPES = (
     (torch.float16, torch.float32),
     (torch.float32, torch.float32),
 )
-#: What is asked of the kernels: the common case; a hard form and a bias; neither gradient; centres as they are, with the sums of label smoothing.
+#: What is asked of the kernels: the common case; a hard form and a bias; neither gradient; centres as they are, with the sums of label
+#: smoothing.
 ASKED = {
     "": {},
     "hard-linear, bias": {"form": forms.HARD_LINEAR, "bias": True},

@@ -36,7 +36,8 @@ def _compiled(arch, dim, dtype, weight_dtype):
 
 
 def test_the_million_class_kernels_on_hopper():
-    """What the tile table promises for D = 512: no stack, Hopper's matrix unit, keys loaded by the memory accelerator, two products a step."""
+    """What the tile table promises for D = 512: no stack, Hopper's matrix unit, keys loaded by the memory accelerator, two products a
+    step."""
     from marginkernels.backend.triton import aot, table
 
     found = _compiled("sm_90", 512, torch.bfloat16, torch.bfloat16)

@@ -1,4 +1,5 @@
-"""The Triton kernels on CPU tensors under Triton's interpreter. Run by test_triton.py in processes of their own, since the interpreter has to be on
+"""The Triton kernels on CPU tensors under Triton's interpreter. Run by test_triton.py in processes of their own, since the interpreter
+has to be on
 before the kernels are imported; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_checks.py."""
 
 import itertools
@@ -13,7 +14,7 @@ from marginkernels.backend.base import Problem, RowWeights
 from marginkernels.backend.slab import SlabBackend
 
 pytest.importorskip("triton")
-from marginkernels.backend.triton import interpreting, launch, tiles  # noqa: E402
+from marginkernels.backend.triton import interpreting, launch, tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 

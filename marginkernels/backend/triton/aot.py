@@ -56,7 +56,9 @@ def problem(
     )  # fmt: skip
 
 
-def launches(p: Problem, arch: str, *, need_u: bool = True, need_w: bool = True, uniform: bool = False, processors: int = 132) -> list[Launch]:
+def launches(
+    p: Problem, arch: str, *, need_u: bool = True, need_w: bool = True, uniform: bool = False, processors: int = 132
+) -> list[Launch]:
     """Every launch of one step on ``p``; row pass without u and class pass without dw where those are not needed."""
     found: list[Launch] = []
     device = Device(arch, processors)

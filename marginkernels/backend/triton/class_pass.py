@@ -12,6 +12,7 @@ from .tiles import (
     halves,
     load_labels,
     load_tile,
+    narrow,
     product,
     store_tile,
 )
@@ -25,7 +26,7 @@ def centres(w, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
     """
     if PRESCALE:
         w = w.to(tl.float32) * factor[:, None]
-    return w.to(DTYPE)
+    return narrow(w, DTYPE)
 
 
 @triton.jit
@@ -116,15 +117,14 @@ def class_pass_kernel(
             bias_sum += fold_sum(tl.where(own, tl.load(bias_weight + row, mask=in_n, other=0.0)[:, None], g / s))
         if dw is not None:
             g = tl.where(own, tl.load(target + row, mask=in_n, other=0.0)[:, None], form_slope(g, cos, hard, lifted, FORM))
-            g = (g * (f * power)).to(DTYPE)
+            g = narrow(g * (f * power), DTYPE)
             if NORMALIZED:
                 along += fold_sum(g.to(tl.float32) * near)
             if not WHOLE or WIDTH < DEPTH:
                 key = load_tile(x, None, stride_xn, first_row, n, first_dim, DIM, BLOCK_N, WIDTH, WIDTH)
             v = product(tl.trans(key), g, v, PRECISION)
-    if db is not None:
-        if tl.program_id(1) == 0:
-            tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
+    if db is not None and tl.program_id(1) == 0:
+        tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
     if dw is not None:
         along = tl.sum(along, 0)
         if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
@@ -135,4 +135,6 @@ def class_pass_kernel(
         finish(v0, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
         finish(v1, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
         finish(v2, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 2, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
-        finish(v3, along, power, factor, w, dw, stride_wc, first, c, first_dim + 3 * WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
+        finish(
+            v3, along, power, factor, w, dw, stride_wc, first, c, first_dim + 3 * WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH
+        )

@@ -1,6 +1,7 @@
 """From a problem to kernel launches: output tensors, grids, compile-time switches. Nothing here waits for the device.
 
-The functions hand each :class:`Launch` to ``run``, so that the very launches that run can also be collected, from tensors on the meta device, and
+The functions hand each :class:`Launch` to ``run``, so that the very launches that run can also be collected, from tensors on the meta
+device, and
 compiled for a GPU that is not there (:mod:`.aot`).
 """
 
@@ -72,10 +73,8 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
-def precision(dtype: torch.dtype, device: Device) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 ones as one TF32 product where PyTorch's own switch allows that, else at float32's precision."""
-    if device.arch == "interpreter":
-        return "widen"
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -84,7 +83,8 @@ def row_pass(
 ) -> RowPass:
     """The row pass, by way of ``run``.
 
-    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into a buffer
+    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into
+    a buffer
     of ``SLAB_BYTES`` that stays in the cache, and the kernel goes on from slab to slab; the others are read where they are.
     """
     n, d = p.x.shape
@@ -119,7 +119,7 @@ def row_pass(
     switches = {"UNIFORM": uniform, "NEED_U": need_u, "NEED_MOMENT": need_moment}
     constants = {
         **switches, "FORM": p.form, "RESUME": convert, "LIFT": FLOAT16_LIFT if half else 1.0,
-        "PRECISION": precision(p.x.dtype, device),
+        "PRECISION": precision(p.x.dtype),
     }  # fmt: skip
     for first in range(0, c, slab):
         count = min(slab, c - first)
@@ -162,21 +162,24 @@ def class_pass(
     args = {
         "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "w_box": boxes(p.w, tile.queries, tile) if d > tile.depth else None,
         "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
-        "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target, "bias_weight": row.bias if need_bias else None,
+        "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target,
+        "bias_weight": row.bias if need_bias else None,
         "class_factor": class_factor if p.normalize_weight else None, "bias": p.bias, "t": p.t,
         "lift": _lift(p, row) if half else None, "dw": dw, "db": db,
         "n": n, "c": c, "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0),
     }  # fmt: skip
     constants = {
         **cut(d, tile, tile.keys, tile.queries),
-        "FORM": p.form, "NORMALIZED": p.normalize_weight, "PRESCALE": p.normalize_weight and half, "PRECISION": precision(p.x.dtype, device),
+        "FORM": p.form, "NORMALIZED": p.normalize_weight, "PRESCALE": p.normalize_weight and half, "PRECISION": precision(p.x.dtype),
     }  # fmt: skip
     grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if need_w else 1)
     run(Launch(class_pass_kernel, grid, args, constants, tile.warps, tile.stages))
     return dw, db
 
 
-def _prepare(p: Problem, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Callable[[Launch], None]) -> None:
+def _prepare(
+    p: Problem, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Callable[[Launch], None]
+) -> None:
     d = p.w.shape[1]
     block = 256 if device.arch == "interpreter" else 16
     args = {
@@ -193,7 +196,8 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
 
 
 def boxes(v: Tensor, block: int, tile: Tile) -> TensorDescriptor | None:
-    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where its rows are not 16-byte aligned."""
+    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where its rows are not
+    16-byte aligned."""
     if v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
     return TensorDescriptor(v, list(v.shape), list(v.stride()), [block, tile.depth])
@@ -202,6 +206,7 @@ def boxes(v: Tensor, block: int, tile: Tile) -> TensorDescriptor | None:
 def _splits(programs: int, blocks: int, processors: int) -> int:
     """Into how many splits of the classes to cut, so that ``programs`` times as many fill the device evenly: at most two waves, which also
     bounds the partial results."""
+
     def busy(splits: int) -> float:
         return programs * splits / (math.ceil(programs * splits / processors) * processors)
 

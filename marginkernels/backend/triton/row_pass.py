@@ -14,6 +14,7 @@ from .tiles import (
     halves,
     load_labels,
     load_tile,
+    narrow,
     product,
     store_tile,
     to_unit_range,
@@ -75,8 +76,10 @@ def row_pass_kernel(
 ):  # fmt: skip
     """One block of rows against one split of ``count`` classes from ``first_class``; with NEED_U, slice ``program_id(2)`` of u's columns.
 
-    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling of u in
-    the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME goes on from
+    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the
+    rescaling of u in
+    the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME goes on
+    from
     the partial results of an earlier launch.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
@@ -85,9 +88,8 @@ def row_pass_kernel(
     first_row = tl.program_id(0) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)
     in_n = row < n
-    if bound is not None:
-        if (tl.load(bound) <= limit) == ONLINE:
-            return
+    if bound is not None and (tl.load(bound) <= limit) == ONLINE:
+        return
     f = tl.load(row_factor + row, mask=in_n, other=0.0)[None, :]
     s = tl.load(scale + row, mask=in_n, other=0.0)[None, :] * LOG2E
     if PLAIN:  # the similarities themselves are not wanted
@@ -166,7 +168,7 @@ def row_pass_kernel(
                 g *= factor
             if not WHOLE or WIDTH < DEPTH:
                 key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
-            u = product(tl.trans(key), g.to(DTYPE), u, PRECISION)
+            u = product(tl.trans(key), narrow(g, DTYPE), u, PRECISION)
     if tl.program_id(2) == 0:
         mass, best, mean = tl.sum(total, 0), tl.max(top, 0), tl.sum(moment, 0)
         if RESUME:

@@ -1,14 +1,19 @@
 """Tile code that both passes share. Everything here is inlined into the kernels.
 
-A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the queries and the
+A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the
+queries and the
 centres the keys; in the class pass it is the other way round. Tiles of similarities stand as (keys, queries) and what is accumulated as (D,
-queries): so the weights are the second operand of the second product, which a Hopper matrix unit takes from shared memory, and no thread need hold
+queries): so the weights are the second operand of the second product, which a Hopper matrix unit takes from shared memory, and no thread
+need hold
 a copy of another's. Logits are in units of log 2, so that ``exp`` is one instruction.
 """
 
 import triton
 import triton.language as tl
 
+#: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
+#: done by hand.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -26,10 +31,24 @@ def wide(i):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32. Triton's interpreter multiplies the bits of bfloat16 numbers as integers; "widen" gives it the same numbers in float32."""
-    if PRECISION == "widen":
+    """acc + a b in float32.
+
+    Where the first of two products that feed each other is called under a condition, even one that always holds, Triton cuts both for the
+    matrix unit on their own merits; else it gives the first all warps along its rows, of which a 64-row tile then computes everything
+    twice.
+    """
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(a, DTYPE: tl.constexpr):
+    """``a`` (float32 or ``DTYPE``) rounded to nearest in ``DTYPE``."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = a.to(tl.float32).to(tl.uint32, bitcast=True)
+        a = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return a.to(DTYPE)
 
 
 @triton.jit
@@ -64,8 +83,10 @@ def load_tile(matrix, box, stride, first, count, first_dim,
               DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
     """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
 
-    ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile and 32-bit
-    inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no multiple of it.
+    ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile
+    and 32-bit
+    inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no multiple of
+    it.
     """
     if box is not None:
         return box.load([first, first_dim])
@@ -88,18 +109,20 @@ def store_tile(matrix, first, count, first_dim, value,
     inside = row[:, None] < count - first
     if DIM % COVER != 0:
         inside &= dim[None, :] < DIM
-    tl.store(at, value.to(matrix.dtype.element_ty), mask=inside)
+    tl.store(at, narrow(value, matrix.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def halves(a):
-    """The upper and the lower half of the rows of ``a``: what is turned around and stored piece by piece needs less scratch memory and fewer registers."""
+    """The upper and the lower half of the rows of ``a``: what is turned around and stored piece by piece needs less scratch memory and
+    fewer registers."""
     return tl.split(tl.permute(tl.reshape(a, (2, a.shape[0] // 2, a.shape[1])), (1, 2, 0)))
 
 
 @triton.jit
 def fold_sum(a):
-    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart, which lie in one thread where a matrix unit gave the tile, added up. A loop keeps
+    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart, which lie in one thread where a matrix unit gave the tile, added up.
+    A loop keeps
     its running sums so and adds across threads only once, at its end."""
     return tl.reshape(tl.sum(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
 

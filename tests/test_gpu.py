@@ -1,0 +1,166 @@
+"""Every backend that serves a GPU, at the sizes that it is for. Run by ``make test-gpu``; the backends' own small tests are elsewhere."""
+
+import itertools
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import verify
+from marginkernels.backend import FUSED
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = [name for name, b in FUSED.items() if "cuda" in b.device_types]
+#: dtypes of embeddings and weight.
+DTYPES = [
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+]
+
+
+def serve(name, x, w, dim):
+    reason = FUSED[name].unavailable() or FUSED[name].refuses("cuda", x, w, dim)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+
+
+def problem(n, d, c, x=torch.bfloat16, w=torch.float32, seed=0):
+    """As :meth:`verify.Case.random`, drawn on the GPU: a million centres take too long on a CPU."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    weight = torch.empty(c, d, device="cuda", dtype=w)
+    for start in range(0, c, 1 << 20):
+        part = weight[start : start + (1 << 20)]
+        part.copy_(torch.randn(part.shape, generator=g, device="cuda") * 0.1)
+    labels = torch.randint(c, (n,), generator=g, device="cuda")
+    rows = torch.randn(n, d, generator=g, device="cuda")
+    rows[::2] = 0.6 * rows[::2] + 12 * weight[labels[::2]].float()
+    labels[n // 2] = -100
+    return verify.Case(rows.to(x), weight, labels, None)
+
+
+def judged(case, margin, rows=64):
+    """Loss and gradients of the first ``rows`` rows alone, by plain float32 in slabs that fit any GPU: what N x C float64 would not."""
+    return verify.run(verify.Case(case.x[:rows], case.w, case.labels[:rows], None), margin, "slab", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("name", "head"), list(itertools.product(BACKENDS, verify.HEADS)))
+def test_every_head_and_dtype(name, head):
+    for number, (x, w) in enumerate(DTYPES):
+        serve(name, x, w, 512)
+        for n, d, c in ((33, 128, 517), (129, 512, 20_011)):
+            case = verify.Case.random(n, d, c, x, weight_dtype=w, bias=number % 2 == 0, device="cuda")
+            for options in ({}, {"label_smoothing": 0.1}):
+                found = verify.errors(case, verify.HEADS[head](c), name, **options)
+                assert max(found.values()) <= max(verify.TOLERANCE[x], verify.TOLERANCE[w]), (x, w, n, d, c, options, found)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dim", [32, 40, 64, 96, 128, 200, 256, 384, 512, 640, 768, 1024])
+def test_dimensions(name, dim):
+    for x, w in DTYPES:
+        if FUSED[name].unavailable() or FUSED[name].refuses("cuda", x, w, dim):
+            continue
+        case = verify.Case.random(65, dim, 3001, x, weight_dtype=w, device="cuda")
+        for head in ("arcface", "curricularface", "l2-softmax"):
+            found = verify.errors(case, verify.HEADS[head](3001), name)
+            assert max(found.values()) <= max(verify.TOLERANCE[x], verify.TOLERANCE[w]), (x, w, head, found)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("n", "c"), [(512, 1_000_000), (1024, 999_999), (4096, 1_000_001), (1, 1_000_003), (4095, 65_537)])
+def test_a_million_classes(name, n, c):
+    serve(name, torch.bfloat16, torch.float32, 512)
+    case = problem(n, 512, c)
+    want = verify.run(case, mk.ArcFace(), "slab", dtype=torch.float32)
+    got = verify.run(case, mk.ArcFace(), name)
+    for key in want:
+        assert verify.relative_error(got[key], want[key]) <= verify.TOLERANCE[torch.bfloat16], key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_elements_than_32_bits_count(name):
+    """C D beyond 2^31: the last classes are read and written where they are."""
+    serve(name, torch.bfloat16, torch.bfloat16, 512)
+    c = 4_300_000
+    case = problem(64, 512, c, w=torch.bfloat16)
+    case.labels[-4:] = torch.tensor([c - 1, c - 2, 4_194_304, 4_194_303], device="cuda")
+    want = judged(case, mk.ArcFace())
+    got = verify.run(case, mk.ArcFace(), name)
+    assert verify.relative_error(got["loss"], want["loss"]) <= 3e-2
+    assert verify.relative_error(got["dx"], want["dx"]) <= 3e-2
+    for part in (slice(0, 4096), slice(4_194_000, 4_195_000), slice(c - 4096, c)):
+        assert verify.relative_error(got["dw"][part], want["dw"][part]) <= 3e-2
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bits_repeat(name):
+    serve(name, torch.bfloat16, torch.float32, 512)
+    case = problem(1000, 512, 100_003)
+    for head in ("arcface", "curricularface"):
+        margin = verify.HEADS[head](100_003)
+        first = verify.run(case, margin, name)
+        for _ in range(5):
+            assert all(torch.equal(v, first[k]) for k, v in verify.run(case, margin, name).items())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_training_step_in_a_cuda_graph(name, dtype):
+    """Forward and backward pass are captured, so neither waits for the device, and a replay sees new embeddings."""
+    serve(name, dtype, torch.float32, 512)
+    case = problem(256, 512, 50_021, dtype)
+    x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
+    margin = mk.ArcFace()
+
+    def step():
+        loss = mk.margin_cross_entropy(x, w, case.labels, margin=margin, backend=name)
+        return loss, *torch.autograd.grad(loss, (x, w))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(x.roll(1, 0))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_memory(name):
+    """Above inputs and gradients at most 64 MB and a share that grows with N D and C alone; never N x C."""
+    serve(name, torch.bfloat16, torch.float32, 512)
+    n, d, c = 1024, 512, 400_000
+    case = problem(n, d, c)
+    x, w = case.x.requires_grad_(), case.w.requires_grad_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mk.margin_cross_entropy(x, w, case.labels, margin=mk.ArcFace(), backend=name).backward()
+    torch.cuda.synchronize()
+    above = torch.cuda.max_memory_allocated() - before - x.grad.nbytes - w.grad.nbytes
+    assert above <= (64 << 20) + 32 * n * d * 4 + 16 * c
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_on_another_device_than_the_current_one(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    serve(name, torch.bfloat16, torch.float32, 128)
+    case = verify.Case.random(33, 128, 517, torch.bfloat16, weight_dtype=torch.float32, device="cuda:1")
+    with torch.cuda.device(0):
+        found = verify.errors(case, mk.ArcFace(), name)
+    assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], found

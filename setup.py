@@ -11,7 +11,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
@@ -74,6 +74,13 @@ def build_cpu(target: Path, folder: Path) -> None:
     """marginkernels._cpu: one object for each instruction set, a driver compiled for any processor, and the binding."""
     import pybind11
 
+    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
+    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -Wl,-s"
+    compile_cpu(target, folder, "bind.cpp", f"{includes} -O1", shared)
+
+
+def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_flags: str, extra: str = "") -> None:
+    """The kernels and the driver, and ``front`` (a file of csrc/cpu) with flags of its own; ``extra`` flags go to every step."""
     if os.name != "posix":
         raise CannotBuild("the kernels are written for GCC and Clang on Linux and macOS")
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
@@ -82,17 +89,15 @@ def build_cpu(target: Path, folder: Path) -> None:
     source = HERE / "csrc" / "cpu"
     known = {level: flags for level, flags in LEVELS.items() if understands(compiler, flags)} if is_x86() else {}
     # Multiply-adds may be fused; GCC's own vector headers trip its warning about uninitialised values.
-    kernel = "-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi"
-    objects = {folder / "level_plain.o": (source / "level_plain.cpp", kernel)}
-    for level, flags in known.items():
-        for file in source.glob(f"level_{level}.cpp") if level != "amx" else source.glob("level_amx*.cpp"):
-            objects[folder / f"{file.stem}.o"] = (file, f"{kernel} {flags}")
+    kernel = f"-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
-    objects[folder / "driver.o"] = (source / "driver.cpp", f"{defines} -pthread")
-    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
-    objects[folder / "bind.o"] = (source / "bind.cpp", f"{includes} -O1")
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -pthread -Wl,-s"
-    ninja_build(folder, compiler, CXX_RULES, objects, (target, shared))
+    files = {"level_plain.cpp": kernel, "driver.cpp": f"{defines} -pthread {extra}", front: f"{front_flags} {extra}"}
+    for level, flags in known.items():
+        files[f"level_{level}.cpp"] = f"{kernel} {flags}"
+        if level == "amx":
+            files["level_amx_split.cpp"] = f"{kernel} {flags}"
+    objects = {folder / Path(name).with_suffix(".o"): (source / name, flags) for name, flags in files.items()}
+    ninja_build(folder, compiler, CXX_RULES, objects, (target, f"{link_flags} -pthread {extra}"))
 
 
 def is_x86() -> bool:
@@ -175,7 +180,23 @@ class BuildOptional(build_ext):
                     shutil.copy2(file, package)
 
 
+class BuildCheck(Command):
+    """csrc/cpu/check.cpp with the kernels, as a program to run under sanitizers: tests/test_sanitizers.py."""
+
+    user_options = [("output=", None, "the program"), ("flags=", None, "flags of every step")]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.output, self.flags = "build/check", ""
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        target = Path(self.output).resolve()
+        compile_cpu(target, target.parent / "objects", "check.cpp", "", "", self.flags)
+
+
 setup(
     ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": BuildOptional},
+    cmdclass={"build_ext": BuildOptional, "build_check": BuildCheck},
 )

@@ -1,0 +1,214 @@
+"""The C++ backend: every instruction set, determinism, hostile numbers, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import verify
+from marginkernels.backend import FUSED, cpu
+
+pytestmark = pytest.mark.skipif(FUSED["cpu"].unavailable() is not None, reason=f"{FUSED['cpu'].unavailable()}")
+SERVES = {
+    "avx512_bf16": (torch.bfloat16,),
+    "amx": (torch.bfloat16,),
+    "amx_split": (torch.float32, torch.float16),
+}
+LEVELS = [(level, dtype) for level in cpu.levels() for dtype in SERVES.get(level, cpu.CpuBackend.dtypes)]
+HEADS = ("softmax", "arcface", "sphereface", "mv-am", "curricularface", "l2-softmax-trainable", "adacos", "arcface-focal")
+
+
+@pytest.fixture
+def level(monkeypatch):
+    """Set the instruction set of this test."""
+    return lambda name: monkeypatch.setattr(FUSED["cpu"], "level", name)
+
+
+def test_auto_prefers_it():
+    assert FUSED["cpu"].refuses("cpu", torch.float32, torch.float32, 8) is None
+    assert next(name for name, b in FUSED.items() if b.unavailable() is None and "cpu" in b.device_types and b.proven) == "cpu"
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+@pytest.mark.parametrize("shape", [(7, 33, 101), (300, 40, 333), (33, 1, 5), (3, 129, 130)])
+def test_every_instruction_set(level, name, dtype, shape):
+    level(name)
+    for head in HEADS if shape[0] < 100 else ("arcface", "curricularface"):
+        smoothing = 0.1 if head in ("arcface", "curricularface", "softmax") else 0.0
+        found = verify.errors(verify.Case.random(*shape, dtype, bias=True), verify.HEADS[head](shape[2]), "cpu", label_smoothing=smoothing)
+        if shape[1] == 1:  # one dimension leaves a normalised centre no direction to move in: its gradient is rounding over rounding
+            del found["dw"], found["dx"]
+        assert max(found.values()) <= verify.TOLERANCE[dtype], (head, found)
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+def test_no_worse_than_eager(level, name, dtype):
+    """At most 3x the error that eager makes, which does the same in the inputs' dtype (in float32 at the least)."""
+    level(name)
+    shape = (64, 128, 700)
+    for head in ("softmax", "arcface", "curricularface"):
+        case = verify.Case.random(*shape, dtype)
+        eager, ours = (verify.errors(case, verify.HEADS[head](shape[2]), b) for b in ("reference", "cpu"))
+        for output in ("loss", "dx", "dw"):
+            assert ours[output] <= 3 * max(eager[output], 1e-7), (head, output, ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)],
+)
+def test_mixed_dtypes(dtype, weight_dtype):
+    case = verify.Case.random(65, 96, 700, dtype, weight_dtype=weight_dtype)
+    for head in ("arcface", "softmax", "curricularface"):
+        found = verify.errors(case, verify.HEADS[head](700), "cpu")
+        assert max(found.values()) <= max(verify.TOLERANCE[dtype], verify.TOLERANCE[weight_dtype]), (head, found)
+    assert verify.run(case, mk.ArcFace(), "cpu")["dw"].dtype == weight_dtype
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match="float64"):
+        mk.margin_cross_entropy(
+            torch.ones(2, 3).double(), torch.ones(4, 3).double(), torch.zeros(2, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu"
+        )
+
+
+@pytest.mark.parametrize("dtype", cpu.CpuBackend.dtypes)
+def test_same_bits_for_a_thread_count(dtype):
+    case = verify.Case.random(290, 64, 5000, dtype)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            first, again = (verify.run(case, mk.ArcFace(), "cpu") for _ in range(2))
+            for output in first:
+                assert torch.equal(first[output], again[output]), (threads, output)
+            found[threads] = first
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3):
+        for output, want in found[1].items():
+            assert verify.relative_error(found[threads][output], want) <= (1e-5 if dtype == torch.float32 else 1e-2), (threads, output)
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+@pytest.mark.parametrize("head", ["arcface", "softmax", "curricularface"])
+def test_hostile_numbers(level, name, dtype, head):
+    """Norms of 1e18 and 1e-18, zero rows and centres, cosines of +-1, one class, one row, everything ignored: finite, and right where the
+    reference in float64 is."""
+    level(name)
+    big = 1e18 if dtype != torch.float16 else 100.0
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(9, 20, generator=g), torch.randn(11, 20, generator=g)
+    labels = torch.arange(9)
+    if head != "softmax":  # whose logits would be 1e36
+        x[0] *= big
+        w[1] *= big
+        x[2] /= big
+        w[3] /= big
+    x[4] = 0
+    w[5] = 0
+    x[6], x[7] = w[6], -w[7]
+    case = verify.Case(x.to(dtype), w.to(dtype), labels, None)
+    got = verify.run(case, verify.HEADS[head](11), "cpu")
+    assert all(v.isfinite().all() for v in got.values())
+    want = verify.run(case, verify.HEADS[head](11), "reference", dtype=torch.float64)
+    assert verify.relative_error(got["loss"], want["loss"]) <= verify.TOLERANCE[dtype]
+    for rows in (x[:1], x[4:5]):
+        for classes in (w[:1], w):
+            for label in (0, -100):
+                one = verify.Case(rows.to(dtype), classes.to(dtype), torch.tensor([label]), None)
+                assert all(v.isfinite().all() for v in verify.run(one, verify.HEADS[head](3), "cpu").values())
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+@pytest.mark.parametrize("scale", [1.0, 64.0, 1024.0])
+def test_scales(level, name, dtype, scale):
+    level(name)
+    case = verify.Case.random(40, 48, 300, dtype)
+    if dtype != torch.float32 and scale > 64:
+        assert all(v.isfinite().all() for v in verify.run(case, mk.CosFace(scale=scale), "cpu").values())
+        return
+    found = verify.errors(case, mk.CosFace(scale=scale), "cpu")
+    assert max(found.values()) <= verify.TOLERANCE[dtype] * max(1, scale / 64), found
+
+
+@pytest.mark.parametrize("exponent", [-100, -40, 40])
+def test_loss_scaling(exponent):
+    """Gradients of a loss times a power of two are the gradients times it: nothing vanishes on the way."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = verify.Case.random(33, 64, 200, dtype, weight_dtype=torch.float32)
+        plain, scaled = (verify.run(case, mk.ArcFace(), "cpu", upstream=torch.tensor(2.0**e)) for e in (0, exponent))
+        assert verify.relative_error(scaled["dw"].double() / 2.0**exponent, plain["dw"]) <= 1e-6
+
+
+def test_nan_shows():
+    x, w = torch.randn(4, 8), torch.randn(5, 8)
+    x[1, 3] = torch.nan
+    losses = mk.margin_cross_entropy(x, w, torch.arange(4), margin=mk.CosFace(), reduction="none", backend="cpu")
+    assert losses.isnan().tolist() == [False, True, False, False]
+
+
+def test_strided_inputs():
+    case = verify.Case.random(21, 30, 64)
+    wide_w, wide_x = torch.randn(64, 37), torch.randn(30, 42)
+    wide_w[:, 3:33], wide_x.T[::2] = case.w, case.x
+    want = verify.run(case, mk.ArcFace(), "cpu")
+    got = verify.run(verify.Case(wide_x.T[::2], wide_w[:, 3:33], case.labels, None), mk.ArcFace(), "cpu")
+    transposed = verify.run(verify.Case(case.x, case.w.T.contiguous().T, case.labels, None), mk.ArcFace(), "cpu")
+    for output in want:
+        assert torch.equal(got[output], want[output])
+        assert torch.equal(transposed[output], want[output])
+
+
+MEMORY = """
+import resource, sys, torch, marginkernels as mk
+n, d, c = 256, 32, int(sys.argv[1])
+x, w = torch.randn(n, d, requires_grad=True), torch.full((c, d), 0.1)
+w[:, 0] = torch.arange(c) % 7
+w.requires_grad_()
+w.grad = torch.zeros_like(w)
+warm = mk.margin_cross_entropy(x, w[:1000], torch.zeros(n, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu").backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss = mk.margin_cross_entropy(x, w, torch.zeros(n, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu")
+torch.autograd.grad(loss, (x, w))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - c * d * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux counts it")
+@pytest.mark.parametrize("classes", [100_000, 1_000_000])
+def test_flat_memory(classes):
+    """MiB above inputs and gradients; the logits alone would be 98 and 977."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(classes)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count():
+    """C D past 2^31: the last classes' loss and gradient are what they are alone."""
+    c, d = (1 << 31) // 256 + 300, 256
+    w = torch.empty(c, d, dtype=torch.bfloat16)
+    w.view(torch.int16).random_(0x3C00, 0x3E00, generator=torch.Generator().manual_seed(0))
+    tail = torch.randn(200, d, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    w[-200:] = tail
+    x = tail[:8].float().mul(1.01).to(torch.bfloat16).requires_grad_()
+    w.requires_grad_()
+    labels = torch.arange(c - 200, c - 192)
+    margin = mk.CosFace(scale=64.0, margin=0.1)
+    losses = mk.margin_cross_entropy(x, w, labels, margin=margin, reduction="none", backend="cpu")
+    losses.sum().backward()
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize
+        parts = [torch.logsumexp(64 * unit(x.double()) @ unit(p.double()).T, 1) for p in w[:-200].split(1 << 16)]
+        own = 64 * unit(x.double()) @ unit(tail.double()).T
+        own[torch.arange(8), torch.arange(8)] -= 6.4
+        whole = torch.logsumexp(torch.stack([*parts, torch.logsumexp(own, 1)]), 0)
+        want = whole - own[torch.arange(8), torch.arange(8)]
+    torch.testing.assert_close(losses.double(), want, rtol=1e-2, atol=1e-3)
+    assert w.grad[-200:-192].float().norm() > 0
+    assert w.grad[: 1 << 16].isfinite().all()
+    assert w.grad[-(1 << 16) :].isfinite().all()

@@ -1,0 +1,32 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over small and ragged problems, on every instruction set here."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """setup.py's own flags and build, of the program instead of the module."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("sanitized")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_check", f"--output={folder / 'check'}", f"--flags={SANITIZE}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "check"
+
+
+def test_no_error_and_finite(build):
+    done = subprocess.run([build], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failures" in done.stdout

@@ -103,8 +103,8 @@ def planned() -> list[dict]:
 
 def markdown(measured: list[dict], plans: list[dict]) -> str:
     lines = [
-        f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum). In brackets the planner's figure, which allows",
-        f"up to {6 * 4 * SLAB_ELEMENTS / 1e6:.0f} MB for the slabs that the plain PyTorch backend needs and kernels do not:",
+        f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum). In brackets the planner's figure, which",
+        f"allows up to {6 * 4 * SLAB_ELEMENTS / 1e6:.0f} MB for the slabs that the plain PyTorch backend needs and kernels do not:",
         "",
         "| classes | sample rate | ranks | peak memory of a rank, MB | received by a rank in a step, kB |",
         "|---:|---:|---:|---:|---:|",

@@ -28,7 +28,7 @@ STYLE = {
     "axes.titlesize": 11,
     "legend.frameon": False,
 }
-#: How many identities and typefaces the sheet of samples shows.
+#: How many identities, and at most how many renderings of each, the sheet of samples shows.
 SHEET = (12, 20)
 
 
@@ -43,11 +43,12 @@ def samples(glyphs: Glyphs, path: Path, seed: int) -> Path:
     counts = np.bincount(glyphs.identities)
     rich = np.flatnonzero(counts >= np.partition(counts, -SHEET[0])[-SHEET[0] :].min() // 2)
     chosen = np.sort(np.random.default_rng(seed).permutation(rich)[: SHEET[0]])
-    sheet = np.zeros((len(chosen) * SIZE, SHEET[1] * SIZE), dtype=np.uint8)
+    width = min(SHEET[1], counts[chosen].max())
+    sheet = np.zeros((len(chosen) * SIZE, width * SIZE), dtype=np.uint8)
     for i, identity in enumerate(chosen):
-        for j, image in enumerate(glyphs.images[glyphs.identities == identity][: SHEET[1]]):
+        for j, image in enumerate(glyphs.images[glyphs.identities == identity][:width]):
             sheet[i * SIZE : (i + 1) * SIZE, j * SIZE : (j + 1) * SIZE] = image
-    figure, axes = plt.subplots(figsize=(SHEET[1] * 0.42, len(chosen) * 0.42))
+    figure, axes = plt.subplots(figsize=(width * 0.42, len(chosen) * 0.42))
     axes.imshow(255 - sheet, cmap="gray", vmin=0, vmax=255)
     axes.set_title(f"{len(chosen)} of {len(glyphs.characters):,} identities, one a row, in the typefaces that have it")
     axes.set_axis_off()
@@ -79,14 +80,14 @@ def angles(run: Trained, path: Path) -> Path:
 
 
 def losses(runs: Sequence[Trained], path: Path) -> Path:
-    figure, (above, below) = plt.subplots(2, 1, figsize=(6.5, 5.5), sharex=True, height_ratios=(3, 2))
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6.5, 5.5), sharex=True, height_ratios=(3, 2), gridspec_kw={"hspace": 0.35})
     for run in runs:
         steps = np.arange(1, len(run.losses) + 1)
         window = max(1, len(steps) // 50)
         smooth = np.convolve(run.losses, np.ones(window) / window, mode="valid")
         if len(runs) == 1:
             above.plot(steps, run.losses, color="C0", alpha=0.25, linewidth=0.8)
-        above.plot(steps[window - 1 :], smooth, label=run.head)
+        above.plot(steps[: len(smooth)] + (window - 1) / 2, smooth, label=run.head)
         below.plot(steps, run.differences, ".", markersize=3)
     above.set(ylabel="loss", ylim=(0, None))
     above.set_title("Training loss" + (f", mean of {window} steps" if window > 1 else ""))

@@ -20,7 +20,7 @@ import marginkernels as mk
 from marginkernels import optim
 from marginkernels.distributed import checkpoint, latest, load, save
 
-D, C, TIMEOUT = 8, 43, 20
+D, C, TIMEOUT = 8, 43, 40
 
 
 def die(*_, **__):

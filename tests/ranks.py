@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def start(checks: list, size: int, timeout: float = 60.0) -> dict[str, str | None]:
+def start(checks: list, size: int, timeout: float = 180.0) -> dict[str, str | None]:
     """Run ``check()`` for each of ``checks`` on ``size`` ranks; gives by name what went wrong on any rank, or None."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (size, checks, folder, timeout), nprocs=size)
@@ -49,6 +49,6 @@ def _rank(rank: int, size: int, checks: list, folder: str, timeout: float) -> No
     dist.destroy_process_group()
 
 
-def init(rank: int, size: int, folder: str, timeout: float = 60.0) -> None:
+def init(rank: int, size: int, folder: str, timeout: float) -> None:
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout))

@@ -28,22 +28,24 @@ def run(folder: Path, name: str, kill_step: int = -1, place: str = "none", ranks
         )
         for rank in range(ranks)
     ]
-    outputs = [p.communicate(timeout=120) for p in started]
+    outputs = [p.communicate(timeout=300) for p in started]
     losses = dict(line.split() for line in outputs[0][0].splitlines())
     return [p.returncode for p in started], [err for _, err in outputs], losses
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The losses of a run that nothing happens to."""
+    """The losses of a run that nothing happens to, and the seconds that it takes."""
+    began = time.monotonic()
     codes, errors, losses = run(tmp_path_factory.mktemp("whole"), "whole")
     assert codes == [0, 0, 0], errors
     assert list(losses) == [str(step) for step in range(1, STEPS + 1)]
-    return losses
+    return losses, time.monotonic() - began
 
 
 @pytest.mark.parametrize(("step", "place"), [(4, "backward"), (5, "save")])
 def test_killed_and_resumed(tmp_path, whole, step, place):
+    whole, seconds = whole
     began = time.monotonic()
     codes, errors, losses = run(tmp_path, "killed", step, place)
     taken = time.monotonic() - began
@@ -54,7 +56,7 @@ def test_killed_and_resumed(tmp_path, whole, step, place):
         if place == "backward":
             assert "process_group: rank" in errors[rank]
             assert "Stop every rank and resume from the last checkpoint" in errors[rank]
-    assert taken < fault_worker.TIMEOUT + 40  # starting the processes is most of it
+    assert taken < fault_worker.TIMEOUT + 3 * seconds  # most of either is starting the processes
     assert latest(tmp_path) == tmp_path / "step-3"
     assert all(whole[s] == loss for s, loss in losses.items())
     codes, errors, losses = run(tmp_path, "resumed")

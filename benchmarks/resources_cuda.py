@@ -80,4 +80,5 @@ def collect(archs: Iterable[str]) -> list[dict]:
     for record in records:
         if dynamic and record["kernel"].startswith("fused_kernel"):
             record["shared_bytes"] += dynamic(int(record["kernel"].split(", ")[1]))
+            record["shared_limit"] = 227 * 1024
     return records

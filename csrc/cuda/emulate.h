@@ -1,6 +1,8 @@
 // Enough of CUDA's execution model to run these kernels on a CPU, for tests: blocks one after another, the threads of a block as
-// coroutines that switch at barriers, shuffles and waits. It checks logic, indexing and that no thread waits for ever; it cannot show a
-// missing fence or a race. Included instead of the CUDA headers where MK_EMULATE is defined.
+// coroutines that switch at barriers, shuffles and waits. It checks logic, indexing and that no thread waits for ever. What the hardware does
+// on its own time (copies, warpgroup products) is done at once or, with `late`, at the last moment that the waits allow, and threads then
+// take turns in a shuffled order: what is read too early or overwritten too early shows in the results of one or the other. A missing
+// fence does not show. Included instead of the CUDA headers where MK_EMULATE is defined.
 #pragma once
 
 #include <setjmp.h>
@@ -65,6 +67,8 @@ struct Thread {
   jmp_buf at;
   std::vector<char> stack;
   bool started = false, done = false;
+  std::vector<std::function<void()>> issued;               // products since the last commit
+  std::deque<std::vector<std::function<void()>>> groups;   // committed and not yet done
 };
 
 struct Barrier {
@@ -81,6 +85,9 @@ struct Block {
   Barrier named[16], warps[32];
   uint64_t slots[1024];          // what each thread shows to its warp
   const std::function<void()>* body = nullptr;
+  bool late = false;
+  std::deque<std::function<void()>> copies;  // not yet done
+  unsigned turn = 1;                         // of the shuffled order
 };
 
 inline Block& block() {
@@ -137,8 +144,10 @@ inline void run_block() {
   for (i = 0; i < b.count; ++i) b.threads[i].done = false;
   for (remaining = b.count; remaining;) {
     before = b.progress;
+    if (b.late) b.turn = b.turn * 1103515245u + 12345u;
     for (i = 0; i < b.count; ++i) {
-      Thread& t = b.threads[i];
+      // By warps: forwards or backwards, from anywhere.
+      Thread& t = b.threads[b.late ? ((b.turn >> 16 & 1 ? i : b.count - 1 - i) + (b.turn >> 17) * 32) % b.count : i];
       if (t.done) continue;
       b.current = &t;
       if (!_setjmp(b.scheduler)) {
@@ -146,9 +155,12 @@ inline void run_block() {
         t.started = true;
         setcontext(&t.context);
       }
-      remaining -= b.threads[i].done;
+      remaining -= b.current->done;
     }
-    if (remaining && before == b.progress) {
+    if (before == b.progress && !b.copies.empty()) {
+      b.copies.front()();
+      b.copies.pop_front();
+    } else if (remaining && before == b.progress) {
       b.threads.clear();  // they stand in the middle of this kernel
       throw std::runtime_error("emulated kernel: all threads wait, none can go on");
     }

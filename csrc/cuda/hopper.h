@@ -218,31 +218,49 @@ inline void barrier_wait(Barrier* b, uint32_t parity) {
   emulate::wait_until([&] { return b->phase != parity; });
 }
 
+// Runs a copy now, or when no thread can go on without it.
+inline void start_copy(std::function<void()> copy) {
+  if (emulate::block().late) emulate::block().copies.push_back(std::move(copy));
+  else copy();
+}
+
 inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* b) {
   if (shared_address(to) % 1024) throw std::runtime_error("emulated kernel: a swizzled box must lie on 1,024 bytes");
-  unsigned char* out = static_cast<unsigned char*>(to);
-  for (int r = 0; r < map->box_rows; ++r)
-    for (int c = 0; c < CHUNK_COLUMNS; ++c) {
-      const bool inside = row + r < map->rows && column + c < map->columns;
-      const uint16_t v = inside ? map->base[size_t(row + r) * map->columns + column + c] : 0;
-      std::memcpy(out + swizzled(uint32_t(r * CHUNK_ROW_BYTES + c * 2)), &v, 2);
-    }
-  b->bytes -= map->box_rows * CHUNK_ROW_BYTES;
-  barrier_settle(b);
+  start_copy([=] {
+    unsigned char* out = static_cast<unsigned char*>(to);
+    for (int r = 0; r < map->box_rows; ++r)
+      for (int c = 0; c < CHUNK_COLUMNS; ++c) {
+        const bool inside = row + r < map->rows && column + c < map->columns;
+        const uint16_t v = inside ? map->base[size_t(row + r) * map->columns + column + c] : 0;
+        std::memcpy(out + swizzled(uint32_t(r * CHUNK_ROW_BYTES + c * 2)), &v, 2);
+      }
+    b->bytes -= map->box_rows * CHUNK_ROW_BYTES;
+    barrier_settle(b);
+  });
 }
 inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier* b) {
   if (bytes % 16 || uintptr_t(from) % 16 || shared_address(to) % 16) throw std::runtime_error("emulated kernel: copies go by 16 bytes");
-  std::memcpy(to, from, bytes);
-  b->bytes -= int32_t(bytes);
-  barrier_settle(b);
+  start_copy([=] {
+    std::memcpy(to, from, bytes);
+    b->bytes -= int32_t(bytes);
+    barrier_settle(b);
+  });
 }
 
 inline void shared_written_fence() {}
 inline void consumers_meet() { emulate::meet(emulate::block().named[1], 256); }
 inline void products_fence() {}
-inline void products_commit() {}
-template <int>
-void products_wait() {}
+inline void products_commit() {
+  emulate::Thread& t = *emulate::block().current;
+  t.groups.push_back(std::move(t.issued));
+  t.issued.clear();
+}
+template <int PENDING>
+void products_wait() {
+  emulate::Thread& t = *emulate::block().current;
+  for (; t.groups.size() > PENDING; t.groups.pop_front())
+    for (const auto& product : t.groups.front()) product();
+}
 template <int N>
 void pin(float (&)[N]) {}
 template <int>
@@ -262,18 +280,23 @@ inline uint32_t element_address(uint64_t d, bool across, int outer, int k) {
 
 template <class T, int N, bool B_ACROSS>
 void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  const int thread = int(emulate::block().current->rank % 128);
-  const auto at = [](uint32_t address) {
-    T v;
-    std::memcpy(&v, emulate::shared_memory() + address, 2);
-    return widen(v);
+  emulate::Thread& t = *emulate::block().current;
+  const int thread = int(t.rank % 128);
+  const auto run = [=, &d] {
+    const auto at = [](uint32_t address) {
+      T v;
+      std::memcpy(&v, emulate::shared_memory() + address, 2);
+      return widen(v);
+    };
+    for (int i = 0; i < N / 2; ++i) {
+      float sum = accumulate ? d[i] : 0.0f;
+      for (int k = 0; k < 16; ++k)
+        sum += at(element_address(a, false, fragment_row(thread, i), k)) * at(element_address(b, B_ACROSS, fragment_column(thread, i), k));
+      d[i] = sum;
+    }
   };
-  for (int i = 0; i < N / 2; ++i) {
-    float sum = accumulate ? d[i] : 0.0f;
-    for (int k = 0; k < 16; ++k)
-      sum += at(element_address(a, false, fragment_row(thread, i), k)) * at(element_address(b, B_ACROSS, fragment_column(thread, i), k));
-    d[i] = sum;
-  }
+  if (emulate::block().late) t.issued.push_back(run);
+  else run();
 }
 
 #endif

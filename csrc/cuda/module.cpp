@@ -120,6 +120,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
   m.def("weight_descriptor", &mk::hopper::weight_descriptor<mk::TILE_STREAMED>);
   m.def("along_sum", &mk::hopper::along_sum);
   m.def("across_sum", &mk::hopper::across_sum);
+  m.def("set_late", [](bool late) { emulate::block().late = late; });
   m.def("wait_for_ever", [] {
     emulate::launch(dim3(1), dim3(32), [] {
       if (threadIdx.x != 0) __syncthreads();

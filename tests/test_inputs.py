@@ -178,9 +178,7 @@ def test_ignored_rows_do_not_count(backend):
     kept = y != 255
     for name in ("arcface", "adacos", "curricularface", "mv-arc", "arcface-focal"):
         for smoothing in (0.0, 0.1):
-            some = verify.run(
-                verify.Case(X, W, y, None), verify.HEADS[name](C), backend, ignore_index=255, label_smoothing=smoothing
-            )
+            some = verify.run(verify.Case(X, W, y, None), verify.HEADS[name](C), backend, ignore_index=255, label_smoothing=smoothing)
             only = verify.run(verify.Case(X[kept], W, y[kept], None), verify.HEADS[name](C), backend, label_smoothing=smoothing)
             assert verify.relative_error(some["loss"], only["loss"]) < 1e-6
             assert verify.relative_error(some["dx"][kept], only["dx"]) < 1e-5

@@ -68,12 +68,12 @@ def test_heads(head):
 @pytest.mark.parametrize("kind", DTYPES)
 def test_options(kind, narrow_slabs, ran):
     x, w = DTYPES[kind]
-    case = verify.Case.random(31, 64, 1000, x, weight_dtype=w, bias=True)
-    for head in ("arcface", "curricularface", "l2-softmax-trainable"):
-        found = verify.errors(case, verify.HEADS[head](1000), "triton", label_smoothing=0.1)
+    case = verify.Case.random(17, 64, 600, x, weight_dtype=w, bias=True)
+    for head in ("curricularface", "l2-softmax-trainable"):
+        found = verify.errors(case, verify.HEADS[head](600), "triton", label_smoothing=0.1)
         assert max(found.values()) <= TOLERANCE[kind], (head, found)
     slabs = {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel}
-    assert slabs == {0} if x == w == torch.float32 or kind == "bfloat16" else slabs == set(range(0, 1000, 256 * 2 // x.itemsize))
+    assert slabs == {0} if x == w == torch.float32 or kind == "bfloat16" else slabs == set(range(0, 600, 256 * 2 // x.itemsize))
 
 
 @pytest.mark.parametrize("dim", [1, 33, 96, 200])

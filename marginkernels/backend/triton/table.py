@@ -81,4 +81,6 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
         return Tile(32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
     queries, stages = (LARGE if large else SMALL)[d]
+    if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
+        stages = 1
     return Tile(queries[online + busy], 64 if large else 32, d, d, stages=stages)

@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #if MK_X86
@@ -129,7 +130,11 @@ void parallel(int threads, int64_t count, F f) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) f(thread, i);
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those there are do it all.
+  }
   work(0);
   for (auto& t : others) t.join();
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
@@ -45,8 +46,8 @@ def collect(archs: Iterable[str], dims: Iterable[int] = DIMS, processes: int = 2
     """A record of every distinct kernel of :func:`cases` for each of ``archs``: ``kernel``, ``backend``, ``arch``, ``registers`` a thread,
     ``stack_bytes`` a thread, ``shared_bytes`` a program, ``shared_limit``, and ``explained`` where the stack is."""
     work = [(arch, *case) for arch in archs for case in cases(dims)]
-    with get_context("spawn").Pool(processes) as pool:
-        found = pool.starmap(compile_case, work, chunksize=1)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # raises, where a Pool would wait, if the compiler dies
+        found = list(pool.map(compile_case, *zip(*work, strict=True)))
     return list({(r["kernel"], r["arch"]): r for records in found for r in records}.values())
 
 

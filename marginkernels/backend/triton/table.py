@@ -79,7 +79,7 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     if not accumulates:
         return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 64, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
-        return Tile(32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
+        return Tile(16 if online and busy else 32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
     queries, stages = (LARGE if large else SMALL)[d]
     if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
         stages = 1

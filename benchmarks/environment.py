@@ -37,6 +37,7 @@ def describe(kind: str) -> dict:
         "triton": _version("triton"),
         "marginkernels": marginkernels.__version__,
         "commit": commit(),
+        "load": round(os.getloadavg()[0], 1),  # what else the machine was doing
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "copy_gb_s": round(copy_bandwidth(Device(kind)) / 1e9, 1),
         "memory_method": "torch.cuda.max_memory_allocated" if kind == "cuda" else "resident high-water mark of the process",

@@ -67,6 +67,7 @@ def _section(found: Records) -> str:
         f"Record [`{found.name}`](results/{found.name}): preset {e['preset']}, commit {e['commit']}, {e['time']}; torch {e['torch']}, "
         f"Python {e['python']}, {e['system']}, {e['memory_gb']} GB"
         + (f"; {versions}" if versions else "")
+        + (f"; load average {e['load']:g} at the start" if "load" in e else "")
         + f". Copy bandwidth {e['copy_gb_s']:g} GB/s"
         + "".join(f", {dtype} matrix product {rate:.3g} TFLOP/s" for dtype, rate in _products(found).items())
         + (f". Stopped by its time limit before {e['stopped_before']}" if e.get("stopped_before") else "")

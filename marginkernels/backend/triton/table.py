@@ -49,9 +49,9 @@ class Tile:
     stages: int = 2
 
 
-#: Widest D -> queries and stages, where products are 16-bit: for plain logits, with one of the two loads, with both.
-LARGE = {64: ((128, 64, 64), 3), 128: ((128, 64, 32), 3), 256: ((64, 64, 32), 3), 512: ((64, 32, 16), 2)}
-SMALL = {64: ((64, 32, 32), 3), 128: ((64, 32, 32), 3), 256: ((64, 32, 32), 2), 512: ((32, 32, 16), 2)}
+#: Widest D -> queries and stages, where products are 16-bit: for plain logits, busy, with a running maximum, with both.
+LARGE = {64: ((128, 64, 64, 64), 3), 128: ((128, 64, 64, 32), 3), 256: ((64, 64, 32, 32), 3), 512: ((64, 32, 32, 16), 2)}
+SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 32), 2), 512: ((32, 32, 16, 16), 2)}
 
 
 def power_of_two(dim: int, least: int = 32) -> int:
@@ -83,4 +83,4 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     queries, stages = (LARGE if large else SMALL)[d]
     if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
         stages = 1
-    return Tile(queries[online + busy], 64 if large else 32, d, d, stages=stages)
+    return Tile(queries[2 * online + busy], 64 if large else 32, d, d, stages=stages)

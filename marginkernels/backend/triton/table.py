@@ -51,7 +51,7 @@ class Tile:
 
 #: Widest D -> queries and stages, where products are 16-bit: for plain logits, busy, with a running maximum, with both.
 LARGE = {64: ((128, 64, 64, 64), 3), 128: ((128, 64, 64, 32), 3), 256: ((64, 64, 32, 32), 3), 512: ((64, 32, 32, 16), 2)}
-SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 32), 2), 512: ((32, 32, 16, 16), 2)}
+SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 16), 2), 512: ((32, 32, 16, 16), 2)}
 
 
 def power_of_two(dim: int, least: int = 32) -> int:
@@ -75,9 +75,9 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
         return Tile(64, 128, 64, 64, 1, 1)
     if dtype == torch.float32:  # float32 precision: no matrix unit, and operands in registers
-        return Tile(32, 64, 32, min(d, 128)) if accumulates else Tile(32, 64, 32, 64)
+        return Tile(32, 64 if large else 32, 32, min(d, 128) if accumulates else 64)
     if not accumulates:
-        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 64, 64, d)
+        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 32, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
         return Tile(16 if online and busy else 32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
     queries, stages = (LARGE if large else SMALL)[d]

@@ -75,7 +75,7 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
         return Tile(64, 128, 64, 64, 1, 1)
     if dtype == torch.float32:  # float32 precision: no matrix unit, and operands in registers
-        return Tile(32, 64 if large else 32, 32, min(d, 128) if accumulates else 64)
+        return Tile(32, 64, 32, min(d, 128) if accumulates and large else 64)
     if not accumulates:
         return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 32, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices

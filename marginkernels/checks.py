@@ -111,6 +111,10 @@ def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tenso
 
 @torch.library.custom_op("marginkernels::checked_labels", mutates_args=())
 def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:
+            return labels.clone(memory_format=torch.contiguous_format)
     outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if labels.device.type == "cuda":
         if not torch.cuda.is_current_stream_capturing():

@@ -207,9 +207,8 @@ def _fused_losses(rows: Rows, part: Part, margin: Margin, label_smoothing: float
         losses = losses + label_smoothing * (target - (target + total) / part.count)
     if margin.focal_gamma:
         losses = losses * torch.exp(-margin.focal_gamma * torch.logaddexp(-gap, zero))
-    stats = {
-        "target_cosine": rows.mean(cosine),
-        "scale": rows.mean(scale),
-        "top1": rows.mean((scale * similarity + target_bias > top).to(WIDE)),
-    }
+    with torch.no_grad():
+        top1 = (scale * similarity + target_bias > top).to(WIDE)
+        means = rows.mean(torch.stack([cosine, scale, top1]))
+    stats = dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))
     return torch.where(rows.valid, losses, 0), stats

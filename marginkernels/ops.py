@@ -22,16 +22,16 @@ def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """v/|v| (N, D) float64 with zero for a zero row, |v| (N,), and 1/|v| (N,) with 0 there. float64 holds the square of any float32."""
     wide = v.to(WIDE)
     norm = torch.linalg.vector_norm(wide, dim=1)
-    inverse = torch.where(norm < TINY, 0.0, 1 / norm)
+    inverse = norm.reciprocal().masked_fill(norm < TINY, 0.0)
     return wide * inverse[:, None], norm, inverse
 
 
 def _own_centres(w: Tensor, labels: Tensor) -> Tensor:
     """(N, D) float64 centre of each row's label, zero where the label is not one of ``w``'s."""
-    here = (labels >= 0) & (labels < w.shape[0])
     if w.shape[0] == 0:
         return torch.zeros(labels.shape[0], w.shape[1], dtype=WIDE, device=w.device)
-    return torch.where(here[:, None], w[torch.where(here, labels, 0)].to(WIDE), 0.0)
+    near = labels.clamp(0, w.shape[0] - 1)
+    return w.index_select(0, near).to(WIDE).masked_fill((near != labels)[:, None], 0.0)
 
 
 def bias_of(bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -141,10 +141,11 @@ void parallel(int threads, int64_t count, F f) {
 
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-// Fewer threads where one would have less than about a tenth of a millisecond to do: a thread costs some 20 microseconds.
+// Fewer threads where one would have less than about half a millisecond to do: starting one costs little, but in a training step the other
+// cores are still spinning in the thread pool of whoever ran before.
 int useful_threads(int threads, const Problem& p) {
   const double work = double(p.n) * double(p.d) * double(p.c);
-  return static_cast<int>(std::max(1.0, std::min(double(threads), work / 4e6)));
+  return static_cast<int>(std::max(1.0, std::min(double(threads), work / 3e7)));
 }
 
 int64_t padded_rows(const Problem& p) { return round_up(p.n, PANEL); }

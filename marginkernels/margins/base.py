@@ -48,8 +48,8 @@ class Rows:
         return torch.linalg.vector_norm(self.embeddings.double(), dim=1)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values`` (N,) over the valid rows, 0 where there is none. Never waits for the device."""
-        return torch.where(self.valid, values, 0).sum() / self.valid.sum().clamp_min(1)
+        """Mean of ``values`` (..., N) over the valid rows, 0 where there is none. Never waits for the device."""
+        return torch.where(self.valid, values, 0).sum(-1) / self.valid.sum().clamp_min(1)
 
 
 class Margin(nn.Module):

@@ -1,8 +1,7 @@
 """From a problem to kernel launches: output tensors, grids, compile-time switches. Nothing here waits for the device.
 
 The functions hand each :class:`Launch` to ``run``, so that the very launches that run can also be collected, from tensors on the meta
-device, and
-compiled for a GPU that is not there (:mod:`.aot`).
+device, and compiled for a GPU that is not there (:mod:`.aot`).
 """
 
 from __future__ import annotations
@@ -83,9 +82,8 @@ def row_pass(
 ) -> RowPass:
     """The row pass, by way of ``run``.
 
-    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into
-    a buffer
-    of ``SLAB_BYTES`` that stays in the cache, and the kernel goes on from slab to slab; the others are read where they are.
+    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into a
+    buffer of ``SLAB_BYTES`` that stays in the cache, and the kernel goes on from slab to slab; the others are read where they are.
     """
     n, d = p.x.shape
     c = p.w.shape[0]

@@ -76,11 +76,9 @@ def row_pass_kernel(
 ):  # fmt: skip
     """One block of rows against one split of ``count`` classes from ``first_class``; with NEED_U, slice ``program_id(2)`` of u's columns.
 
-    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the
-    rescaling of u in
-    the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME goes on
-    from
-    the partial results of an earlier launch.
+    ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling
+    of u in the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME
+    goes on from the partial results of an earlier launch.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
     PLAIN: tl.constexpr = FORM == IDENTITY and not NEED_MOMENT

@@ -1,20 +1,17 @@
 """Tile shapes by what a loop carries, depth, dtype and architecture.
 
-Reached by compiling candidates for each architecture and reading registers, stack and shared memory (``python -m benchmarks
-resources``); none
-has been timed, since none has run on a GPU. What limits them on sm_90, in 16-bit at D = 512, by count:
+Reached by compiling candidates for each architecture and reading registers, stack and shared memory (``python -m benchmarks resources``);
+none has been timed, since none has run on a GPU. What limits them on sm_90, in 16-bit at D = 512, by count:
 
-- A (64 keys, 64 queries) step is 2048 cycles of the matrix unit. The first product takes 64x32x16 instructions, which read 3 KB of
-shared memory
-  in 16 cycles of work: at 128 bytes a cycle that is 24, so it runs at two thirds; the second takes 64x64x16, balanced. Between
-  them lie about 400 cycles of exponentials that nothing overlaps, since both warpgroups work on the same step.
-- The accumulator is half of the registers (128 of 255): twice the queries would spill, half of them halves the work for each byte of
-keys from L2.
-- 205 KB of shared memory: one block of queries, two of keys. One program to a processor.
+- A step of 64 keys and 64 queries is 2048 cycles of the matrix unit. Its first product takes 64x32x16 instructions, which read 3 KB of
+  shared memory for 16 cycles of work: at 128 bytes a cycle that is 24, so it runs at two thirds. The second takes 64x64x16, balanced.
+  Between them lie some 400 cycles of exponentials that nothing overlaps, since both warpgroups work on the same step.
+- The accumulator is half of the registers, 128 of 255: twice the queries would spill, and half of them halve the work for each byte of
+  keys that comes from L2.
+- 205 KB of shared memory, one block of queries and two of keys: one program to a processor.
 
 What the loop carries beyond plain logits (a running maximum, a hard form, a bias) costs a register for each of a thread's places in the
-tile,
-hence the narrower query blocks.
+tile, hence the narrower query blocks.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """Tile code that both passes share. Everything here is inlined into the kernels.
 
-A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the
-queries and the
-centres the keys; in the class pass it is the other way round. Tiles of similarities stand as (keys, queries) and what is accumulated as (D,
-queries): so the weights are the second operand of the second product, which a Hopper matrix unit takes from shared memory, and no thread
-need hold
-a copy of another's. Logits are in units of log 2, so that ``exp`` is one instruction.
+A *query* block stays with its program, *key* blocks stream past it; keys are the values as well. In the row pass the rows are the queries
+and the centres the keys; in the class pass it is the other way round. Tiles of similarities stand as (keys, queries) and what is
+accumulated as (D, queries): so the weights are the second operand of the second product, which a Hopper matrix unit takes from shared
+memory, and no thread need hold a copy of another's. Logits are in units of log 2, so that ``exp`` is one instruction.
 """
 
 import triton
@@ -84,9 +82,8 @@ def load_tile(matrix, box, stride, first, count, first_dim,
     """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
 
     ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile
-    and 32-bit
-    inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no multiple of
-    it.
+    and 32-bit inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no
+    multiple of it.
     """
     if box is not None:
         return box.load([first, first_dim])
@@ -121,9 +118,10 @@ def halves(a):
 
 @triton.jit
 def fold_sum(a):
-    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart, which lie in one thread where a matrix unit gave the tile, added up.
-    A loop keeps
-    its running sums so and adds across threads only once, at its end."""
+    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart added up, which lie in one thread where a matrix unit gave the tile.
+
+    A loop keeps its running sums so and adds across threads only once, at its end.
+    """
     return tl.reshape(tl.sum(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
 
 

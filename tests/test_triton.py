@@ -19,7 +19,7 @@ CHECKS = Path(__file__).with_name("triton_checks.py")
 @pytest.mark.parametrize("part", ["test_heads", "test_options or test_passes", "not test_heads and not test_options and not test_passes"])
 def test_under_the_interpreter(part):
     """In three parts, so that parallel workers share them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS), "-k", part]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS), "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tiles are too small to share
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parents[1])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

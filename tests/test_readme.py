@@ -1,6 +1,7 @@
 """The README's tables and examples come from the code; `python tests/test_readme.py` writes the tables anew."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -39,7 +40,41 @@ def backends_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"heads": heads_table, "backends": backends_table}
+RESULTS = README.parent / "benchmarks" / "results"
+FULL = RESULTS / "cpu-full.json"
+
+
+def measured_table() -> str:
+    """The headline case of the committed record, every provider that was timed on it."""
+    record = json.loads(FULL.read_text())
+    found = {}
+    for r in record["records"]:
+        if (r["N"], r["D"], r["C"], r["head"], r["phase"]) == (256, 512, 100_000, "arcface", "step") and r["ms_p50"]:
+            found.setdefault(r["provider"], {})[r["dtype"]] = r
+    where = record["environment"]
+    rows = [
+        f"A step (forward and backward) of an ArcFace head, N = 256, D = 512, C = 100,000, float32 centres, on {where['threads']} cores of "
+        f"{where['cpu']}, torch {where['torch']}; from [{FULL.name}]({FULL.relative_to(README.parent)}), "
+        "written by `python -m benchmarks run --device cpu --preset full`. Memory is what is needed beyond inputs and gradients.",
+        "",
+        "| Provider | float32, ms | against torch.compile | bfloat16, ms | against torch.compile | memory fp32 / bf16, MB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, by in sorted(found.items(), key=lambda item: item[1]["fp32"]["ms_p50"] if "fp32" in item[1] else 1e9):
+        cells = []
+        for dtype in ("fp32", "bf16"):
+            mine, base = by.get(dtype), found["torch.compile"][dtype]
+            cells += [f"{mine['ms_p50']:.0f}", f"{base['ms_p50'] / mine['ms_p50']:.2f}x"] if mine else ["-", "-"]
+        memory = " / ".join(f"{by[d]['peak_mb']:.0f}" if d in by else "-" for d in ("fp32", "bf16"))
+        rows.append(f"| {name} | {' | '.join(cells)} | {memory} |")
+    return "\n".join(rows)
+
+
+def scaling_tables() -> str:
+    return "\n\n".join((RESULTS / "scaling" / f"{name}.md").read_text().strip() for name in ("scaling", "sampling_glyphs"))
+
+
+TABLES = {"heads": heads_table, "backends": backends_table, "measured": measured_table, "scaling": scaling_tables}
 
 
 def section(text: str, name: str) -> tuple[int, int]:

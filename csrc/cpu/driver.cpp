@@ -203,7 +203,7 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
     }
     const double lse = double(in->lse[i]) * 1.44269504088896340736;
     r.lse[i] = float(lse);
-    const double lost = std::isfinite(lse) ? std::exp2(double(r.lse[i]) - lse) : 1.0, f = p.row_factor[i];
+    const double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0, f = p.row_factor[i];
     const double softmax = in->softmax[i] * lost * over, uniform = in->uniform ? in->uniform[i] * over : 0.0;
     r.softmax[i] = float(softmax * f);
     r.uniform[i] = float(uniform * f);

@@ -429,7 +429,8 @@ void class_epilogue(const Problem& p, const Rows& r, int64_t row, const Slab& s,
       for (int h = 0; h < 2; ++h) {
         const V raw = s.raw(j, g + h * W);
         const I own = l[h].label - (int32_t)s.first_class;
-        const V q = exp2(Lanes::logit_of<FORM>(l[h], raw, s.bias[j], t) - lse[h]);
+        // Never above lambda but for rounding, which for logits of 1e18 is itself enough to overflow the exponential.
+        const V q = exp2(-larger(lse[h] - Lanes::logit_of<FORM>(l[h], raw, s.bias[j], t), broadcast(-1.0f)));
         V v = q * softmax[h] + uniform[h];
         if constexpr (FORM != IDENTITY) v *= form_slope<FORM>(raw * l[h].factor, l[h].threshold, t);
         if constexpr (OWN) v = own == j ? target[h] : v;

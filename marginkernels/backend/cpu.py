@@ -31,6 +31,7 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
     device_types = ("cpu",)
     dtypes = tuple(DTYPES)
 

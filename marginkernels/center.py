@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_embeddings, check_labels_shape, check_reduction, checked_labels, positive
+from .functional import reduce
 
 
 class CenterLoss(nn.Module):
@@ -57,9 +58,7 @@ class CenterLoss(nn.Module):
         own = nn.functional.embedding(torch.where(valid, labels, 0), self.centers, sparse=self.sparse)
         dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, own.dtype))
         losses = torch.where(valid, 0.5 * (embeddings.to(dtype) - own.to(dtype)).square().sum(1), 0)
-        if self.reduction == "none":
-            return losses
-        return losses.sum() if self.reduction == "sum" else losses.sum() / valid.sum().clamp_min(1)
+        return reduce(losses, valid, self.reduction)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}"

@@ -97,7 +97,7 @@ def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_f
         if level == "amx":
             files["level_amx_split.cpp"] = f"{kernel} {flags}"
     objects = {folder / Path(name).with_suffix(".o"): (source / name, flags) for name, flags in files.items()}
-    ninja_build(folder, compiler, CXX_RULES, objects, (target, f"{link_flags} -pthread {extra}"))
+    ninja_build(folder, compiler, CXX_RULES, objects, (target, f"{link_flags} -pthread {'-ldl' if sys.platform == 'linux' else ''} {extra}"))
 
 
 def is_x86() -> bool:

@@ -39,7 +39,8 @@ def check_inputs(embeddings, weight, labels, margin, bias, label_smoothing, work
     if weight.dtype == torch.float64 and embeddings.dtype != torch.float64:
         raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_number("workspace_mb", workspace_mb, 0.0, None)
+    if workspace_mb is not None:
+        check_number("workspace_mb", workspace_mb, 0.0, None)
 
 
 def check_float(name: str, v) -> None:

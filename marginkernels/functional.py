@@ -32,7 +32,7 @@ def margin_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     backend: str = "auto",
-    workspace_mb: float = 0.0,
+    workspace_mb: float | None = None,
 ) -> Tensor:
     """Cross-entropy of a margin head over C classes, without the N x C logits.
 
@@ -47,8 +47,9 @@ def margin_cross_entropy(
         ignore_index: rows with this label have no loss and no gradient.
         label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
         backend: ``"auto"``, or one of :func:`backends`; a named backend is used or refused, never replaced.
-        workspace_mb: how much memory the forward pass may leave to the backward pass to spare it a matrix product. Backends that gain
-            nothing from it ignore it. 0 keeps nothing.
+        workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
+            as fit, for which the backward pass then needs one matrix product instead of two. 0 keeps nothing; None is the backend's own
+            choice, 128 for ``cpu``, where that was measured to pay, else 0. A backend that has no use for it ignores it.
 
     Returns:
         The loss, float32 (float64 for float64 embeddings).
@@ -90,7 +91,7 @@ def head_losses(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     backend: str = "auto",
-    workspace_mb: float = 0.0,
+    workspace_mb: float | None = None,
     shard: Shard | None = None,
     sampler: Sampler | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -123,7 +124,8 @@ def head_losses(
         else:
             rows = Rows(embeddings, labels, num_classes)
             part = Part.of(weight, bias, labels, shard, sampler)
-            losses, stats = _fused_losses(rows, part, margin, label_smoothing, name, int(workspace_mb * 2**20))
+            workspace = int((registry.get(name).workspace_mb if workspace_mb is None else workspace_mb) * 2**20)
+            losses, stats = _fused_losses(rows, part, margin, label_smoothing, name, workspace)
     stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}

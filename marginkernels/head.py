@@ -73,7 +73,7 @@ class MarginHead(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         backend: str = "auto",
-        workspace_mb: float = 0.0,
+        workspace_mb: float | None = None,
         process_group: dist.ProcessGroup | None = None,
         batch_size: int | None = None,
         sample_rate: float = 1.0,

@@ -22,17 +22,18 @@ mk::Problem make_problem(int64_t n, int64_t d, int64_t c, Address x, int x_dtype
 }
 
 void row_pass(const mk::Problem& p, const std::string& level, int threads, bool uniform, Address total, Address top, Address moment, Address u,
-              Address class_factor) {
+              Address class_factor, Address kept, int64_t kept_bytes) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   py::gil_scoped_release released;
-  mk::row_pass(k, p, threads, uniform, {at<float>(total), at<float>(top), at<float>(moment), at<float>(u), at<float>(class_factor)});
+  mk::row_pass(k, p, threads, uniform, {at<float>(total), at<float>(top), at<float>(moment), at<float>(u), at<float>(class_factor),
+                                       at<char>(kept), kept_bytes});
 }
 
 void class_pass(const mk::Problem& p, const std::string& level, int threads, Address lse, Address softmax, Address uniform, Address target,
-                Address bias, Address class_factor, Address dw, Address db) {
+                Address bias, Address class_factor, Address kept, int64_t kept_bytes, Address dw, Address db) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   py::gil_scoped_release released;
-  mk::class_pass(k, p, threads, {at<float>(lse), at<float>(softmax), at<float>(uniform), at<float>(target), at<float>(bias)},
+  mk::class_pass(k, p, threads, {at<float>(lse), at<float>(softmax), at<float>(uniform), at<float>(target), at<float>(bias), at<char>(kept), kept_bytes},
                  at<float>(class_factor), at<void>(dw), at<float>(db));
 }
 
@@ -44,13 +45,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "row_factor"_a,
            "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "form"_a, "normalize_weight"_a);
   m.def("row_pass", &row_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "uniform"_a, "total"_a, "top"_a, "moment"_a, "u"_a,
-        "class_factor"_a);
+        "class_factor"_a, "kept"_a, "kept_bytes"_a);
   m.def("class_pass", &class_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "softmax"_a, "uniform"_a, "target"_a,
-        "bias"_a, "class_factor"_a, "dw"_a, "db"_a);
+        "bias"_a, "class_factor"_a, "kept"_a, "kept_bytes"_a, "dw"_a, "db"_a);
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const mk::Kernels* k : mk::levels()) names.push_back(k->name);
     return names;
   });
+  m.def("kept_panel", [](int x_dtype, const std::string& level) {
+    const mk::KeptPanel panel = mk::kept_panel(mk::choose(x_dtype, level));
+    return std::tuple(panel.bytes, panel.rows, panel.classes);
+  }, "x_dtype"_a, "level"_a);
   m.def("level_for", [](int x_dtype) { return mk::choose(x_dtype, "").name; }, "x_dtype"_a);
 }

@@ -55,13 +55,19 @@ int check(const mk::Kernels& k, int64_t n, int64_t d, int64_t c, int x_dtype, in
                       form ? threshold.get() : nullptr, 0.2f, form, normalize};
   Buffer<float> total(new float[n]), top(new float[n]), moment(new float[n]), u(new float[n * d]), factor(new float[c]), db(new float[c]);
   for (int threads = 1; threads <= 2; ++threads) {
-    mk::row_pass(k, p, threads, uniform, {total.get(), top.get(), need_moment ? moment.get() : nullptr, variant % 5 ? u.get() : nullptr, factor.get()});
+    // None, all but the last byte, or all of what may be kept.
+    const mk::KeptPanel panel = mk::kept_panel(k);
+    const int64_t all = (n + panel.rows - 1) / panel.rows * ((c + panel.classes - 1) / panel.classes) * panel.bytes;
+    const int64_t bytes = variant % 3 == 0 ? 0 : variant % 3 == 1 ? all - 1 : all;
+    Buffer<char> kept(new char[bytes]);
+    mk::row_pass(k, p, threads, uniform, {total.get(), top.get(), need_moment ? moment.get() : nullptr, variant % 5 ? u.get() : nullptr, factor.get(),
+                                          kept.get(), bytes});
     if (c > 2 && !uniform && !finite(total.get(), n)) return 1;
     if (variant % 5 && !finite(u.get(), n * d)) return 1;
     for (int64_t i = 0; i < n; ++i)
       if (!std::isfinite(total[i])) total[i] = INFINITY;
     Buffer<char> dw(new char[c * d * (w_dtype == mk::FLOAT32 ? 4 : 2)]);
-    mk::class_pass(k, p, threads, {total.get(), one.get(), uniform ? one.get() : nullptr, one.get(), has_bias ? one.get() : nullptr},
+    mk::class_pass(k, p, threads, {total.get(), one.get(), uniform ? one.get() : nullptr, one.get(), has_bias ? one.get() : nullptr, kept.get(), uniform ? 0 : bytes},
                    factor.get(), dw.get(), has_bias ? db.get() : nullptr);
     if (has_bias && !finite(db.get(), c)) return 1;
     if (w_dtype == mk::FLOAT32 && !finite(reinterpret_cast<float*>(dw.get()), c * d)) return 1;

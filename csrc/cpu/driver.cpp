@@ -19,6 +19,8 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -87,7 +89,17 @@ Features features() {
 }
 #endif
 
-// One block of zeroed memory, in large pages where it is large.
+// New memory that will be written whole: large pages spare most of the faults of its first touch.
+void in_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 4096;
+  if (!start || bytes < 8 << 20) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + PAGE - 1) / PAGE * PAGE, end = (reinterpret_cast<uintptr_t>(start) + bytes) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
+// One block of memory, in large pages where it is large.
 class Memory {
  public:
   explicit Memory(int64_t bytes) {
@@ -96,9 +108,7 @@ class Memory {
     bytes = (bytes + align - 1) / align * align;
     start_ = static_cast<char*>(std::aligned_alloc(align, bytes));
     if (!start_) throw std::bad_alloc();
-#if defined(__linux__)
-    if (align == HUGE) madvise(start_, bytes, MADV_HUGEPAGE);
-#endif
+    if (align == HUGE) in_large_pages(start_, bytes);
     end_ = start_ + bytes;
     at_ = start_;
   }
@@ -121,21 +131,42 @@ class Memory {
   char *start_, *end_, *at_;
 };
 
-// f(i) for i in [0, count) on `threads` threads, this one among them. Nothing may depend on which thread runs what.
+// The process's own OpenMP threads, if GNU's runtime is loaded (PyTorch brings it): they spin for a while after every operator, ready to
+// go on, and threads of ours would have to share the cores with them. Null where there are none, and after a fork, which they do not survive.
+using RunOnPool = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+RunOnPool openmp_pool() {
+#if defined(__linux__)
+  static std::atomic<bool> forked{false};
+  static const auto found = [] {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return reinterpret_cast<RunOnPool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return forked ? nullptr : found;
+#else
+  return nullptr;
+#endif
+}
+
+// f(thread, i) for i in [0, count) on at most `threads` threads, this one among them. Nothing may depend on which thread runs what.
 template <class F>
 void parallel(int threads, int64_t count, F f) {
   threads = static_cast<int>(std::min<int64_t>(threads, count));
   std::atomic<int64_t> next{0};
-  const auto work = [&](int thread) {
+  std::atomic<int> joined{0};
+  auto work = [&] {
+    const int thread = joined.fetch_add(1);
+    if (thread >= threads) return;
     for (int64_t i; (i = next.fetch_add(1)) < count;) f(thread, i);
   };
+  if (threads <= 1) return work();
+  if (const RunOnPool run = openmp_pool()) return run([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work, threads, 0);
   std::vector<std::thread> others;
   try {
-    for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+    for (int i = 1; i < threads; ++i) others.emplace_back(work);
   } catch (const std::system_error&) {
     // No more threads to be had: those there are do it all.
   }
-  work(0);
+  work();
   for (auto& t : others) t.join();
 }
 
@@ -145,10 +176,12 @@ constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / st
 // cores are still spinning in the thread pool of whoever ran before.
 int useful_threads(int threads, const Problem& p) {
   const double work = double(p.n) * double(p.d) * double(p.c);
-  return static_cast<int>(std::max(1.0, std::min(double(threads), work / 3e7)));
+  return static_cast<int>(std::max(1.0, std::min(double(threads), work / 4e6)));
 }
 
 int64_t padded_rows(const Problem& p) { return round_up(p.n, PANEL); }
+
+int64_t kept_slabs(const Problem& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.kept); }
 
 constexpr int ROW_VECTORS = 12;
 
@@ -259,6 +292,11 @@ const Kernels& choose(int x_dtype, const std::string& level) {
   return *found;
 }
 
+KeptPanel kept_panel(const Kernels& k) {
+  const Layout l = k.layout(1);
+  return {l.kept, PANEL, l.classes};
+}
+
 void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, const RowOutput& out) {
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
@@ -283,7 +321,9 @@ void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, con
     t.peak = memory.take<float>(rows), t.top = memory.take<float>(rows);
     t.total = memory.take<double>(rows), t.moment = memory.take<double>(rows);
     t.u = memory.take<float>(u_size);
+    t.kept = out.kept, t.kept_slabs = uniform ? 0 : kept_slabs(p, l, out.kept_bytes);
   }
+  in_large_pages(out.kept, out.kept_bytes);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.row_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
@@ -336,14 +376,9 @@ void class_pass(const Kernels& k, const Problem& p, int threads, const RowInput&
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
   const Rows r = make_rows(k, p, l, &in, true, memory);
-#if defined(__linux__)
-  // A gradient as large as the weight is new memory at nearly every step: large pages spare most of the faults of its first touch.
-  const int64_t bytes = p.c * p.d * (p.w_dtype == FLOAT32 ? 4 : 2), page = 4096;
-  if (dw && bytes >= 8 << 20) {
-    const uintptr_t start = round_up(reinterpret_cast<uintptr_t>(dw), page), end = (reinterpret_cast<uintptr_t>(dw) + bytes) / page * page;
-    madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-  }
-#endif
+  in_large_pages(dw, p.c * p.d * (p.w_dtype == FLOAT32 ? 4 : 2));
+  // With a sum of plain logits, or a gradient of the bias, a hard form's weights need more than what was kept.
+  const bool use_kept = p.form == IDENTITY || (!in.uniform && !db);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.class_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
@@ -352,6 +387,7 @@ void class_pass(const Kernels& k, const Problem& p, int threads, const RowInput&
     t.last_class = std::min(p.c, slabs * (i + 1) / tasks * l.classes);
     t.class_factor = class_factor;
     t.dw = dw, t.db = db;
+    t.kept = in.kept, t.kept_slabs = use_kept ? kept_slabs(p, l, in.kept_bytes) : 0;
     t.scratch = scratch[thread];
     k.class_task(p, r, t);
   });

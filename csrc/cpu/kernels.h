@@ -42,6 +42,8 @@ constexpr int CHUNK = 16;                       // units of k that lie together:
 constexpr int DIMS = CHUNK * PER_UNIT;          // numbers in it
 constexpr int PLANES = MK_SPLIT ? 3 : 1;
 constexpr bool RAW = MK_PAIRS && !MK_SPLIT;     // centres are packed as they are, and their factors go into the epilogues
+constexpr int KEPT_DTYPE = RAW ? BFLOAT16 : FLOAT32;  // the dtype of the weights that the row pass leaves to the class pass
+constexpr int KEPT_BYTES = RAW ? 2 : 4;
 static_assert(PANEL % (2 * W) == 0 || PANEL == 2 * W, "a panel is whole register tiles");
 
 constexpr int64_t up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
@@ -302,6 +304,7 @@ struct Slab {
   const float* factor;  // of the centres
   float* tile;
   uint32_t* weights;
+  char* kept;  // the panel's, or null
 
   // W raw products of class j, times the factor where it is not in them.
   V raw(int j, int row) const {
@@ -318,6 +321,10 @@ struct Slab {
     store(weights + (j + 1) * PANEL + row, second);
 #endif
   }
+  // What the row pass leaves to the class pass: W weights of class j, and what their exponentials were taken against.
+  void keep(int j, int row, V v) const { store_as<KEPT_DTYPE>(kept + (j * PANEL + row) * KEPT_BYTES, v); }
+  V kept_weight(int j, int row) const { return load_as<KEPT_DTYPE>(kept + (j * PANEL + row) * KEPT_BYTES); }
+  float* kept_base() const { return (float*)(kept + CLASSES * PANEL * KEPT_BYTES); }
 };
 
 // One panel of rows against one slab: the running maximum and sum move on, and the raw products become weights.
@@ -348,6 +355,7 @@ bool row_epilogue(const Problem& p, const Rows& r, const RowTask& task, int64_t 
     const V base = finite_peak(peak), shrink = exp2(before - base);
     store(task.peak + state + g, peak);
     store(decay + g, shrink);
+    if (s.kept) store(s.kept_base() + g, base);
     if constexpr (FORM != IDENTITY) store(task.top + state + g, larger(larger(top[0], top[1]), load<V>(task.top + state + g)));
 
     V total[2] = {}, moment[2] = {};
@@ -364,6 +372,7 @@ bool row_epilogue(const Problem& p, const Rows& r, const RowTask& task, int64_t 
           moment[h] += q * form_value<FORM>(c, l.threshold, t);
           weight[h] = q * form_slope<FORM>(c, l.threshold, t);
         }
+        if (s.kept) s.keep(j + h, g, weight[h]);
       }
       s.put(j, g, weight[0], weight[1]);
     }
@@ -411,26 +420,34 @@ bool uniform_epilogue(const Problem& p, const Rows& r, const RowTask& task, int6
   return false;
 }
 
-// One panel of rows against one slab in the class pass: the tile of raw products becomes G f, in `out`, and db grows.
-template <int FORM, bool OWN, bool BIAS>
+// One panel of rows against one slab in the class pass: the tile of raw products, or what was kept, becomes G f, in `out`, and db grows.
+// N'(c) is in what was kept: there the form is always the identity.
+template <int FORM, bool OWN, bool BIAS, bool KEPT>
 void class_epilogue(const Problem& p, const Rows& r, int64_t row, const Slab& s, uint32_t* out, float* db) {
+  static_assert(!KEPT || FORM == IDENTITY, "weights are kept with their form's slope");
   const V t = broadcast(p.t);
+  // Never above lambda but for rounding, which for logits of 1e18 is itself enough to overflow the exponential.
+  const auto share_of = [](V lse, V logit) { return exp2(-larger(lse - logit, broadcast(-1.0f))); };
   for (int g = 0; g < PANEL; g += 2 * W) {
     Lanes l[2];
-    V lse[2], softmax[2], uniform[2], target[2];
+    V lse[2], softmax[2], uniform[2], target[2], from_base[2];
     for (int h = 0; h < 2; ++h) {
       const int64_t at = row + g + h * W;
       l[h] = Lanes::at(r, at);
       lse[h] = load<V>(r.lse + at), softmax[h] = load<V>(r.softmax + at), uniform[h] = load<V>(r.uniform + at);
       target[h] = load<V>(r.target + at);
+      if constexpr (KEPT) from_base[h] = share_of(lse[h], load<V>(s.kept_base() + g + h * W));
     }
     for (int j = 0; j < s.count; ++j) {
       V weight[2];
       for (int h = 0; h < 2; ++h) {
-        const V raw = s.raw(j, g + h * W);
+        const V raw = KEPT ? V{} : s.raw(j, g + h * W);
         const I own = l[h].label - (int32_t)s.first_class;
-        // Never above lambda but for rounding, which for logits of 1e18 is itself enough to overflow the exponential.
-        const V q = exp2(-larger(lse[h] - Lanes::logit_of<FORM>(l[h], raw, s.bias[j], t), broadcast(-1.0f)));
+        V q;
+        if constexpr (KEPT)
+          q = s.kept_weight(j, g + h * W) * from_base[h];
+        else
+          q = share_of(lse[h], Lanes::logit_of<FORM>(l[h], raw, s.bias[j], t));
         V v = q * softmax[h] + uniform[h];
         if constexpr (FORM != IDENTITY) v *= form_slope<FORM>(raw * l[h].factor, l[h].threshold, t);
         if constexpr (OWN) v = own == j ? target[h] : v;
@@ -471,10 +488,10 @@ RowEpilogue choose_row(bool uniform, bool own) {
   return own ? row_epilogue<FORM, true> : row_epilogue<FORM, false>;
 }
 
-template <int FORM>
+template <int FORM, bool KEPT = false>
 ClassEpilogue choose_class(bool own, bool bias) {
-  if (bias) return own ? class_epilogue<FORM, true, true> : class_epilogue<FORM, false, true>;
-  return own ? class_epilogue<FORM, true, false> : class_epilogue<FORM, false, false>;
+  if (bias) return own ? class_epilogue<FORM, true, true, KEPT> : class_epilogue<FORM, false, true, KEPT>;
+  return own ? class_epilogue<FORM, true, false, KEPT> : class_epilogue<FORM, false, false, KEPT>;
 }
 
 #define MK_CHOOSE(form, function, ...) \
@@ -528,6 +545,7 @@ Layout layout(int64_t d) {
   Buffers row{}, cls{};
   RowBuffers(row, l), ClassBuffers(cls, l);
   l.row_scratch = row.used, l.class_scratch = cls.used;
+  l.kept = CLASSES * PANEL * KEPT_BYTES + PANEL * 4;
   return l;
 }
 
@@ -548,10 +566,12 @@ void row_task(const Problem& p, const Rows& r, const RowTask& task) {
     with_dtype(p.w_dtype, PackSlab{p, first, count, factor, nullptr, m.centres, task.need_u ? m.values : nullptr, l});
     if (task.class_factor && p.normalize_weight) __builtin_memcpy(task.class_factor + first, factor, count * 4);
     slab_bias(p, first, count, bias);
+    const int64_t slab = first / CLASSES;
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
+      char* kept = slab < task.kept_slabs ? task.kept + (slab * up(p.n, PANEL) + row) / PANEL * l.kept : nullptr;
       cosines(l, even, m.centres, r.along + row * l.along, tile);
       const bool own = own_inside(r, row, first, count);
-      const bool moved = (own ? with_own : plain)(p, r, task, row, {first, (int)even, bias, factor, tile, m.weights}, decay);
+      const bool moved = (own ? with_own : plain)(p, r, task, row, {first, (int)even, bias, factor, tile, m.weights, kept}, decay);
       if (!task.need_u) continue;
       float* u = task.u + (row - task.first_row) * l.ldn;
       if (moved)
@@ -615,19 +635,27 @@ void class_task(const Problem& p, const Rows& r, const ClassTask& task) {
   float *tile = (float*)m.tile, *v = (float*)m.v, *db = (float*)m.db, *bias = (float*)m.bias, *factor = (float*)m.factor;
   const bool need_bias = task.db;
   const ClassEpilogue plain = MK_CHOOSE(p.form, choose_class, false, need_bias), with_own = MK_CHOOSE(p.form, choose_class, true, need_bias);
+  const ClassEpilogue kept_plain = choose_class<IDENTITY, true>(false, need_bias), kept_own = choose_class<IDENTITY, true>(true, need_bias);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
     const float* known = p.normalize_weight ? task.class_factor + first : nullptr;
-    with_dtype(p.w_dtype, PackSlab{p, first, count, factor, known, m.centres, nullptr, l});
+    const int64_t slab = first / CLASSES;
+    const bool from_kept = slab < task.kept_slabs;
+    if (!from_kept)
+      with_dtype(p.w_dtype, PackSlab{p, first, count, factor, known, m.centres, nullptr, l});
+    else if (known)
+      __builtin_memcpy(factor, known, count * 4);
     slab_bias(p, first, count, bias);
     if (need_bias) __builtin_memset(db, 0, CLASSES * W * 4);
     for (int64_t block = 0; block < p.n; block += ROWS) {
       const int64_t rows = up(p.n - block < ROWS ? p.n - block : ROWS, PANEL);
       for (int64_t i = 0; i < rows; i += PANEL) {
         const int64_t row = block + i;
-        cosines(l, count, m.centres, r.along + row * l.along, tile);
+        char* kept = from_kept ? (char*)task.kept + (slab * up(p.n, PANEL) + row) / PANEL * l.kept : nullptr;
+        if (!from_kept) cosines(l, count, m.centres, r.along + row * l.along, tile);
         const bool own = own_inside(r, row, first, count);
-        (own ? with_own : plain)(p, r, row, {first, (int)count, bias, factor, tile, nullptr}, m.g + i / PER_UNIT * PLANES * CLASSES, db);
+        const ClassEpilogue epilogue = from_kept ? (own ? kept_own : kept_plain) : own ? with_own : plain;
+        epilogue(p, r, row, {first, (int)count, bias, factor, tile, nullptr, kept}, m.g + i / PER_UNIT * PLANES * CLASSES, db);
       }
       if (task.dw) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
     }

@@ -59,12 +59,16 @@ struct RowTask {
   float* top;      // max of s c + b in log 2, where the form is not the identity
   double* moment;  // sum of p N(c)
   float* u;        // [row][ldn], sum of p N'(c) a w
+  char* kept;      // what is left to the class pass of the first kept_slabs slabs; see Layout
+  int64_t kept_slabs;
   uint32_t* scratch;
 };
 
 struct ClassTask {
   int64_t first_class, last_class;
   const float* class_factor;
+  const char* kept;  // of the first kept_slabs slabs
+  int64_t kept_slabs;
   void* dw;   // (c, d) contiguous in w's dtype, or null
   float* db;  // (c), or null
   uint32_t* scratch;
@@ -77,6 +81,9 @@ struct Layout {
   int64_t classes;  // classes in a slab
   int64_t rows;     // rows in a block
   int64_t along, across, row_scratch, class_scratch;  // units: the packed rows, for each row, and a task's scratch memory
+  // Bytes that a panel of a slab leaves to the class pass: [class][32 rows] of exp2(logit - base) N'(c), 0 for the row's own class, as
+  // floats or, where products are of bfloat16 alone, as such; then base, [32 rows]. They lie [slab][panel].
+  int64_t kept;
 };
 
 struct Kernels {

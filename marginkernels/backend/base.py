@@ -115,6 +115,8 @@ class Backend(ABC):
     dtypes: tuple[torch.dtype, ...]
     #: Whether ``auto`` may choose it; False while it has not run on the hardware it is for.
     proven = True
+    #: What ``workspace_mb=None`` stands for: more than 0 only where that has been measured to pay.
+    workspace_mb = 0.0
     #: One line for the README: what it is, on any machine.
     summary = ""
     #: One line for ``doctor``: what it is here, and what is unproven where ``proven`` is False.

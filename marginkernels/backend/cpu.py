@@ -5,6 +5,7 @@ The extension takes addresses, not tensors: it links nothing of torch. Its buffe
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -22,6 +23,22 @@ except ImportError as error:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def levels() -> list[str]:
+    """The instruction sets that this machine can run, worst first."""
+    return [] if _cpu is None else _cpu.levels()
+
+
+def _panels():
+    for level in ["", *levels()]:
+        for dtype, number in DTYPES.items():
+            with contextlib.suppress(ValueError):  # an instruction set that has none of this dtype
+                yield (dtype, level), _cpu.kept_panel(number, level)
+
+
+#: dtype and level -> the bytes that a panel leaves to the class pass, its rows and its classes. Asked here, since a traced call cannot.
+PANELS = {} if _cpu is None else dict(_panels())
+
+
 class CpuBackend(Backend):
     """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
     row pass cuts the classes elsewhere, so that lambda and U differ in their last bits; the class pass has no such sum.
@@ -34,6 +51,8 @@ class CpuBackend(Backend):
     summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
     device_types = ("cpu",)
     dtypes = tuple(DTYPES)
+
+    workspace_mb = 128.0
 
     def __init__(self, level: str = ""):
         self.level = level
@@ -52,8 +71,10 @@ class CpuBackend(Backend):
         why = report.read_text().strip() if report.exists() else _missing
         return f"the C++ extension marginkernels._cpu is not there ({why}); install again with g++ or clang++ on the PATH"
 
-    def refuses(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        return super().refuses(device_type, dtype, weight_dtype, dim)
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+        panel, rows, classes = PANELS[dtype, self.level]
+        slab = -(-n // rows) * panel
+        return min(limit // max(slab, 1), -(-c // classes)) * slab
 
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         n, d = p.x.shape
@@ -62,12 +83,14 @@ class CpuBackend(Backend):
         moment = p.x.new_empty(n if need_moment else 0, dtype=p.acc)
         u = p.x.new_empty((n if need_u else 0, d), dtype=p.acc)
         factor = p.x.new_empty(c if p.normalize_weight else 0, dtype=p.acc)
+        kept = p.x.new_empty(workspace, dtype=torch.uint8)
         problem, _alive = _problem(p)
         _cpu.row_pass(
             problem, level=self.level, threads=torch.get_num_threads(), uniform=uniform, total=total.data_ptr(), top=top.data_ptr(),
             moment=moment.data_ptr() if need_moment else 0, u=u.data_ptr() if need_u else 0, class_factor=factor.data_ptr(),
+            kept=kept.data_ptr(), kept_bytes=workspace,
         )  # fmt: skip
-        return RowPass(total, top, moment, u, factor, p.x.new_empty(0, dtype=torch.uint8))
+        return RowPass(total, top, moment, u, factor, kept)
 
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
@@ -79,14 +102,9 @@ class CpuBackend(Backend):
         lse, softmax, uniform, target, bias, factor = (_address(v) for v in weights)
         _cpu.class_pass(
             problem, level=self.level, threads=torch.get_num_threads(), lse=lse, softmax=softmax, uniform=uniform, target=target, bias=bias,
-            class_factor=factor, dw=_address(dw), db=_address(db),
+            class_factor=factor, kept=kept.data_ptr(), kept_bytes=kept.numel(), dw=_address(dw), db=_address(db),
         )  # fmt: skip
         return dw, db
-
-
-def levels() -> list[str]:
-    """The instruction sets that this machine can run, worst first."""
-    return [] if _cpu is None else _cpu.levels()
 
 
 def _address(v: Tensor | None) -> int:

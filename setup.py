@@ -71,7 +71,7 @@ rule link
 
 
 def build_cpu(target: Path, folder: Path) -> None:
-    """marginkernels._cpu: one object for each instruction set, a driver compiled for any processor, and the binding."""
+    """marginkernels._cpu: one object for each instruction set, a driver and the rows' arithmetic for any processor, and the binding."""
     import pybind11
 
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
@@ -91,13 +91,20 @@ def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_f
     # Multiply-adds may be fused; GCC's own vector headers trip its warning about uninitialised values.
     kernel = f"-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
-    files = {"level_plain.cpp": kernel, "driver.cpp": f"{defines} -pthread {extra}", front: f"{front_flags} {extra}"}
+    files = {
+        "level_plain.cpp": kernel,
+        "rows.cpp": f"-pthread -Wno-psabi {extra}",
+        "driver.cpp": f"{defines} -pthread {extra}",
+        front: f"{front_flags} {extra}",
+    }
     for level, flags in known.items():
         files[f"level_{level}.cpp"] = f"{kernel} {flags}"
         if level == "amx":
             files["level_amx_split.cpp"] = f"{kernel} {flags}"
     objects = {folder / Path(name).with_suffix(".o"): (source / name, flags) for name, flags in files.items()}
-    ninja_build(folder, compiler, CXX_RULES, objects, (target, f"{link_flags} -pthread {'-ldl' if sys.platform == 'linux' else ''} {extra}"))
+    ninja_build(
+        folder, compiler, CXX_RULES, objects, (target, f"{link_flags} -pthread {'-ldl' if sys.platform == 'linux' else ''} {extra}")
+    )
 
 
 def is_x86() -> bool:

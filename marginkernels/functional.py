@@ -164,8 +164,9 @@ class Part:
 def _fused_losses(rows: Rows, part: Part, margin: Margin, label_smoothing: float, backend: str, workspace: int):
     x, w, bias, labels, shard = rows.embeddings, part.w, part.bias, part.labels, part.shard
     acc = accumulator(x.dtype)
+    sides = (margin.normalize_embedding, margin.normalize_weight)
     with torch.no_grad():
-        prepared, factor, similarity, cosine = rows_op(x.detach(), w.detach(), labels, margin.normalize_embedding, margin.normalize_weight)
+        prepared, factor, similarity, cosine = rows_op(x.detach(), w.detach(), labels, *sides, backend)
         own_bias = bias_of(bias, labels)
         if shard is not None:
             similarity, cosine, own_bias = shard.from_owner(similarity, cosine, own_bias)
@@ -186,8 +187,7 @@ def _fused_losses(rows: Rows, part: Part, margin: Margin, label_smoothing: float
         t = torch.as_tensor(margin.t, dtype=WIDE, device=x.device).detach().clone().reshape(())
     options = (
         margin.form,
-        margin.normalize_embedding,
-        margin.normalize_weight,
+        *sides,
         label_smoothing > 0,
         torch.is_grad_enabled(),
         workspace,

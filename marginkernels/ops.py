@@ -1,8 +1,7 @@
 """The operators, registered with ``torch.library``, and the one ``autograd.Function`` on top of them.
 
-``rows`` and ``row_gradient`` are O(N D) and shared by all backends; ``row_pass`` and ``class_pass`` hand over to the backend named in
-their last argument. All O(N) and O(N D) arithmetic is in float64: it costs nothing beside the passes, keeps 1 - cos exact where
-the margins need it, and rounds to the same float32 bits whoever compiles it.
+All but ``class_sum`` hand over to the backend named in their last argument. All O(N) and O(N D) arithmetic is in float64: it costs little
+beside the passes, keeps 1 - cos exact where the margins need it, and rounds to the same float32 bits whoever compiles it.
 """
 
 from __future__ import annotations
@@ -12,60 +11,26 @@ from torch import Tensor
 
 from . import backend as registry
 from . import forms
-from .backend.base import TINY, Problem, RowWeights, accumulator
+from .backend.base import Problem, RowWeights, accumulator
+from .backend.rows import WIDE, own_centres, unit_rows
 from .backend.slab import inverse_norm
-
-WIDE = torch.float64
-
-
-def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """v/|v| (N, D) float64 with zero for a zero row, |v| (N,), and 1/|v| (N,) with 0 there. float64 holds the square of any float32."""
-    wide = v.to(WIDE)
-    norm = torch.linalg.vector_norm(wide, dim=1)
-    inverse = norm.reciprocal().masked_fill(norm < TINY, 0.0)
-    return wide * inverse[:, None], norm, inverse
-
-
-def _own_centres(w: Tensor, labels: Tensor) -> Tensor:
-    """(N, D) float64 centre of each row's label, zero where the label is not one of ``w``'s."""
-    if w.shape[0] == 0:
-        return torch.zeros(labels.shape[0], w.shape[1], dtype=WIDE, device=w.device)
-    near = labels.clamp(0, w.shape[0] - 1)
-    return w.index_select(0, near).to(WIDE).masked_fill((near != labels)[:, None], 0.0)
 
 
 def bias_of(bias: Tensor | None, labels: Tensor) -> Tensor:
     """(N,) float64 bias of each row's label, 0 where there is none."""
-    return torch.zeros_like(labels, dtype=WIDE) if bias is None else _own_centres(bias[:, None], labels)[:, 0]
+    return torch.zeros_like(labels, dtype=WIDE) if bias is None else own_centres(bias[:, None], labels)[:, 0]
 
 
 @torch.library.custom_op("marginkernels::rows", mutates_args=())
 def rows_op(
-    x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool
+    x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prepare the rows and take their target similarities.
-
-    Returns:
-        x times a power of two (N, D); row_factor (N,) acc; the target similarity c_iy and the true target cosine, both (N,) float64, 0
-        where the label is none of ``w``'s.
-    """
-    unit, norm, inverse = unit_rows(x)
-    power = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent)
-    prepared = (x.to(WIDE) / power[:, None]).to(x.dtype).contiguous()
-    factor = power * inverse if normalize_embedding else power
-    centre = _own_centres(w, labels)
-    unit_centre = unit_rows(centre)[0]
-    cosine = (unit * unit_centre).sum(1).clamp(-1, 1)
-    if normalize_embedding and normalize_weight:
-        similarity = cosine.clone()
-    else:
-        side = unit if normalize_embedding else x.to(WIDE)
-        similarity = (side * (unit_centre if normalize_weight else centre)).sum(1)
-    return prepared, factor.to(accumulator(x.dtype)), similarity, cosine
+    """See :meth:`marginkernels.backend.base.Backend.rows`."""
+    return registry.get(backend).rows(x, w, labels, normalize_embedding, normalize_weight)
 
 
 @rows_op.register_fake
-def _(x, w, labels, normalize_embedding, normalize_weight):
+def _(x, w, labels, normalize_embedding, normalize_weight, backend):
     n = x.shape[0]
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
@@ -197,18 +162,12 @@ def row_gradient_op(
     target_weight: Tensor,
     normalize_embedding: bool,
     normalize_weight: bool,
+    backend: str,
 ) -> Tensor:
-    """dx (N, D) in x's dtype: ``softmax_weight u + uniform_weight uniform_u + target_weight w_y`` through the normalisation's Jacobian."""
-    centre = _own_centres(w, labels)
-    if normalize_weight:
-        centre = unit_rows(centre)[0]
-    d = softmax_weight.to(WIDE)[:, None] * u.to(WIDE) + target_weight.to(WIDE)[:, None] * centre
-    if uniform_u is not None:
-        d = d + uniform_weight.to(WIDE)[:, None] * uniform_u.to(WIDE)
-    if normalize_embedding:
-        unit, _, inverse = unit_rows(x)
-        d = (d - (d * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
-    return d.to(x.dtype)
+    """See :meth:`marginkernels.backend.base.Backend.row_gradient`."""
+    return registry.get(backend).row_gradient(
+        x, w, labels, u, softmax_weight, uniform_u, uniform_weight, target_weight, normalize_embedding, normalize_weight
+    )
 
 
 @row_gradient_op.register_fake
@@ -278,8 +237,9 @@ class NonTargetLSE(torch.autograd.Function):
         dx = dw = db = ds = None
         if need_x:
             dx = row_gradient_op(
-                x, w, labels, u, softmax_weight, uniform_u, uniform_weight, target_weight, normalize_embedding, normalize_weight
-            )
+                x, w, labels, u, softmax_weight, uniform_u, uniform_weight, target_weight, normalize_embedding, normalize_weight,
+                backend,
+            )  # fmt: skip
         if need_w or need_bias:
             dw, db = class_pass_op(
                 prepared, row_factor, w, bias, labels, scale, threshold, t, form, normalize_weight, class_factor, kept,
@@ -297,7 +257,7 @@ class NonTargetLSE(torch.autograd.Function):
 
 def _plain_sum(x, w, bias, labels, scale, similarity, class_factor, normalize_embedding, normalize_weight):
     """``sum_{j != y} z_ij`` (N,) and ``sum_{j != y} a_j w_j`` (N, D) for the identity form, from one sum over the classes: O(C D)."""
-    centre = _own_centres(w, labels)
+    centre = own_centres(w, labels)
     if normalize_weight:
         centre = unit_rows(centre)[0]
     rest = class_sum_op(w, class_factor) - centre

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .backend.base import accumulator
+from .backend.rows import unit_rows
 from .backend.slab import inverse_norm, product, slabs
 from .checks import check_embeddings
 from .margins import Margin, Rows
-from .ops import unit_rows
 
 
 def nearest(

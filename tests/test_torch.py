@@ -81,7 +81,7 @@ def sample_inputs(backend, dtype=torch.float32):
     x, y = batch()
     w = make_head().weight.detach().to(dtype)
     x = x.to(dtype)
-    prepared, factor, similarity, _ = ops.rows_op(x, w, y, True, True)
+    prepared, factor, similarity, _ = ops.rows_op(x, w, y, True, True, "slab")
     scale, threshold, t = torch.full((N,), 30.0), similarity.float() - 0.2, torch.tensor(0.1)
     bias = torch.randn(C)
     for form, normalised, b in ((0, True, None), (0, False, bias), (1, True, None), (2, True, bias)):

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "driver.h"
+#include "rows.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;  // of a buffer that the caller keeps alive; 0 where there is none
@@ -37,6 +38,21 @@ void class_pass(const mk::Problem& p, const std::string& level, int threads, Add
                  at<float>(class_factor), at<void>(dw), at<float>(db));
 }
 
+mk::RowsProblem make_rows_problem(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride,
+                                  Address labels, bool normalize_embedding, bool normalize_weight) {
+  return {n, d, c, at<void>(x), x_dtype, at<void>(w), w_dtype, w_stride, at<int64_t>(labels), normalize_embedding, normalize_weight};
+}
+
+void rows(const mk::RowsProblem& p, int threads, Address prepared, Address row_factor, Address similarity, Address cosine) {
+  py::gil_scoped_release released;
+  mk::prepare_rows(p, threads, at<void>(prepared), at<float>(row_factor), at<double>(similarity), at<double>(cosine));
+}
+
+void row_gradient(const mk::RowsProblem& p, int threads, Address u, Address softmax, Address target, Address dx) {
+  py::gil_scoped_release released;
+  mk::row_gradient(p, threads, at<float>(u), at<float>(softmax), at<float>(target), at<void>(dx));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -44,6 +60,11 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<mk::Problem>(m, "Problem")
       .def(py::init(&make_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "row_factor"_a,
            "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "form"_a, "normalize_weight"_a);
+  py::class_<mk::RowsProblem>(m, "RowsProblem")
+      .def(py::init(&make_rows_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "labels"_a,
+           "normalize_embedding"_a, "normalize_weight"_a);
+  m.def("rows", &rows, "problem"_a, py::kw_only(), "threads"_a, "prepared"_a, "row_factor"_a, "similarity"_a, "cosine"_a);
+  m.def("row_gradient", &row_gradient, "problem"_a, py::kw_only(), "threads"_a, "u"_a, "softmax"_a, "target"_a, "dx"_a);
   m.def("row_pass", &row_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "uniform"_a, "total"_a, "top"_a, "moment"_a, "u"_a,
         "class_factor"_a, "kept"_a, "kept_bytes"_a);
   m.def("class_pass", &class_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "softmax"_a, "uniform"_a, "target"_a,

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import rows as with_operators
+from .rows import TINY as TINY
+from .rows import accumulator
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -98,15 +102,6 @@ class RowWeights:
     bias: Tensor | None
 
 
-#: A row or a centre whose norm lies below this counts as the zero vector: similarity 0 to everything, gradient 0.
-TINY = 1e-30
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What products of ``dtype`` accumulate in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Backend(ABC):
     """A way to run the two passes. Stateless; one instance of each lives in the registry."""
 
@@ -138,6 +133,34 @@ class Backend(ABC):
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         """How many of ``limit`` bytes the row pass would keep for the class pass."""
         return 0
+
+    def rows(
+        self, x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Prepare the embeddings (N, D) for the passes and take their target similarities, in float64.
+
+        Returns:
+            :attr:`Problem.x`; :attr:`Problem.row_factor`; the target similarity c_iy and the true target cosine, both (N,) float64, 0 where
+            the label is none of ``w``'s.
+        """
+        return with_operators.rows(x, w, labels, normalize_embedding, normalize_weight)
+
+    def row_gradient(
+        self,
+        x: Tensor,
+        w: Tensor,
+        labels: Tensor,
+        u: Tensor,
+        softmax: Tensor,
+        uniform_u: Tensor | None,
+        uniform: Tensor | None,
+        target: Tensor,
+        normalize_embedding: bool,
+        normalize_weight: bool,
+    ) -> Tensor:
+        """dx (N, D) in x's dtype: ``softmax u + uniform uniform_u + target w_y``, with :class:`RowPass`'s u of the softmax and of the
+        uniform weights and :class:`RowWeights`' fields, through the normalisation's Jacobian; in float64."""
+        return with_operators.row_gradient(x, w, labels, u, softmax, uniform_u, uniform, target, normalize_embedding, normalize_weight)
 
     @abstractmethod
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .base import Backend, Problem, RowPass, RowWeights
+from .base import Backend, Problem, RowPass, RowWeights, accumulator
 
 try:
     from .. import _cpu
@@ -76,6 +76,33 @@ class CpuBackend(Backend):
         slab = -(-n // rows) * panel
         return min(limit // max(slab, 1), -(-c // classes)) * slab
 
+    def rows(
+        self, x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n = x.shape[0]
+        prepared = torch.empty_like(x, memory_format=torch.contiguous_format)
+        factor = x.new_empty(n, dtype=accumulator(x.dtype))
+        similarity, cosine = x.new_empty(n, dtype=torch.float64), x.new_empty(n, dtype=torch.float64)
+        problem, _alive = _rows_problem(x, w, labels, normalize_embedding, normalize_weight)
+        _cpu.rows(
+            problem, threads=torch.get_num_threads(), prepared=prepared.data_ptr(), row_factor=factor.data_ptr(),
+            similarity=similarity.data_ptr(), cosine=cosine.data_ptr(),
+        )  # fmt: skip
+        return prepared, factor, similarity, cosine
+
+    def row_gradient(
+        self, x: Tensor, w: Tensor, labels: Tensor, u: Tensor, softmax: Tensor, uniform_u: Tensor | None, uniform: Tensor | None,
+        target: Tensor, normalize_embedding: bool, normalize_weight: bool,
+    ) -> Tensor:  # fmt: skip
+        if uniform_u is not None:
+            return super().row_gradient(x, w, labels, u, softmax, uniform_u, uniform, target, normalize_embedding, normalize_weight)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        problem, _alive = _rows_problem(x, w, labels, normalize_embedding, normalize_weight)
+        given = [v.contiguous() for v in (u, softmax, target)]
+        addresses = dict(zip(("u", "softmax", "target"), map(_address, given), strict=True))
+        _cpu.row_gradient(problem, threads=torch.get_num_threads(), dx=dx.data_ptr(), **addresses)
+        return dx
+
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         n, d = p.x.shape
         c = p.w.shape[0]
@@ -111,9 +138,23 @@ def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
 
 
+def _with_unit_stride(w: Tensor) -> Tensor:
+    return w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous()
+
+
+def _rows_problem(x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool):
+    x, w, labels = x.contiguous(), _with_unit_stride(w), labels.contiguous()
+    n, d = x.shape
+    problem = _cpu.RowsProblem(
+        n=n, d=d, c=w.shape[0], x=x.data_ptr(), x_dtype=DTYPES[x.dtype], w=w.data_ptr(), w_dtype=DTYPES[w.dtype], w_stride=w.stride(0),
+        labels=labels.data_ptr(), normalize_embedding=normalize_embedding, normalize_weight=normalize_weight,
+    )  # fmt: skip
+    return problem, (x, w, labels)
+
+
 def _problem(p: Problem):
     """The extension's own problem, and the tensors that must outlive it."""
-    w = p.w if p.w.stride(1) == 1 or p.w.shape[1] == 1 else p.w.contiguous()
+    w = _with_unit_stride(p.w)
     rows = [None if v is None else v.contiguous() for v in (p.x, p.row_factor, p.bias, p.labels, p.scale, p.threshold)]
     x, row_factor, bias, labels, scale, threshold = (_address(v) for v in rows)
     n, d = p.x.shape

@@ -1,0 +1,135 @@
+#include "rows.h"
+
+#include <cmath>
+#include <vector>
+
+#include "../forms.h"
+#include "threads.h"
+
+// Vectors that any processor has: the rows' own arithmetic is in double and small.
+#define MK_WIDTH 4
+#define MK_PAIRS 0
+#define MK_SPLIT 0
+
+namespace mk {
+namespace {
+
+#include "simd.h"
+
+constexpr int SIZES[] = {4, 2, 2};
+
+// Reading and writing a row of any dtype.
+template <int DTYPE>
+void widen_as(const char* from, int64_t d, double* to) {
+  constexpr int SIZE = SIZES[DTYPE];
+  int64_t k = 0;
+  for (; k + W <= d; k += W) {
+    const V v = load_as<DTYPE>(from + k * SIZE);
+    for (int i = 0; i < W; ++i) to[k + i] = v[i];
+  }
+  char rest[W * SIZE] = {};
+  __builtin_memcpy(rest, from + k * SIZE, (d - k) * SIZE);
+  const V v = load_as<DTYPE>(rest);
+  for (int i = 0; k + i < d; ++i) to[k + i] = v[i];
+}
+
+template <int DTYPE>
+void narrow_as(const double* from, int64_t d, char* to) {
+  constexpr int SIZE = SIZES[DTYPE];
+  for (int64_t k = 0; k < d; k += W) {
+    const int64_t left = d - k < W ? d - k : W;
+    V v = {};
+    for (int i = 0; i < left; ++i) v[i] = float(from[k + i]);
+    char whole[W * SIZE];
+    store_as<DTYPE>(whole, v);
+    __builtin_memcpy(to + k * SIZE, whole, left * SIZE);
+  }
+}
+
+void widen(const void* from, int dtype, int64_t at, int64_t d, double* to) {
+  const char* start = static_cast<const char*>(from) + at * SIZES[dtype];
+  dtype == FLOAT32 ? widen_as<FLOAT32>(start, d, to) : dtype == BFLOAT16 ? widen_as<BFLOAT16>(start, d, to) : widen_as<FLOAT16>(start, d, to);
+}
+
+void narrow(const double* from, int dtype, int64_t at, int64_t d, void* to) {
+  char* start = static_cast<char*>(to) + at * SIZES[dtype];
+  dtype == FLOAT32 ? narrow_as<FLOAT32>(from, d, start) : dtype == BFLOAT16 ? narrow_as<BFLOAT16>(from, d, start) : narrow_as<FLOAT16>(from, d, start);
+}
+
+double dot(const double* a, const double* b, int64_t d) {
+  double sums[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= d; k += 8)
+    for (int i = 0; i < 8; ++i) sums[i] += a[k + i] * b[k + i];
+  for (; k < d; ++k) sums[k % 8] += a[k] * b[k];
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+// |v|, and 1/|v| or 0.
+struct Length {
+  double norm, inverse;
+  Length(const double* v, int64_t d) : norm(std::sqrt(dot(v, v, d))), inverse(norm < TINY ? 0.0 : 1.0 / norm) {}
+};
+
+// The rows in turn, and the centre of each row's label: zero where that is none of w's.
+struct RowReader {
+  const RowsProblem& p;
+  std::vector<double> x, centre;
+
+  explicit RowReader(const RowsProblem& problem) : p(problem), x(p.d), centre(p.d) {}
+  void read(int64_t i) {
+    widen(p.x, p.x_dtype, i * p.d, p.d, x.data());
+    const int64_t label = p.labels[i];
+    if (label >= 0 && label < p.c)
+      widen(p.w, p.w_dtype, label * p.w_stride, p.d, centre.data());
+    else
+      centre.assign(p.d, 0.0);
+  }
+};
+
+// f(reader, i) for every row i. Each thread takes rows by the block, so that its buffers are made once for many rows.
+template <class F>
+void each_row(const RowsProblem& p, int threads, F f) {
+  constexpr int64_t BLOCK = 32;
+  threads = static_cast<int>(std::min<int64_t>(threads, 1 + p.n * p.d / 40000));
+  parallel(threads, (p.n + BLOCK - 1) / BLOCK, [&](int, int64_t block) {
+    RowReader reader(p);
+    for (int64_t i = block * BLOCK; i < std::min(p.n, (block + 1) * BLOCK); ++i) {
+      reader.read(i);
+      f(reader, i);
+    }
+  });
+}
+
+}  // namespace
+
+void prepare_rows(const RowsProblem& p, int threads, void* prepared, float* row_factor, double* similarity, double* cosine) {
+  each_row(p, threads, [&](RowReader& r, int64_t i) {
+    const Length x(r.x.data(), p.d), centre(r.centre.data(), p.d);
+    const double product = dot(r.x.data(), r.centre.data(), p.d), both = product * x.inverse * centre.inverse;
+    cosine[i] = both < -1 ? -1 : both > 1 ? 1 : both;
+    similarity[i] = p.normalize_embedding && p.normalize_weight ? cosine[i]
+                    : product * (p.normalize_embedding ? x.inverse : 1.0) * (p.normalize_weight ? centre.inverse : 1.0);
+    int exponent = 0;
+    if (std::isfinite(x.norm)) std::frexp(x.norm, &exponent);
+    const double power = std::ldexp(1.0, exponent), over = std::ldexp(1.0, -exponent);
+    row_factor[i] = float(p.normalize_embedding ? power * x.inverse : power);
+    for (double& v : r.x) v *= over;
+    narrow(r.x.data(), p.x_dtype, i * p.d, p.d, prepared);
+  });
+}
+
+void row_gradient(const RowsProblem& p, int threads, const float* u, const float* softmax, const float* target, void* dx) {
+  each_row(p, threads, [&](RowReader& r, int64_t i) {
+    const double own = target[i] * (p.normalize_weight ? Length(r.centre.data(), p.d).inverse : 1.0);
+    double* g = r.centre.data();
+    for (int64_t k = 0; k < p.d; ++k) g[k] = double(softmax[i]) * u[i * p.d + k] + own * g[k];
+    if (p.normalize_embedding) {
+      const double inverse = Length(r.x.data(), p.d).inverse, along = dot(g, r.x.data(), p.d) * inverse * inverse;
+      for (int64_t k = 0; k < p.d; ++k) g[k] = (g[k] - along * r.x[k]) * inverse;
+    }
+    narrow(g, p.x_dtype, i * p.d, p.d, dx);
+  });
+}
+
+}  // namespace mk

@@ -23,12 +23,12 @@ def reset() -> None:
         refs.write("5")
 
 
-def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str, backend: str) -> int:
+def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str, backend: str, workspace: int) -> int:
     """Bytes above those before the head was made, at the peak of two steps."""
     ctypes.CDLL(None).malloc_trim(0)  # nothing of the case before may be taken up again unseen
     before = resident("VmRSS")
     reset()
-    head = mk.MarginHead(dim, classes, mk.ArcFace(), sample_rate=sample_rate, backend=backend)
+    head = mk.MarginHead(dim, classes, mk.ArcFace(), sample_rate=sample_rate, backend=backend, workspace_mb=workspace / 2**20)
     kind = {"sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4), "adamw": lambda p: optim.AdamW(p)}
     update = kind[optimizer](head.parameters())
     x, y = torch.randn(batch, dim, requires_grad=True), torch.randint(classes, (batch,))
@@ -41,7 +41,7 @@ def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str,
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    peak(1000, 64, 8, 0.5, "sgd", "auto")  # what a first call leaves behind
+    peak(1000, 64, 8, 0.5, "sgd", "auto", 0)  # what a first call leaves behind
     for case in json.loads(sys.argv[1]):
         measured = peak(**case)
         backend = case.pop("backend")

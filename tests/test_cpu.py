@@ -1,7 +1,11 @@
 """The C++ backend: every instruction set, determinism, hostile numbers, memory."""
 
+import itertools
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ import torch
 import marginkernels as mk
 from marginkernels import verify
 from marginkernels.backend import FUSED, cpu
+from marginkernels.backend import rows as with_operators
+from marginkernels.backend.base import Problem, RowWeights
 
 pytestmark = pytest.mark.skipif(FUSED["cpu"].unavailable() is not None, reason=f"{FUSED['cpu'].unavailable()}")
 SERVES = {
@@ -172,7 +178,7 @@ w.requires_grad_()
 w.grad = torch.zeros_like(w)
 warm = mk.margin_cross_entropy(x, w[:1000], torch.zeros(n, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu").backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-loss = mk.margin_cross_entropy(x, w, torch.zeros(n, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu")
+loss = mk.margin_cross_entropy(x, w, torch.zeros(n, dtype=torch.int64), margin=mk.ArcFace(), backend="cpu", workspace_mb=eval(sys.argv[2]))
 torch.autograd.grad(loss, (x, w))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - c * d * 4 / 2**20)
 """
@@ -180,11 +186,102 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - c *
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux counts it")
 @pytest.mark.parametrize("classes", [100_000, 1_000_000])
-def test_flat_memory(classes):
+@pytest.mark.parametrize("workspace", [0, None])
+def test_flat_memory(classes, workspace):
     """MiB above inputs and gradients; the logits alone would be 98 and 977."""
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(classes)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(classes), str(workspace)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 64
+    assert float(done.stdout) < 64 + (workspace is None) * FUSED["cpu"].workspace_mb
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+def test_workspace(level, name, dtype):
+    """What is kept is within the limit, changes nothing but rounding, and the bits repeat."""
+    level(name)
+    backend, n, c = FUSED["cpu"], 70, 1001
+    slab = backend.workspace_bytes(n, 1, dtype, 10**9)
+    assert [backend.workspace_bytes(n, c, dtype, k) for k in (0, slab - 1, slab, 3 * slab + 5, 10**9)] == [0, 0, slab, 3 * slab, 8 * slab]
+    for head in HEADS:
+        for options in ({}, {"label_smoothing": 0.1}):
+            for bias in (False, True):
+                case = verify.Case.random(n, 33, c, dtype, bias=bias)
+                for slabs in (0, 2.5, 8):
+                    options["workspace_mb"] = slabs * slab / 2**20
+                    found = verify.errors(case, verify.HEADS[head](c), "cpu", **options)
+                    assert max(found.values()) <= verify.TOLERANCE[dtype], (head, bias, options, found)
+                    if slabs == 2.5 and not bias:
+                        one, two = (verify.run(case, verify.HEADS[head](c), "cpu", **options) for _ in range(2))
+                        assert all(torch.equal(one[k], two[k]) for k in one), (head, options)
+
+
+@pytest.mark.parametrize(("name", "dtype"), LEVELS)
+def test_what_was_kept_is_not_computed_again(level, name, dtype):
+    """Told another scale, the class pass gives another dw only where it must compute the logits."""
+    level(name)
+    backend, (n, d, c) = FUSED["cpu"], (40, 24, 700)
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.nn.functional.normalize(torch.randn(n, d, generator=g)).mul(0.75).to(dtype), torch.randn(c, d, generator=g)
+    p = Problem(x, torch.full((n,), 4 / 3), w, None, torch.arange(n), torch.full((n,), 8.0), None, None, 0, True)
+    size = backend.workspace_bytes(n, 256, dtype, 10**9)
+    out = backend.row_pass(p, uniform=False, need_u=True, need_moment=False, workspace=size)
+    row = RowWeights(out.total, torch.ones(n), None, -torch.ones(n), None)
+    first, other = (
+        backend.class_pass(q, row, out.class_factor, out.kept, need_w=True, need_bias=False)[0] for q in (p, replace(p, scale=p.scale * 2))
+    )
+    same = (first == other).all(1)
+    assert same[:256].all()
+    assert not same[256:].any()
+
+
+@pytest.mark.parametrize("dtype", cpu.CpuBackend.dtypes)
+@pytest.mark.parametrize("weight_dtype", cpu.CpuBackend.dtypes)
+def test_rows_as_with_operators(dtype, weight_dtype):
+    """The rows' arithmetic in C++ is that with PyTorch's operators: float64, to its last bits."""
+    backend = FUSED["cpu"]
+    for n, d, c in ((1, 2, 1), (7, 33, 101), (100, 512, 40), (3, 8, 0)):
+        x, w, labels = torch.randn(n, d).to(dtype), torch.randn(c, d + 1).to(weight_dtype)[:, :d], torch.randint(-1, c + 2, (n,))
+        x[0], x[-1] = 0, x[-1] * 1e-3
+        u, softmax, target = torch.randn(n, d), torch.randn(n), torch.randn(n)
+        for sides in itertools.product((False, True), repeat=2):
+            found, want = backend.rows(x, w, labels, *sides), with_operators.rows(x, w, labels, *sides)
+            assert torch.equal(found[0], want[0])
+            assert torch.equal(found[1], want[1])
+            for a, b in zip(found[2:], want[2:], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+            found, want = (
+                of(x, w, labels, u, softmax, None, None, target, *sides) for of in (backend.row_gradient, with_operators.row_gradient)
+            )
+            torch.testing.assert_close(found, want, rtol=verify.TOLERANCE[dtype], atol=1e-5)
+            assert (found != want).double().mean() < 0.01  # a last bit at most, here and there
+
+
+FORK = """
+import os, sys, torch, marginkernels as mk
+x, w, y = torch.randn(64, 64), torch.randn(20_000, 64), torch.arange(64)
+call = lambda: mk.margin_cross_entropy(x, w, y, margin=mk.CosFace(), backend="cpu")
+with torch.no_grad():
+    want = call()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(call(), want) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_survives_a_fork():
+    """The threads of the parent do not live on in a forked process: it must not wait for them."""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=120).returncode == 0
+
+
+def test_builds_without_a_compiler(tmp_path):
+    """The package installs, and says why the kernels are not there."""
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    nothing = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME")} | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=nothing, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in (tmp_path / "lib" / "marginkernels" / "_cpu.txt").read_text()
+    assert "no nvcc" in (tmp_path / "lib" / "marginkernels" / "_cuda.txt").read_text()
 
 
 @pytest.mark.slow

@@ -30,3 +30,10 @@ def test_no_error_and_finite(build):
     done = subprocess.run([build], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failures" in done.stdout
+
+
+def test_an_error_would_show(build):
+    """With a gradient's buffer one byte too short."""
+    done = subprocess.run([build, "short"], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -93,8 +93,8 @@ def sample_inputs(backend, dtype=torch.float32):
         for need_w, need_bias in ((True, True), (True, False), (False, True)):
             yield ops.class_pass_op, (*problem, a, kept, lse, ones, ones, -ones, ones, need_w, need_bias, backend)
         yield ops.class_sum_op, (w, a)
-        yield ops.row_gradient_op, (x, w, y, u, ones, u, ones, -ones, True, normalised)
-        yield ops.rows_op, (x, w, y, form == 0, normalised)
+        yield ops.row_gradient_op, (x, w, y, u, ones, u, ones, -ones, True, normalised, backend)
+        yield ops.rows_op, (x, w, y, form == 0, normalised, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

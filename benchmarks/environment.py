@@ -54,7 +54,7 @@ def describe(kind: str) -> dict:
     found["providers"] = {
         p.name: {"note": p.note, "version": p.version(), "unavailable": without_folders(p.unavailable(kind) or "") or None}
         for p in providers().values()
-        if not p.name.endswith("+workspace")
+        if not getattr(p, "variant", "")
     }
     return found
 

@@ -18,6 +18,7 @@ COLOURS = {
     "marginkernels-triton+workspace": "#c77dff",
     "marginkernels-cpu": "#d62728",
     "marginkernels-cpu+workspace": "#ff7f0e",
+    "marginkernels-cpu-recompute": "#f4a259",
     "marginkernels-slab": "#bc6c25",
     "eager": "#4c566a",
     "torch.compile": "#1f77b4",

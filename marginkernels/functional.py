@@ -48,8 +48,8 @@ def margin_cross_entropy(
         label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
         backend: ``"auto"``, or one of :func:`backends`; a named backend is used or refused, never replaced.
         workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
-            as fit, for which the backward pass then needs one matrix product instead of two. 0 keeps nothing; None is the backend's own
-            choice, 128 for ``cpu``, where that was measured to pay, else 0. A backend that has no use for it ignores it.
+            as fit, for which the backward pass then needs one matrix product instead of two. 0 keeps nothing, infinity all; None is the
+            backend's own choice: 128 for ``cpu``, where that was measured to pay, else 0. A backend that has no use for it ignores it.
 
     Returns:
         The loss, float32 (float64 for float64 embeddings).
@@ -124,7 +124,8 @@ def head_losses(
         else:
             rows = Rows(embeddings, labels, num_classes)
             part = Part.of(weight, bias, labels, shard, sampler)
-            workspace = int((registry.get(name).workspace_mb if workspace_mb is None else workspace_mb) * 2**20)
+            workspace = registry.get(name).workspace_mb if workspace_mb is None else workspace_mb
+            workspace = int(min(workspace, 2**40) * 2**20)
             losses, stats = _fused_losses(rows, part, margin, label_smoothing, name, workspace)
     stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)

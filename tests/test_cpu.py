@@ -1,6 +1,7 @@
 """The C++ backend: every instruction set, determinism, hostile numbers, memory."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def test_workspace(level, name, dtype):
         for options in ({}, {"label_smoothing": 0.1}):
             for bias in (False, True):
                 case = verify.Case.random(n, 33, c, dtype, bias=bias)
-                for slabs in (0, 2.5, 8):
+                for slabs in (0, 2.5, 8, math.inf):
                     options["workspace_mb"] = slabs * slab / 2**20
                     found = verify.errors(case, verify.HEADS[head](c), "cpu", **options)
                     assert max(found.values()) <= verify.TOLERANCE[dtype], (head, bias, options, found)

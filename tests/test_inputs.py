@@ -50,6 +50,7 @@ BAD = {
     "smoothing above one": (lambda: call(label_smoothing=1.5), ValueError, "label_smoothing", "1.5"),
     "smoothing a string": (lambda: call(label_smoothing="0.1"), TypeError, "label_smoothing", "0.1"),
     "smoothing nan": (lambda: call(label_smoothing=math.nan), ValueError, "label_smoothing", "nan"),
+    "workspace nan": (lambda: call(workspace_mb=math.nan), ValueError, "workspace_mb", "nan"),
     "workspace negative": (lambda: call(workspace_mb=-1), ValueError, "workspace_mb", "-1"),
     "ignore_index a float": (lambda: call(ignore_index=0.5), TypeError, "ignore_index", "0.5"),
     "margin a class": (lambda: call(margin=mk.ArcFace), TypeError, "margin", "ArcFace"),

@@ -5,6 +5,7 @@
 
 #include "driver.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;  // of a buffer that the caller keeps alive; 0 where there is none
@@ -57,6 +58,7 @@ void row_gradient(const mk::RowsProblem& p, int threads, Address u, Address soft
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
+  mk::openmp_pool();  // from now on forks are noticed
   py::class_<mk::Problem>(m, "Problem")
       .def(py::init(&make_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "row_factor"_a,
            "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "form"_a, "normalize_weight"_a);

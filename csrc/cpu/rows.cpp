@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -72,31 +73,30 @@ struct Length {
 };
 
 // The rows in turn, and the centre of each row's label: zero where that is none of w's.
-struct RowReader {
-  const RowsProblem& p;
-  std::vector<double> x, centre;
+struct Row {
+  double *x, *centre;  // (d)
 
-  explicit RowReader(const RowsProblem& problem) : p(problem), x(p.d), centre(p.d) {}
-  void read(int64_t i) {
-    widen(p.x, p.x_dtype, i * p.d, p.d, x.data());
+  void read(const RowsProblem& p, int64_t i) {
+    widen(p.x, p.x_dtype, i * p.d, p.d, x);
     const int64_t label = p.labels[i];
     if (label >= 0 && label < p.c)
-      widen(p.w, p.w_dtype, label * p.w_stride, p.d, centre.data());
+      widen(p.w, p.w_dtype, label * p.w_stride, p.d, centre);
     else
-      centre.assign(p.d, 0.0);
+      std::fill(centre, centre + p.d, 0.0);
   }
 };
 
-// f(reader, i) for every row i. Each thread takes rows by the block, so that its buffers are made once for many rows.
+// f(row, i) for every row i.
 template <class F>
 void each_row(const RowsProblem& p, int threads, F f) {
   constexpr int64_t BLOCK = 32;
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + p.n * p.d / 40000));
-  parallel(threads, (p.n + BLOCK - 1) / BLOCK, [&](int, int64_t block) {
-    RowReader reader(p);
+  std::vector<double> buffers(2 * threads * p.d);
+  parallel(threads, (p.n + BLOCK - 1) / BLOCK, [&](int thread, int64_t block) {
+    Row row{buffers.data() + 2 * thread * p.d, buffers.data() + (2 * thread + 1) * p.d};
     for (int64_t i = block * BLOCK; i < std::min(p.n, (block + 1) * BLOCK); ++i) {
-      reader.read(i);
-      f(reader, i);
+      row.read(p, i);
+      f(row, i);
     }
   });
 }
@@ -104,9 +104,9 @@ void each_row(const RowsProblem& p, int threads, F f) {
 }  // namespace
 
 void prepare_rows(const RowsProblem& p, int threads, void* prepared, float* row_factor, double* similarity, double* cosine) {
-  each_row(p, threads, [&](RowReader& r, int64_t i) {
-    const Length x(r.x.data(), p.d), centre(r.centre.data(), p.d);
-    const double product = dot(r.x.data(), r.centre.data(), p.d), both = product * x.inverse * centre.inverse;
+  each_row(p, threads, [&](const Row& r, int64_t i) {
+    const Length x(r.x, p.d), centre(r.centre, p.d);
+    const double product = dot(r.x, r.centre, p.d), both = product * x.inverse * centre.inverse;
     cosine[i] = both < -1 ? -1 : both > 1 ? 1 : both;
     similarity[i] = p.normalize_embedding && p.normalize_weight ? cosine[i]
                     : product * (p.normalize_embedding ? x.inverse : 1.0) * (p.normalize_weight ? centre.inverse : 1.0);
@@ -114,18 +114,18 @@ void prepare_rows(const RowsProblem& p, int threads, void* prepared, float* row_
     if (std::isfinite(x.norm)) std::frexp(x.norm, &exponent);
     const double power = std::ldexp(1.0, exponent), over = std::ldexp(1.0, -exponent);
     row_factor[i] = float(p.normalize_embedding ? power * x.inverse : power);
-    for (double& v : r.x) v *= over;
-    narrow(r.x.data(), p.x_dtype, i * p.d, p.d, prepared);
+    for (int64_t k = 0; k < p.d; ++k) r.x[k] *= over;
+    narrow(r.x, p.x_dtype, i * p.d, p.d, prepared);
   });
 }
 
 void row_gradient(const RowsProblem& p, int threads, const float* u, const float* softmax, const float* target, void* dx) {
-  each_row(p, threads, [&](RowReader& r, int64_t i) {
-    const double own = target[i] * (p.normalize_weight ? Length(r.centre.data(), p.d).inverse : 1.0);
-    double* g = r.centre.data();
+  each_row(p, threads, [&](const Row& r, int64_t i) {
+    const double own = target[i] * (p.normalize_weight ? Length(r.centre, p.d).inverse : 1.0);
+    double* g = r.centre;
     for (int64_t k = 0; k < p.d; ++k) g[k] = double(softmax[i]) * u[i * p.d + k] + own * g[k];
     if (p.normalize_embedding) {
-      const double inverse = Length(r.x.data(), p.d).inverse, along = dot(g, r.x.data(), p.d) * inverse * inverse;
+      const double inverse = Length(r.x, p.d).inverse, along = dot(g, r.x, p.d) * inverse * inverse;
       for (int64_t k = 0; k < p.d; ++k) g[k] = (g[k] - along * r.x[k]) * inverse;
     }
     narrow(g, p.x_dtype, i * p.d, p.d, dx);

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from marginkernels.backend.cpu import release_memory
+
 #: Larger than any L2 cache of today.
 FLUSH_BYTES = 256 << 20
 #: Side of the square matrices whose product stands for the machine's peak.
@@ -72,6 +74,7 @@ def _status(name: str) -> int:
 
 
 def _trim() -> None:
+    release_memory()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

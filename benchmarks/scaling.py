@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 import marginkernels as mk
 from marginkernels import optim, plan
+from marginkernels.backend.cpu import release_memory
 from marginkernels.backend.slab import SLAB_ELEMENTS
 from marginkernels.distributed import collectives
 
@@ -49,6 +50,7 @@ def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
 
     def run(classes: int, rate: float) -> dict:
+        release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as refs:

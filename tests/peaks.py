@@ -10,6 +10,7 @@ import torch
 
 import marginkernels as mk
 from marginkernels import optim, plan
+from marginkernels.backend.cpu import release_memory
 
 
 def resident(name: str) -> int:
@@ -25,6 +26,7 @@ def reset() -> None:
 
 def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str, backend: str, workspace: int) -> int:
     """Bytes above those before the head was made, at the peak of two steps."""
+    release_memory()
     ctypes.CDLL(None).malloc_trim(0)  # nothing of the case before may be taken up again unseen
     before = resident("VmRSS")
     reset()

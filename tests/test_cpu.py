@@ -256,6 +256,35 @@ def test_rows_as_with_operators(dtype, weight_dtype):
             assert (found != want).double().mean() < 0.01  # a last bit at most, here and there
 
 
+def test_memory_waits_for_the_next_step():
+    """Large buffers are the same ones step after step, never two at once, and are given back on request."""
+    cpu.release_memory()
+    block = cpu._cpu.Block
+    x, w, y = torch.randn(8, 64), torch.randn(40_000, 64, requires_grad=True), torch.arange(8)
+
+    def gradient():
+        loss = mk.margin_cross_entropy(x, w, y, margin=mk.CosFace(), backend="cpu", workspace_mb=math.inf)
+        return torch.autograd.grad(loss, w)[0]
+
+    first = gradient()
+    kept = block.waiting()
+    assert 0 < kept <= FUSED["cpu"].workspace_bytes(8, 40_000, torch.float32, 2**40) + (2 << 20)
+    second = gradient()
+    assert second.data_ptr() != first.data_ptr()
+    assert torch.equal(second, first)
+    assert block.waiting() == kept
+    where = first.data_ptr()
+    del first
+    assert block.waiting() > kept
+    assert gradient().data_ptr() == where
+    cpu.release_memory()
+    assert block.waiting() == 0
+    held = [block(200 << 20) for _ in range(4)]
+    del held
+    assert block.waiting() == 400 << 20
+    cpu.release_memory()
+
+
 FORK = """
 import os, sys, torch, marginkernels as mk
 x, w, y = torch.randn(64, 64), torch.randn(20_000, 64), torch.arange(64)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "driver.h"
+#include "pool.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -65,6 +66,13 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<mk::RowsProblem>(m, "RowsProblem")
       .def(py::init(&make_rows_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "labels"_a,
            "normalize_embedding"_a, "normalize_weight"_a);
+  py::class_<mk::Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<int64_t>(), "bytes"_a)
+      .def_static("waiting", &mk::Block::waiting)
+      .def_static("drop", &mk::Block::drop)
+      .def_buffer([](mk::Block& b) {
+        return py::buffer_info(b.start(), 1, py::format_descriptor<uint8_t>::format(), 1, {b.bytes()}, {int64_t(1)});
+      });
   m.def("rows", &rows, "problem"_a, py::kw_only(), "threads"_a, "prepared"_a, "row_factor"_a, "similarity"_a, "cosine"_a);
   m.def("row_gradient", &row_gradient, "problem"_a, py::kw_only(), "threads"_a, "u"_a, "softmax"_a, "target"_a, "dx"_a);
   m.def("row_pass", &row_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "uniform"_a, "total"_a, "top"_a, "moment"_a, "u"_a,

@@ -85,16 +85,6 @@ Features features() {
 }
 #endif
 
-// New memory that will be written whole: large pages spare most of the faults of its first touch.
-void in_large_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t PAGE = 4096;
-  if (!start || bytes < 8 << 20) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + PAGE - 1) / PAGE * PAGE, end = (reinterpret_cast<uintptr_t>(start) + bytes) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-}
-
 // One block of memory, in large pages where it is large.
 class Memory {
  public:
@@ -104,7 +94,9 @@ class Memory {
     bytes = (bytes + align - 1) / align * align;
     start_ = static_cast<char*>(std::aligned_alloc(align, bytes));
     if (!start_) throw std::bad_alloc();
-    if (align == HUGE) in_large_pages(start_, bytes);
+#if defined(__linux__)
+    if (align == HUGE) madvise(start_, bytes, MADV_HUGEPAGE);
+#endif
     end_ = start_ + bytes;
     at_ = start_;
   }
@@ -280,7 +272,6 @@ void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, con
     t.u = memory.take<float>(u_size);
     t.kept = out.kept, t.kept_slabs = uniform ? 0 : kept_slabs(p, l, out.kept_bytes);
   }
-  in_large_pages(out.kept, out.kept_bytes);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.row_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
@@ -333,7 +324,6 @@ void class_pass(const Kernels& k, const Problem& p, int threads, const RowInput&
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
   const Rows r = make_rows(k, p, l, &in, true, memory);
-  in_large_pages(dw, p.c * p.d * (p.w_dtype == FLOAT32 ? 4 : 2));
   // With a sum of plain logits, or a gradient of the bias, a hard form's weights need more than what was kept.
   const bool use_kept = p.form == IDENTITY || (!in.uniform && !db);
   std::vector<uint32_t*> scratch(threads);

@@ -6,6 +6,7 @@ The extension takes addresses, not tensors: it links nothing of torch. Its buffe
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ except ImportError as error:
     _cpu = None
     _missing = str(error)
 
+#: Bytes from which on a buffer comes from the pool.
+LARGE = 4 << 20
 #: The numbers of csrc/forms.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -110,7 +113,7 @@ class CpuBackend(Backend):
         moment = p.x.new_empty(n if need_moment else 0, dtype=p.acc)
         u = p.x.new_empty((n if need_u else 0, d), dtype=p.acc)
         factor = p.x.new_empty(c if p.normalize_weight else 0, dtype=p.acc)
-        kept = p.x.new_empty(workspace, dtype=torch.uint8)
+        kept = _empty((workspace,), torch.uint8)
         problem, _alive = _problem(p)
         _cpu.row_pass(
             problem, level=self.level, threads=torch.get_num_threads(), uniform=uniform, total=total.data_ptr(), top=top.data_ptr(),
@@ -122,7 +125,7 @@ class CpuBackend(Backend):
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
+        dw = _empty(p.w.shape, p.w.dtype) if need_w else None
         db = p.x.new_empty(p.w.shape[0], dtype=p.acc) if need_bias else None
         problem, _alive = _problem(p)
         weights = [None if v is None else v.contiguous() for v in (row.lse, row.softmax, row.uniform, row.target, row.bias, class_factor)]
@@ -136,6 +139,18 @@ class CpuBackend(Backend):
 
 def _address(v: Tensor | None) -> int:
     return 0 if v is None else v.data_ptr()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised; large ones in memory that waits for the next step once it is given back (csrc/cpu/pool.h)."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.empty(shape, dtype=dtype) if size < LARGE else torch.frombuffer(_cpu.Block(size), dtype=dtype).view(shape)
+
+
+def release_memory() -> None:
+    """Give what waits for the next step back to the system: at most 512 MB, gradients and workspaces of the last steps."""
+    if _cpu is not None:
+        _cpu.Block.drop()
 
 
 def _with_unit_stride(w: Tensor) -> Tensor:

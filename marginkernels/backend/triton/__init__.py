@@ -57,12 +57,18 @@ class TritonBackend(Backend):
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
         return super().refuses(device_type, dtype, weight_dtype, dim)
 
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+        from . import launch
+
+        group = launch.kept_group_bytes(n, dtype)
+        return min(limit // group, -(-c // launch.KEPT_GROUP)) * group
+
     @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         from . import launch
 
-        device = launch.Device.of(p.x)
-        return launch.row_pass(_reachable(p), device, launch.Launch.run, uniform=uniform, need_u=need_u, need_moment=need_moment)
+        options = {"uniform": uniform, "need_u": need_u, "need_moment": need_moment, "workspace": workspace}
+        return launch.row_pass(_reachable(p), launch.Device.of(p.x), launch.Launch.run, **options)
 
     @on_its_device
     def class_pass(
@@ -70,8 +76,8 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         from . import launch
 
-        device = launch.Device.of(p.x)
-        return launch.class_pass(_reachable(p), row, class_factor, device, launch.Launch.run, need_w=need_w, need_bias=need_bias)
+        options = {"need_w": need_w, "need_bias": need_bias, "kept": kept}
+        return launch.class_pass(_reachable(p), row, class_factor, launch.Device.of(p.x), launch.Launch.run, **options)
 
 
 def _reachable(p: Problem) -> Problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
-from .class_pass import class_pass_kernel
+from .class_pass import class_pass_kernel, kept_pass_kernel
 from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
-from .table import Tile, power_of_two
+from .table import Tile, kept_tile, power_of_two
 from .table import tile as tile_for
+from .tiles import KEPT_STEP
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
@@ -28,6 +29,8 @@ LIMIT = 85.0
 SLAB_BYTES = 40 << 20
 #: What lifts float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
 FLOAT16_LIFT = 256.0
+#: Classes are kept in groups of so many: key and query blocks divide it.
+KEPT_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,45 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
+def kept_lift(dtype: torch.dtype) -> float:
+    """What the row pass's weights are multiplied by."""
+    return FLOAT16_LIFT if dtype == torch.float16 else 1.0
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 ones as one TF32 product where PyTorch's own switch allows that, else at float32's precision."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def kept_group_bytes(n: int, dtype: torch.dtype) -> int:
+    """Of one group of kept classes: weights in the product's dtype, then what their exponentials were taken against, in float32."""
+    stride = math.ceil(n / 16) * 16
+    return KEPT_GROUP * stride * dtype.itemsize + KEPT_GROUP // KEPT_STEP.value * stride * 4
+
+
+def kept_parts(kept: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights (K, stride) and bases (K / KEPT_STEP, stride) of ``kept``, rows padded to a stride that loads and stores are wide for."""
+    stride = math.ceil(n / 16) * 16
+    classes = kept.numel() // kept_group_bytes(n, dtype) * KEPT_GROUP
+    weights = classes * stride * dtype.itemsize
+    bases = classes // KEPT_STEP.value * stride * 4
+    return kept[:weights].view(dtype).view(-1, stride), kept[weights : weights + bases].view(torch.float32).view(-1, stride)
+
+
+def converts(p: Problem) -> bool:
+    """Whether the row pass takes a converted copy of the centres: those of another dtype, or that may not fit it (float16)."""
+    return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight)
+
+
 def row_pass(
-    p: Problem, device: Device, run: Callable[[Launch], None], *, uniform: bool = False, need_u: bool = True, need_moment: bool = False
+    p: Problem,
+    device: Device,
+    run: Callable[[Launch], None],
+    *,
+    uniform: bool = False,
+    need_u: bool = True,
+    need_moment: bool = False,
+    workspace: int = 0,
 ) -> RowPass:
     """The row pass, by way of ``run``.
 
@@ -93,7 +128,10 @@ def row_pass(
         return v if fill is None else v.fill_(fill)
 
     half = p.x.dtype == torch.float16
-    convert = p.w.dtype != p.x.dtype or (half and p.normalize_weight)
+    convert = converts(p)
+    kept = p.x.new_empty(workspace, dtype=torch.uint8)
+    keep, keep_base = kept_parts(kept, n, p.x.dtype)
+    keep_count = 0 if uniform else keep.shape[0]
     factor = new(c if p.normalize_weight else 0)
     bounded = p.normalize_weight and not uniform and not half
     busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
@@ -116,8 +154,7 @@ def row_pass(
     }  # fmt: skip
     switches = {"UNIFORM": uniform, "NEED_U": need_u, "NEED_MOMENT": need_moment}
     constants = {
-        **switches, "FORM": p.form, "RESUME": convert, "LIFT": FLOAT16_LIFT if half else 1.0,
-        "PRECISION": precision(p.x.dtype),
+        **switches, "FORM": p.form, "RESUME": convert, "LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
     }  # fmt: skip
     for first in range(0, c, slab):
         count = min(slab, c - first)
@@ -126,7 +163,11 @@ def row_pass(
         if first == 0 and bounded:
             bound = _exponent_bound(p, None if convert else factor)
         w = copy[:count] if convert else p.w
-        slab_args = args | {"w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0)}
+        keeps = first < keep_count
+        slab_args = args | {
+            "w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0), "kept": keep if keeps else None,
+            "kept_base": keep_base if keeps else None, "kept_count": keep_count, "kept_stride": keep.shape[1],
+        }  # fmt: skip
         for online in (False, True) if bounded else (not uniform,):
             t = tile_for(d, p.x.dtype, device.arch, online=online, **kind)
             grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
@@ -143,19 +184,64 @@ def row_pass(
     constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, **switches}
     grid = (math.ceil(n / 16), math.ceil(d / width) if need_u else 1)
     run(Launch(combine_kernel, grid, {**parts, **out, "n": n, "splits": splits}, constants))
-    return RowPass(total, top, moment, u, factor, torch.empty(0, dtype=torch.uint8, device=p.x.device))
+    return RowPass(total, top, moment, u, factor, kept)
 
 
 def class_pass(
-    p: Problem, row: RowWeights, class_factor: Tensor, device: Device, run: Callable[[Launch], None], *, need_w: bool, need_bias: bool
+    p: Problem,
+    row: RowWeights,
+    class_factor: Tensor,
+    device: Device,
+    run: Callable[[Launch], None],
+    *,
+    need_w: bool,
+    need_bias: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The class pass, by way of ``run``."""
+    """The class pass, by way of ``run``.
+
+    Weights were kept as exp(z) N'(c): enough for dw of the softmax alone, so all is computed again where more is asked for.
+    """
+    dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
+    db = p.x.new_empty(p.w.shape[0], dtype=torch.float32) if need_bias else None
+    first, c = 0, p.w.shape[0]
+    if kept is not None and kept.numel() and need_w and not need_bias and row.uniform is None:
+        keep, keep_base = kept_parts(kept, p.x.shape[0], p.x.dtype)
+        first = min(keep.shape[0], c)
+        _class_pass_kept(p, row, class_factor, keep[:first], keep_base, dw[:first], device, run)
+    if first < c:
+        rest = replace(p, w=p.w[first:], labels=p.labels - first, bias=None if p.bias is None else p.bias[first:]) if first else p
+        _class_pass(rest, row, class_factor[first:], None if dw is None else dw[first:], db, device, run)
+    return dw, db
+
+
+def _class_pass_kept(
+    p: Problem, row: RowWeights, class_factor: Tensor, keep: Tensor, keep_base: Tensor, dw: Tensor, device: Device, run
+) -> None:
+    """dw of the leading classes, from the weights (K, stride) that were kept."""
+    n, d = p.x.shape
+    tile = kept_tile(d, p.x.dtype, device.arch)
+    args = {
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
+        "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
+        "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
+        "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
+    }  # fmt: skip
+    constants = {
+        "DIM": d, "WIDTH": tile.width, "BLOCK_N": tile.keys, "BLOCK_C": tile.queries, "NORMALIZED": p.normalize_weight,
+        "KEPT_LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
+    }  # fmt: skip
+    run(Launch(kept_pass_kernel, (math.ceil(keep.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
+
+
+def _class_pass(
+    p: Problem, row: RowWeights, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run
+) -> None:
     n, d = p.x.shape
     c = p.w.shape[0]
+    need_w, need_bias = dw is not None, db is not None
     busy = p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None
     tile = tile_for(d, p.x.dtype, device.arch, accumulates=need_w, busy=busy)
-    dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
-    db = p.x.new_empty(c, dtype=torch.float32) if need_bias else None
     half = p.x.dtype == torch.float16
     args = {
         "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "w_box": boxes(p.w, tile.queries, tile) if d > tile.depth else None,
@@ -172,7 +258,6 @@ def class_pass(
     }  # fmt: skip
     grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if need_w else 1)
     run(Launch(class_pass_kernel, grid, args, constants, tile.warps, tile.stages))
-    return dw, db
 
 
 def _prepare(

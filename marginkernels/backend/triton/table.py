@@ -81,3 +81,11 @@ def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: 
     if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
         stages = 1
     return Tile(queries[2 * online + busy], 64 if large else 32, d, d, stages=stages)
+
+
+def kept_tile(dim: int, dtype: torch.dtype, arch: str) -> Tile:
+    """The tile of the class pass where the row pass kept the weights: all of D at once, for the Jacobian's sake."""
+    d = power_of_two(dim, 64)
+    if arch == "interpreter":
+        return Tile(32, 64, d, d, 1, 1)
+    return Tile(32, 32, d, d)

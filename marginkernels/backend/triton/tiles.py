@@ -15,6 +15,10 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+#: Of kept weights, what their exponentials were taken against is stored once a row for so many classes; every key block of the row pass
+#: is a multiple of it.
+KEPT_STEP = tl.constexpr(32)
+
 # The numbers of marginkernels.forms; a test holds the two together.
 IDENTITY = tl.constexpr(0)
 HARD_LINEAR = tl.constexpr(1)
@@ -94,6 +98,48 @@ def load_tile(matrix, box, stride, first, count, first_dim,
     if DIM % COVER != 0:
         inside &= dim[None, :] < DIM
     return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of vectors in the product's dtype, times ``factor`` (BLOCK,) where PRESCALE.
+
+    float16 needs that of class centres, since one of any norm must fit; the other dtypes have float32's range and take the factor after
+    the product.
+    """
+    if PRESCALE:
+        v = v.to(tl.float32) * factor[:, None]
+    return narrow(v, DTYPE)
+
+
+@triton.jit
+def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
+                 PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                 DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile, or None where it is not whole.
+
+    ``held`` is the query tile (DEPTH, BLOCK_Q), or None where D is deeper than DEPTH: then both blocks are read in steps of it.
+    """
+    near = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    if held is not None:
+        key = load_tile(keys, key_box, stride_k, first_key, key_count, 0, DIM, BLOCK_K, DEPTH, DEPTH)
+        if key_count > 0:  # always; see `product`
+            near = product(key, held, near, PRECISION)
+    else:
+        key = None
+        for d in tl.range(0, DIM, DEPTH):
+            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, DIM, BLOCK_Q, DEPTH, DEPTH)
+            part = load_tile(keys, key_box, stride_k, first_key, key_count, d, DIM, BLOCK_K, DEPTH, DEPTH)
+            near = product(part, tl.trans(to_product(query, factor, PRESCALE, DTYPE)), near, PRECISION)
+    return near, key
+
+
+@triton.jit
+def load_form(threshold, t, row, inside, FORM: tl.constexpr):
+    """The rows' thresholds (BLOCK,) and t of the form, or zeros that nothing reads."""
+    if FORM == IDENTITY:
+        return tl.zeros(row.shape, tl.float32), 0.0
+    return tl.load(threshold + row, mask=inside, other=0.0), tl.load(t)
 
 
 @triton.jit

@@ -116,7 +116,7 @@ def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
 def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
                  PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                  DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
-    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile, or None where it is not whole.
+    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile where that is whole.
 
     ``held`` is the query tile (DEPTH, BLOCK_Q), or None where D is deeper than DEPTH: then both blocks are read in steps of it.
     """
@@ -126,7 +126,7 @@ def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_b
         if key_count > 0:  # always; see `product`
             near = product(key, held, near, PRECISION)
     else:
-        key = None
+        key = near  # nobody's
         for d in tl.range(0, DIM, DEPTH):
             query = load_tile(queries, query_box, stride_q, first_query, query_count, d, DIM, BLOCK_Q, DEPTH, DEPTH)
             part = load_tile(keys, key_box, stride_k, first_key, key_count, d, DIM, BLOCK_K, DEPTH, DEPTH)
@@ -137,9 +137,12 @@ def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_b
 @triton.jit
 def load_form(threshold, t, row, inside, FORM: tl.constexpr):
     """The rows' thresholds (BLOCK,) and t of the form, or zeros that nothing reads."""
-    if FORM == IDENTITY:
-        return tl.zeros(row.shape, tl.float32), 0.0
-    return tl.load(threshold + row, mask=inside, other=0.0), tl.load(t)
+    hard = tl.zeros(row.shape, tl.float32)
+    lifted = 0.0
+    if FORM != IDENTITY:
+        hard = tl.load(threshold + row, mask=inside, other=0.0)
+        lifted = tl.load(t)
+    return hard, lifted
 
 
 @triton.jit

@@ -179,5 +179,5 @@ def kept_pass_kernel(
         factor = tl.load(class_factor + col, mask=in_c, other=0.0)
         for i in tl.static_range(4):
             part = unit_centres(w, factor, stride_wc, first, c, i * (WIDTH // 4), DIM, BLOCK_C, WIDTH // 4, WIDTH)
-            along += tl.sum(tl.trans(v[i]) * part, 1)
+            along += tl.sum(v[i] * tl.trans(part), 0)
     finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, DIM, BLOCK_C, WIDTH)

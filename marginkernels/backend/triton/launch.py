@@ -172,7 +172,7 @@ def row_pass(
             t = tile_for(d, p.x.dtype, device.arch, online=online, **kind)
             grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
             tile_args = {
-                "x_box": boxes(p.x, t.queries, t) if d > t.depth else None, "w_box": boxes(w, t.keys, t),
+                "x_box": boxes(p.x, t.queries, t, device) if d > t.depth else None, "w_box": boxes(w, t.keys, t, device),
                 "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
             }  # fmt: skip
             switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
@@ -222,7 +222,7 @@ def _class_pass_kept(
     n, d = p.x.shape
     tile = kept_tile(d, p.x.dtype, device.arch)
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile, device), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
         "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
         "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
         "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
@@ -244,7 +244,7 @@ def _class_pass(
     tile = tile_for(d, p.x.dtype, device.arch, accumulates=need_w, busy=busy)
     half = p.x.dtype == torch.float16
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "w_box": boxes(p.w, tile.queries, tile) if d > tile.depth else None,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile, device), "w_box": boxes(p.w, tile.queries, tile, device) if d > tile.depth else None,
         "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
         "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target,
         "bias_weight": row.bias if need_bias else None,
@@ -278,10 +278,10 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
     return {"DIM": dim, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": block_n, "BLOCK_C": block_c}
 
 
-def boxes(v: Tensor, block: int, tile: Tile) -> TensorDescriptor | None:
-    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where its rows are not
-    16-byte aligned."""
-    if v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
+def boxes(v: Tensor, block: int, tile: Tile, device: Device) -> TensorDescriptor | None:
+    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where there is none, or its
+    rows are not 16-byte aligned."""
+    if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
     return TensorDescriptor(v, list(v.shape), list(v.stride()), [block, tile.depth])
 

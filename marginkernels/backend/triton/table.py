@@ -88,4 +88,4 @@ def kept_tile(dim: int, dtype: torch.dtype, arch: str) -> Tile:
     d = power_of_two(dim, 64)
     if arch == "interpreter":
         return Tile(32, 64, d, d, 1, 1)
-    return Tile(32, 32, d, d)
+    return Tile(32, 32, d, d) if dtype != torch.float32 else Tile(16, 16, d, d)

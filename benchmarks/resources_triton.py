@@ -21,13 +21,15 @@ DTYPES = (
     (torch.float32, torch.float32),
 )
 #: What is asked of the kernels: the common case; a hard form and a bias; neither gradient; centres as they are, with the sums of label
-#: smoothing.
+#: smoothing; and the weights kept between the passes.
 ASKED = {
     "": {},
     "hard-linear, bias": {"form": forms.HARD_LINEAR, "bias": True},
     "hard-quadratic": {"form": forms.HARD_QUADRATIC},
     "no gradient": {"need_u": False, "need_w": False},
     "raw centres, uniform": {"normalize_weight": False, "uniform": True},
+    "kept weights": {"kept": 1.0},
+    "kept weights, hard-quadratic": {"kept": 1.0, "form": forms.HARD_QUADRATIC},
 }
 #: Stack that is known and harmless, by (start of the kernel's name, architecture): why.
 EXPLAINED: dict[tuple[str, str], str] = {}
@@ -57,7 +59,7 @@ def compile_case(arch: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype], a
     from marginkernels.backend.triton.table import SHARED
 
     options = dict(ASKED[asked])
-    needs = {name: options.pop(name) for name in ("need_u", "need_w", "uniform") if name in options}
+    needs = {name: options.pop(name) for name in ("need_u", "need_w", "uniform", "kept") if name in options}
     problem = aot.problem(1024, dim, 1_000_000, *dtypes, **options)
     records = []
     for one in aot.distinct(aot.launches(problem, arch, **needs)):

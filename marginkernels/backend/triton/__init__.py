@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..base import Backend, Problem, RowPass, RowWeights
 from ..cuda import on_its_device
+from .table import MAX_DIM, use_tiles
 
-#: The widest embedding that the tile table knows.
-MAX_DIM = 1024
+__all__ = ["TritonBackend", "interpreting", "use_tiles"]
+
 #: Offsets inside a tile are 32-bit; a centre farther from the next than this is copied together first.
 MAX_STRIDE = 1 << 22
 

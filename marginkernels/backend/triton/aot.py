@@ -64,7 +64,7 @@ def launches(
     found: list[Launch] = []
     device = Device(arch, processors)
     n, c = p.x.shape[0], p.w.shape[0]
-    workspace = int(kept * c) // launch.KEPT_GROUP * launch.kept_group_bytes(n, p.x.dtype)
+    workspace = -(-int(kept * c) // launch.KEPT_GROUP) * launch.kept_group_bytes(n, p.x.dtype)
     r = launch.row_pass(p, device, found.append, uniform=uniform, need_u=need_u, workspace=workspace)
     if need_w or p.bias is not None:
         new = torch.empty_like

@@ -19,7 +19,7 @@ from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
 from .class_pass import class_pass_kernel, kept_pass_kernel
 from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
-from .table import Tile, kept_tile, power_of_two
+from .table import Key, Tile, power_of_two
 from .table import tile as tile_for
 from .tiles import KEPT_STEP
 
@@ -135,9 +135,10 @@ def row_pass(
     factor = new(c if p.normalize_weight else 0)
     bounded = p.normalize_weight and not uniform and not half
     busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
-    kind = {"accumulates": need_u, "busy": busy}
-    tile = tile_for(d, p.x.dtype, device.arch, online=not bounded and not uniform, **kind)
-    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * tile.keys)) * tile.keys if convert else c
+    ways = (False, True) if bounded else (not uniform,)
+    tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, accumulates=need_u, online=online, busy=busy)) for online in ways]
+    tile = tiles[0]
+    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * KEPT_GROUP)) * KEPT_GROUP if convert else c
     slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
     copy = p.x.new_empty(slab, d) if convert else None
     blocks = math.ceil(slab / tile.keys)
@@ -168,11 +169,11 @@ def row_pass(
             "w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0), "kept": keep if keeps else None,
             "kept_base": keep_base if keeps else None, "kept_count": keep_count, "kept_stride": keep.shape[1],
         }  # fmt: skip
-        for online in (False, True) if bounded else (not uniform,):
-            t = tile_for(d, p.x.dtype, device.arch, online=online, **kind)
+        for online, t in zip(ways, tiles, strict=True):
             grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
             tile_args = {
-                "x_box": boxes(p.x, t.queries, t, device) if d > t.depth else None, "w_box": boxes(w, t.keys, t, device),
+                "kept_box": boxes(keep, t.keys, t.queries, device) if keeps else None,
+                "x_box": boxes(p.x, t.queries, t.depth, device) if d > t.depth else None, "w_box": boxes(w, t.keys, t.depth, device),
                 "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
             }  # fmt: skip
             switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
@@ -220,9 +221,9 @@ def _class_pass_kept(
 ) -> None:
     """dw of the leading classes, from the weights (K, stride) that were kept."""
     n, d = p.x.shape
-    tile = kept_tile(d, p.x.dtype, device.arch)
+    tile = tile_for(Key.of("kept", d, p.x.dtype, device.arch))
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile, device), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
         "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
         "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
         "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
@@ -241,10 +242,11 @@ def _class_pass(
     c = p.w.shape[0]
     need_w, need_bias = dw is not None, db is not None
     busy = p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None
-    tile = tile_for(d, p.x.dtype, device.arch, accumulates=need_w, busy=busy)
+    tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=need_w, busy=busy))
     half = p.x.dtype == torch.float16
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile, device), "w_box": boxes(p.w, tile.queries, tile, device) if d > tile.depth else None,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        "w_box": boxes(p.w, tile.queries, tile.depth, device) if d > tile.depth else None,
         "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
         "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target,
         "bias_weight": row.bias if need_bias else None,
@@ -278,12 +280,12 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
     return {"DIM": dim, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": block_n, "BLOCK_C": block_c}
 
 
-def boxes(v: Tensor, block: int, tile: Tile, device: Device) -> TensorDescriptor | None:
-    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where there is none, or its
-    rows are not 16-byte aligned."""
+def boxes(v: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
+    """``v`` in boxes of so many rows and columns, for loads and stores by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where
+    there is none, or rows are not 16-byte aligned."""
     if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
-    return TensorDescriptor(v, list(v.shape), list(v.stride()), [block, tile.depth])
+    return TensorDescriptor(v, list(v.shape), list(v.stride()), [rows, columns])
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:

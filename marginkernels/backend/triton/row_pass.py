@@ -71,12 +71,18 @@ def raise_peak(peak, logit):
 
 
 @triton.jit
-def keep_weights(kept, kept_base, kept_stride, weight, base, first, col, in_c, row):
-    """Leave a tile of weights (classes, rows) for the class pass, and what its exponentials were taken against, once for every
-    KEPT_STEP classes. Rows past the last are written too, finite, as far as the padding goes: so all stores are wide."""
-    at = kept + wide(first) * kept_stride + (col[:, None] - first) * kept_stride + row[None, :]
-    tl.store(at, narrow(weight, kept.dtype.element_ty), mask=in_c[:, None] & (row[None, :] < kept_stride))
-    for step in tl.static_range(col.shape[0] // KEPT_STEP):
+def keep_weights(kept, kept_box, kept_base, kept_stride, weight, base, first, count, first_row):
+    """Leave a tile of weights (classes, rows) for the class pass, and what its exponentials were taken against, once for every KEPT_STEP
+    classes. Rows past the last are written too, finite, as far as the padding goes: so all stores are wide."""
+    weight = narrow(weight, kept.dtype.element_ty)
+    row = first_row + tl.arange(0, weight.shape[1])
+    if kept_box is not None:
+        kept_box.store([first, first_row], weight)
+    else:
+        col = tl.arange(0, weight.shape[0])
+        at = kept + wide(first) * kept_stride + col[:, None] * kept_stride + row[None, :]
+        tl.store(at, weight, mask=(col[:, None] < count - first) & (row[None, :] < kept_stride))
+    for step in tl.static_range(weight.shape[0] // KEPT_STEP):
         tl.store(kept_base + wide(first // KEPT_STEP + step) * kept_stride + row, base, mask=row < kept_stride)
 
 
@@ -99,7 +105,8 @@ def row_pass_kernel(
     bound,  # (): the largest exponent that a row can meet, or None where it is not known
     part_sum, part_peak, part_top, part_moment,  # (splits, N)
     part_u,  # (splits, N, D)
-    kept, kept_base,  # (K, kept_stride), (K / KEPT_STEP, kept_stride), out; or None
+    kept, kept_base,  # (kept_count, kept_stride), (kept_count / KEPT_STEP, kept_stride), out; or None
+    kept_box,  # kept as a tensor descriptor with boxes (BLOCK_C, BLOCK_N), or None
     n, first_class, count, kept_count, stride_xn, stride_wc, kept_stride, blocks_per_split, limit,
     DIM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     FORM: tl.constexpr, UNIFORM: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
@@ -180,7 +187,7 @@ def row_pass_kernel(
             moment += fold_sum(g * value)
         g = form_slope(g, cos, hard[None, :], lifted, FORM) * LIFT
         if kept is not None and first_class + first < kept_count and tl.program_id(2) == 0:
-            keep_weights(kept, kept_base, kept_stride, g, base, first_class + first, first_class + col, in_c, row)
+            keep_weights(kept, kept_box, kept_base, kept_stride, g, base, first_class + first, kept_count, first_row)
         if NEED_U:
             if class_factor is not None:
                 g *= factor

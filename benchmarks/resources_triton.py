@@ -56,7 +56,7 @@ def collect(archs: Iterable[str], dims: Iterable[int] = DIMS, processes: int = 2
 def compile_case(arch: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype], asked: str) -> list[dict]:
     """The records of one case: every launch of a step of 1,024 rows and a million classes."""
     from marginkernels.backend.triton import aot
-    from marginkernels.backend.triton.table import SHARED
+    from marginkernels.backend.triton.table import shared_limit
 
     options = dict(ASKED[asked])
     needs = {name: options.pop(name) for name in ("need_u", "need_w", "uniform", "kept") if name in options}
@@ -68,9 +68,8 @@ def compile_case(arch: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype], a
         online = ", running maximum" if one.constants.get("ONLINE") else ""
         name = f"{one.kernel.__name__}<{x}, {w}, D={dim}{online}{', ' if asked else ''}{asked}>"
         explained = next((why for (start, on), why in EXPLAINED.items() if name.startswith(start) and arch == on), None)
-        limit = SHARED.get(arch, SHARED["sm_86"])
         records.append({
             "kernel": name, "backend": "triton", "arch": arch, "registers": found.registers, "stack_bytes": found.stack_bytes,
-            "shared_bytes": found.shared_bytes, "shared_limit": limit,
+            "shared_bytes": found.shared_bytes, "shared_limit": shared_limit(arch),
         } | ({"explained": explained} if explained and found.stack_bytes else {}))  # fmt: skip
     return records

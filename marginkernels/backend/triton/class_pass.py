@@ -30,22 +30,25 @@ def unit_centres(w, factor, stride_wc, first, c, first_dim,
 
 
 @triton.jit
-def finish(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr,
+def finish(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
            DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
-    """Take some columns of v (WIDTH, BLOCK_C), lifted by ``power`` like ``along``, through the Jacobian, and write them."""
+    """Take some columns of v (WIDTH, BLOCK_C), lifted by ``power`` like ``along``, through the Jacobian, and write them. Where FACTORED
+    both have the class factor already."""
     dv = tl.trans(v)
     if NORMALIZED:
-        dv = (dv - along[:, None] * unit_centres(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER)) * factor[:, None]
+        dv -= along[:, None] * unit_centres(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER)
+        if not FACTORED:
+            dv *= factor[:, None]
     store_tile(dw, first, c, first_dim, dv * (1.0 / power), DIM, BLOCK_C, WIDTH, COVER)
 
 
 @triton.jit
-def finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr,
+def finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
                     DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """:func:`finish` of (v0, v1, v2, v3), one after the other."""
     for i in tl.static_range(4):
-        finish(v[i], along, power, factor, w, dw, stride_wc, first, c, first_dim + i * (WIDTH // 4), NORMALIZED, DIM, BLOCK_C, WIDTH // 4,
-               WIDTH)  # fmt: skip
+        finish(v[i], along, power, factor, w, dw, stride_wc, first, c, first_dim + i * (WIDTH // 4), NORMALIZED, FACTORED,
+               DIM, BLOCK_C, WIDTH // 4, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -105,8 +108,8 @@ def class_pass_kernel(
         up = tl.load(softmax + row, mask=in_n, other=0.0)[:, None]
         own = col[None, :] == load_labels(labels, row, in_n)[:, None]
         hard, lifted = load_form(threshold, t, row, in_n, FORM)
-        near, key = similarities(x, x_box, stride_xn, first_row, n, w, w_box, stride_wc, first, c, query, factor, PRESCALE, DTYPE, PRECISION,
-                                 DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
+        near, key = similarities(x, x_box, stride_xn, first_row, n, w, w_box, stride_wc, first, c, query, factor, PRESCALE, DTYPE,
+                                 PRECISION, DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
         cos = near * f
@@ -132,7 +135,7 @@ def class_pass_kernel(
         along = tl.sum(along, 0)
         if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
             factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
-        finish_quarters(quarters(v), along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, DIM, BLOCK_C, WIDTH)
+        finish_quarters(quarters(v), along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH)
 
 
 @triton.jit
@@ -146,9 +149,12 @@ def kept_pass_kernel(
     dw,  # (C, D), out
     n, c, stride_xn, stride_wc, kept_stride,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    NORMALIZED: tl.constexpr, KEPT_LIFT: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, FACTORED: tl.constexpr, KEPT_LIFT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of classes, whose weights the row pass kept, against every row, in all of D: one product a step, whatever the head."""
+    """One block of classes, whose weights the row pass kept, against every row, in all of D: one product a step, whatever the head.
+
+    FACTORED weights have the class factor in them.
+    """
     first = tl.program_id(0) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)
     in_c = col < c
@@ -157,6 +163,9 @@ def kept_pass_kernel(
         power = tl.load(lift)
     weights = kept + wide(first) * kept_stride
     bases = kept_base + wide(first // KEPT_STEP) * kept_stride
+    factor = 1.0
+    if FACTORED:
+        factor = tl.load(class_factor + col, mask=in_c, other=0.0)
     v = tl.zeros((WIDTH, BLOCK_C), tl.float32)
     for first_row in tl.range(0, n, BLOCK_N):
         row = first_row + tl.arange(0, BLOCK_N)
@@ -169,15 +178,17 @@ def kept_pass_kernel(
         at = weights + tl.arange(0, BLOCK_C)[None, :] * kept_stride + row[:, None]
         g = tl.load(at, mask=in_c[None, :] & (row[:, None] < kept_stride), other=0.0).to(tl.float32)  # row < n would make loads narrow
         g = g * decay[:, None] * up[:, None]  # in this order: exp(-lse) can be as large as float32 goes
-        g = tl.where(own, (tl.load(target + row, mask=in_n, other=0.0) * f)[:, None], g)
+        mine = (tl.load(target + row, mask=in_n, other=0.0) * f)[:, None]
+        if FACTORED:
+            mine = mine * factor[None, :]
+        g = tl.where(own, mine, g)
         key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, WIDTH, WIDTH)
         v = product(tl.trans(key), narrow(g, x.dtype.element_ty), v, PRECISION)
     v = quarters(v)
     along = tl.zeros((BLOCK_C,), tl.float32)
-    factor = 1.0
     if NORMALIZED:
-        factor = tl.load(class_factor + col, mask=in_c, other=0.0)
+        factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
         for i in tl.static_range(4):
             part = unit_centres(w, factor, stride_wc, first, c, i * (WIDTH // 4), DIM, BLOCK_C, WIDTH // 4, WIDTH)
             along += tl.sum(v[i] * tl.trans(part), 0)
-    finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, DIM, BLOCK_C, WIDTH)
+    finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH)

@@ -223,21 +223,20 @@ def _class_pass_kept(
     n, d = p.x.shape
     tile = tile_for(Key.of("kept", d, p.x.dtype, device.arch))
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device), "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
         "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
         "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
         "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
     }  # fmt: skip
     constants = {
         "DIM": d, "WIDTH": tile.width, "BLOCK_N": tile.keys, "BLOCK_C": tile.queries, "NORMALIZED": p.normalize_weight,
-        "KEPT_LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
+        "FACTORED": p.normalize_weight and not converts(p), "KEPT_LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
     }  # fmt: skip
     run(Launch(kept_pass_kernel, (math.ceil(keep.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
 
 
-def _class_pass(
-    p: Problem, row: RowWeights, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run
-) -> None:
+def _class_pass(p: Problem, row: RowWeights, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run) -> None:
     n, d = p.x.shape
     c = p.w.shape[0]
     need_w, need_bias = dw is not None, db is not None
@@ -281,8 +280,8 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
 
 
 def boxes(v: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
-    """``v`` in boxes of so many rows and columns, for loads and stores by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where
-    there is none, or rows are not 16-byte aligned."""
+    """``v`` in boxes of so many rows and columns, for loads and stores by the memory accelerator (TMA), which takes address arithmetic out
+    of the loop; None where there is none, or rows are not 16-byte aligned."""
     if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
     return TensorDescriptor(v, list(v.shape), list(v.stride()), [rows, columns])

@@ -74,7 +74,6 @@ def raise_peak(peak, logit):
 def keep_weights(kept, kept_box, kept_base, kept_stride, weight, base, first, count, first_row):
     """Leave a tile of weights (classes, rows) for the class pass, and what its exponentials were taken against, once for every KEPT_STEP
     classes. Rows past the last are written too, finite, as far as the padding goes: so all stores are wide."""
-    weight = narrow(weight, kept.dtype.element_ty)
     row = first_row + tl.arange(0, weight.shape[1])
     if kept_box is not None:
         kept_box.store([first, first_row], weight)
@@ -116,7 +115,8 @@ def row_pass_kernel(
 
     ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling
     of u in the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME
-    goes on from the partial results of an earlier launch. The weights of classes before ``kept_count`` are left in ``kept``.
+    goes on from the partial results of an earlier launch. The weights of classes before ``kept_count`` are left in ``kept``, as the product
+    takes them: times the class factor, if given.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
     PLAIN: tl.constexpr = FORM == IDENTITY and not NEED_MOMENT
@@ -186,14 +186,15 @@ def row_pass_kernel(
         if NEED_MOMENT:
             moment += fold_sum(g * value)
         g = form_slope(g, cos, hard[None, :], lifted, FORM) * LIFT
+        if class_factor is not None:
+            g *= factor
+        g = narrow(g, DTYPE)
         if kept is not None and first_class + first < kept_count and tl.program_id(2) == 0:
             keep_weights(kept, kept_box, kept_base, kept_stride, g, base, first_class + first, kept_count, first_row)
         if NEED_U:
-            if class_factor is not None:
-                g *= factor
             if not WHOLE or WIDTH < DEPTH:
                 key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
-            u = product(tl.trans(key), narrow(g, DTYPE), u, PRECISION)
+            u = product(tl.trans(key), g, u, PRECISION)
     if tl.program_id(2) == 0:
         best = tl.max(top, 0)
         if RESUME:

@@ -11,7 +11,11 @@ none has been timed, since none has run on a GPU. What limits them on sm_90, in 
 - 205 KB of shared memory, one block of queries and two of keys: one program to a processor.
 
 What the loop carries beyond plain logits (a running maximum, a hard form, a bias) costs a register for each of a thread's places in the
-tile, hence the narrower query blocks.
+tile, hence the narrower query blocks. On sm_100 the accumulator lies in the matrix unit's own memory, but rescaling it by a running maximum
+brings all of it into registers, which takes narrower blocks yet.
+
+The class pass on kept weights has one product for each block of rows that it loads, where the other has two: by count it takes as many
+bytes from L2 for half the work, so it gains what the similarities and exponentials cost, and no more where L2 is the limit.
 """
 
 from __future__ import annotations
@@ -89,9 +93,14 @@ def power_of_two(dim: int, least: int = 32) -> int:
     return max(least, 1 << (dim - 1).bit_length())
 
 
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may have."""
+    return SHARED.get(arch, SHARED["sm_86"])
+
+
 def large(arch: str) -> bool:
     """Whether there is shared memory for the large tiles."""
-    return SHARED.get(arch, 0) >= SHARED["sm_90"]
+    return shared_limit(arch) >= SHARED["sm_90"]
 
 
 def most_kept(arch: str) -> int:
@@ -117,14 +126,18 @@ def default(key: Key) -> Tile:
         return Tile(32 if d <= 512 else 16, 32, d, d)
     if dtype == "float32":  # float32 precision: no matrix unit, and operands in registers
         return Tile(32, 64, 32, min(d, 128) if accumulates and large(arch) else 64)
+    blackwell = arch in ("sm_100", "sm_103")
     if not accumulates:
+        if blackwell:
+            return Tile(64 if online else 128, 64, 64, d, stages=3)
         return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large(arch) else Tile(64, 32, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
         return Tile(16 if online and busy else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
     queries, stages = (LARGE if large(arch) else SMALL)[d]
-    if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
+    if d == 512 and shared_limit(arch) < SHARED["sm_80"]:
         stages = 1
-    return Tile(queries[2 * online + busy], 64 if large(arch) else 32, d, d, stages=stages)
+    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + busy]
+    return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
 
 
 def fault(key: Key, tile: Tile) -> str | None:

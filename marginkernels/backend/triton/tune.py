@@ -103,7 +103,7 @@ def judge(shape: Shape, key: Key, tile: Tile, look: Callable[[Shape, Key, Tile],
         used = look(shape, key, tile)
     except Exception as error:  # whatever a compiler may raise
         return None, f"does not compile ({type(error).__name__})"
-    limit = table.SHARED.get(key.arch, table.SHARED["sm_86"])
+    limit = table.shared_limit(key.arch)
     if used.shared_bytes > limit:
         return used, f"more shared memory than {limit}"
     return used, "stack" if used.stack_bytes else ""

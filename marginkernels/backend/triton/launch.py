@@ -136,7 +136,8 @@ def row_pass(
     bounded = p.normalize_weight and not uniform and not half
     busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
     ways = (False, True) if bounded else (not uniform,)
-    tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, accumulates=need_u, online=online, busy=busy)) for online in ways]
+    asked = {"accumulates": need_u, "busy": busy, "keeps": keep_count > 0}
+    tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
     tile = tiles[0]
     slab = max(1, SLAB_BYTES // (d * p.x.element_size() * KEPT_GROUP)) * KEPT_GROUP if convert else c
     slab = min(slab, math.ceil(c / tile.keys) * tile.keys)

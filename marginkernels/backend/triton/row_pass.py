@@ -62,6 +62,15 @@ def add_to_tile(matrix, first, count, first_dim, value, decay, RESUME: tl.conste
 
 
 @triton.jit
+def store_halves(matrix, first, count, first_dim, u, decay, RESUME: tl.constexpr,
+                 DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """:func:`add_to_tile` of the transpose of u (WIDTH, BLOCK), in two pieces."""
+    low, high = halves(u)
+    add_to_tile(matrix, first, count, first_dim, tl.trans(low), decay, RESUME, DIM, BLOCK, WIDTH // 2, WIDTH)
+    add_to_tile(matrix, first, count, first_dim + WIDTH // 2, tl.trans(high), decay, RESUME, DIM, BLOCK, WIDTH // 2, WIDTH)
+
+
+@triton.jit
 def raise_peak(peak, logit):
     """The running maximum (BLOCK_N,) over a tile of logits (keys, BLOCK_N), what exponentials are taken against, and how far older ones
     shrink."""
@@ -86,10 +95,12 @@ def keep_weights(kept, kept_box, kept_base, kept_stride, weight, base, first, co
 
 
 @triton.jit
-def add_to_row(part, row, inside, value, decay, RESUME: tl.constexpr):
-    """Store (BLOCK_N,) sums, plus ``decay`` times what stands there where RESUME."""
+def store_row(part, row, inside, value, decay, RESUME: tl.constexpr):
+    """Store (BLOCK_N,) results, joined to those that stand there where RESUME: sums to ``decay`` times them, maxima (``decay`` None) to the
+    larger."""
     if RESUME:
-        value += decay * tl.load(part + row, mask=inside, other=0.0)
+        before = tl.load(part + row, mask=inside, other=0.0)
+        value = tl.maximum(value, before) if decay is None else value + decay * before
     tl.store(part + row, value, mask=inside)
 
 
@@ -196,19 +207,13 @@ def row_pass_kernel(
                 key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
             u = product(tl.trans(key), g, u, PRECISION)
     if tl.program_id(2) == 0:
-        best = tl.max(top, 0)
-        if RESUME:
-            best = tl.maximum(best, tl.load(part_top + out + row, mask=in_n, other=0.0))
-        tl.store(part_top + out + row, best, mask=in_n)
+        store_row(part_top + out, row, in_n, tl.max(top, 0), None, RESUME)
+        store_row(part_sum + out, row, in_n, tl.sum(total, 0), decayed, RESUME)
         tl.store(part_peak + out + row, peak, mask=in_n)
-        add_to_row(part_sum + out, row, in_n, tl.sum(total, 0), decayed, RESUME)
         if NEED_MOMENT:
-            add_to_row(part_moment + out, row, in_n, tl.sum(moment, 0), decayed, RESUME)
+            store_row(part_moment + out, row, in_n, tl.sum(moment, 0), decayed, RESUME)
     if NEED_U:
-        low, high = halves(u * (1.0 / LIFT))
-        part = part_u + out * DIM
-        add_to_tile(part, first_row, n, first_dim, tl.trans(low), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
-        add_to_tile(part, first_row, n, first_dim + WIDTH // 2, tl.trans(high), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
+        store_halves(part_u + out * DIM, first_row, n, first_dim, u * (1.0 / LIFT), decayed, RESUME, DIM, BLOCK_N, WIDTH)
 
 
 @triton.jit

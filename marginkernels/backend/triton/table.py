@@ -64,6 +64,7 @@ class Key(NamedTuple):
         accumulates: whether u or dw is wanted.
         online: whether the loop carries a running maximum.
         busy: whether it carries a hard form, a bias, or sums beyond one.
+        keeps: whether it leaves the weights for the class pass.
     """
 
     kernel: str
@@ -73,6 +74,7 @@ class Key(NamedTuple):
     accumulates: bool = True
     online: bool = False
     busy: bool = False
+    keeps: bool = False
 
     @classmethod
     def of(cls, kernel: str, dim: int, dtype: torch.dtype, arch: str, **switches: bool) -> Key:
@@ -115,7 +117,7 @@ def tile(key: Key) -> Tile:
 
 def default(key: Key) -> Tile:
     """The table's tile."""
-    kernel, d, dtype, arch, accumulates, online, busy = key
+    kernel, d, dtype, arch, accumulates, online, busy, keeps = key
     if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
         return Tile(32, 64, d, d, 1, 1) if kernel == "kept" else Tile(64, 128, 64, 64, 1, 1)
     if kernel == "kept":  # all of D at once, for the Jacobian's sake
@@ -136,7 +138,7 @@ def default(key: Key) -> Tile:
     queries, stages = (LARGE if large(arch) else SMALL)[d]
     if d == 512 and shared_limit(arch) < SHARED["sm_80"]:
         stages = 1
-    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + busy]
+    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + (busy or (keeps and d <= 128))]
     return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import marginkernels as mk
-from benchmarks import resources
+from benchmarks import resources, resources_triton
 from marginkernels.backend import FUSED
 
 pytest.importorskip("triton")
@@ -162,9 +162,19 @@ def test_refusals_say_why():
 def test_the_package_does_not_import_the_kernels():
     code = (
         "import sys, marginkernels; marginkernels.backends()\n"
-        "assert not any('backend.triton.' in n and not n.endswith('.table') for n in sys.modules) and 'triton' not in sys.modules"
+        "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(('.table', '.keeping'))]\n"
+        "assert not kernels and 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[1])
+
+
+def test_stack_is_explained_up_to_what_is_known():
+    for known in resources_triton.EXPLAINED:
+        case = (known.kernel, known.arch, known.dim)
+        assert resources_triton.explanation(*case, known.most) == known.why
+        assert resources_triton.explanation(*case, known.most + 8) is None
+        assert resources_triton.explanation(*case, 0) is None
+    assert not any(known.arch == "sm_90" for known in resources_triton.EXPLAINED)
 
 
 def test_resource_faults():

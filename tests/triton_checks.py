@@ -15,7 +15,7 @@ from marginkernels.backend.base import Problem, RowWeights
 from marginkernels.backend.slab import SlabBackend
 
 pytest.importorskip("triton")
-from marginkernels.backend.triton import aot, interpreting, launch, table, tiles, tune, use_tiles
+from marginkernels.backend.triton import aot, interpreting, keeping, launch, table, tiles, tune, use_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 
@@ -220,7 +220,7 @@ def test_passes_against_the_slab_backend(form, uniform, normalize, narrow_slabs)
 
 def workspace(case, groups):
     """As an argument, in MB, enough for so many groups of kept classes and not for one more."""
-    return {"workspace_mb": (groups + 0.9) * launch.kept_group_bytes(case.x.shape[0], case.x.dtype) / 2**20}
+    return {"workspace_mb": (groups + 0.9) * keeping.group_bytes(case.x.shape[0], case.x.dtype) / 2**20}
 
 
 @pytest.mark.parametrize("head", verify.HEADS)
@@ -260,7 +260,7 @@ def test_kept_classes_are_not_computed_again(ran):
     """The class pass on the rest alone; nothing is kept where it would not do, and a limit below one group keeps nothing."""
     case = verify.Case.random(20, 40, 300)
     seen = lambda kernel: [one.args["c"] for one in ran if one.kernel is kernel]  # noqa: E731
-    group = launch.kept_group_bytes(20, torch.float32)
+    group = keeping.group_bytes(20, torch.float32)
     sizes = [TRITON.workspace_bytes(20, 300, torch.float32, limit) for limit in (0, group - 1, group, 3 * group - 1, 10**9)]
     assert sizes == [0, 0, group, 2 * group, 3 * group]
     for groups, kept, again in ((0, [], [300]), (2, [256], [44]), (3, [300], [])):
@@ -281,7 +281,7 @@ def test_kept_weights_are_the_softmax():
     n, c = p.x.shape[0], p.w.shape[0]
     size = TRITON.workspace_bytes(n, c, p.x.dtype, 10**9)
     r = TRITON.row_pass(p, uniform=False, need_u=False, need_moment=False, workspace=size)
-    weights, bases = launch.kept_parts(r.kept, n, p.x.dtype)
+    weights, bases = keeping.parts(r.kept, n, p.x.dtype)
     z = p.scale[:, None] * p.row_factor[:, None] * (p.x @ torch.nn.functional.normalize(p.w).T)
     z[torch.arange(c) == p.labels[:, None]] = -torch.inf
     base = bases[:, :n].T.repeat_interleave(tiles.KEPT_STEP.value, 1)[:, :c] * tiles.LN2.value

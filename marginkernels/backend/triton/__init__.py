@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base import Backend, Problem, RowPass, RowWeights
 from ..cuda import on_its_device
+from . import keeping
 from .table import MAX_DIM, use_tiles
 
 __all__ = ["TritonBackend", "interpreting", "use_tiles"]
@@ -59,10 +60,8 @@ class TritonBackend(Backend):
         return super().refuses(device_type, dtype, weight_dtype, dim)
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
-        from . import launch
-
-        group = launch.kept_group_bytes(n, dtype)
-        return min(limit // group, -(-c // launch.KEPT_GROUP)) * group
+        group = keeping.group_bytes(n, dtype)
+        return min(limit // group, -(-c // keeping.GROUP)) * group
 
     @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import Problem, RowWeights
-from . import launch
+from . import keeping, launch
 from .launch import Device, Launch
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -64,7 +64,7 @@ def launches(
     found: list[Launch] = []
     device = Device(arch, processors)
     n, c = p.x.shape[0], p.w.shape[0]
-    workspace = -(-int(kept * c) // launch.KEPT_GROUP) * launch.kept_group_bytes(n, p.x.dtype)
+    workspace = -(-int(kept * c) // keeping.GROUP) * keeping.group_bytes(n, p.x.dtype)
     r = launch.row_pass(p, device, found.append, uniform=uniform, need_u=need_u, workspace=workspace)
     if need_w or p.bias is not None:
         new = torch.empty_like

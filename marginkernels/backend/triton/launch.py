@@ -17,11 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
+from . import keeping
 from .class_pass import class_pass_kernel, kept_pass_kernel
 from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
 from .table import Key, Tile, power_of_two
 from .table import tile as tile_for
-from .tiles import KEPT_STEP
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
@@ -29,8 +29,6 @@ LIMIT = 85.0
 SLAB_BYTES = 40 << 20
 #: What lifts float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
 FLOAT16_LIFT = 256.0
-#: Classes are kept in groups of so many: key and query blocks divide it.
-KEPT_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -85,21 +83,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def kept_group_bytes(n: int, dtype: torch.dtype) -> int:
-    """Of one group of kept classes: weights in the product's dtype, then what their exponentials were taken against, in float32."""
-    stride = math.ceil(n / 16) * 16
-    return KEPT_GROUP * stride * dtype.itemsize + KEPT_GROUP // KEPT_STEP.value * stride * 4
-
-
-def kept_parts(kept: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights (K, stride) and bases (K / KEPT_STEP, stride) of ``kept``, rows padded to a stride that loads and stores are wide for."""
-    stride = math.ceil(n / 16) * 16
-    classes = kept.numel() // kept_group_bytes(n, dtype) * KEPT_GROUP
-    weights = classes * stride * dtype.itemsize
-    bases = classes // KEPT_STEP.value * stride * 4
-    return kept[:weights].view(dtype).view(-1, stride), kept[weights : weights + bases].view(torch.float32).view(-1, stride)
-
-
 def converts(p: Problem) -> bool:
     """Whether the row pass takes a converted copy of the centres: those of another dtype, or that may not fit it (float16)."""
     return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight)
@@ -130,7 +113,7 @@ def row_pass(
     half = p.x.dtype == torch.float16
     convert = converts(p)
     kept = p.x.new_empty(workspace, dtype=torch.uint8)
-    keep, keep_base = kept_parts(kept, n, p.x.dtype)
+    keep, keep_base = keeping.parts(kept, n, p.x.dtype)
     keep_count = 0 if uniform else keep.shape[0]
     factor = new(c if p.normalize_weight else 0)
     bounded = p.normalize_weight and not uniform and not half
@@ -139,7 +122,7 @@ def row_pass(
     asked = {"accumulates": need_u, "busy": busy, "keeps": keep_count > 0}
     tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
     tile = tiles[0]
-    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * KEPT_GROUP)) * KEPT_GROUP if convert else c
+    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * keeping.GROUP)) * keeping.GROUP if convert else c
     slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
     copy = p.x.new_empty(slab, d) if convert else None
     blocks = math.ceil(slab / tile.keys)
@@ -208,7 +191,7 @@ def class_pass(
     db = p.x.new_empty(p.w.shape[0], dtype=torch.float32) if need_bias else None
     first, c = 0, p.w.shape[0]
     if kept is not None and kept.numel() and need_w and not need_bias and row.uniform is None:
-        keep, keep_base = kept_parts(kept, p.x.shape[0], p.x.dtype)
+        keep, keep_base = keeping.parts(kept, p.x.shape[0], p.x.dtype)
         first = min(keep.shape[0], c)
         _class_pass_kept(p, row, class_factor, keep[:first], keep_base, dw[:first], device, run)
     if first < c:

@@ -9,15 +9,16 @@ memory, and no thread need hold a copy of another's. Logits are in units of log 
 import triton
 import triton.language as tl
 
+from . import keeping
+
 #: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
 #: done by hand.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-#: Of kept weights, what their exponentials were taken against is stored once a row for so many classes; every key block of the row pass
-#: is a multiple of it.
-KEPT_STEP = tl.constexpr(32)
+#: Of kept weights; see marginkernels.backend.triton.keeping.
+KEPT_STEP = tl.constexpr(keeping.STEP)
 
 # The numbers of marginkernels.forms; a test holds the two together.
 IDENTITY = tl.constexpr(0)

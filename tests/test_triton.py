@@ -170,11 +170,11 @@ def test_the_package_does_not_import_the_kernels():
 
 def test_stack_is_explained_up_to_what_is_known():
     for known in resources_triton.EXPLAINED:
-        case = (known.kernel, known.arch, known.dim)
-        assert resources_triton.explanation(*case, known.most) == known.why
-        assert resources_triton.explanation(*case, known.most + 8) is None
-        assert resources_triton.explanation(*case, 0) is None
-    assert not any(known.arch == "sm_90" for known in resources_triton.EXPLAINED)
+        name = ", ".join(known.words)
+        assert resources_triton.explanation(name, known.arch, known.most) == known.why
+        assert resources_triton.explanation(name, known.arch, known.most + 8) is None
+        assert resources_triton.explanation(name, known.arch, 0) is None
+        assert resources_triton.explanation("class_pass_kernel<D=64>", known.arch, known.most) is None
 
 
 def test_resource_faults():

@@ -125,7 +125,7 @@ def default(key: Key) -> Tile:
             return Tile(32 if d <= 256 else 16, 32 if d <= 128 else 16, d, d, stages=2 if d <= 512 else 1)
         if large(arch):
             return Tile(64, 64, d, d, stages=3) if d <= 512 else Tile(32, 32, d, d, stages=3)
-        return Tile(32 if d <= 512 else 16, 32, d, d)
+        return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
     if dtype == "float32":  # float32 precision: no matrix unit, and operands in registers
         return Tile(32, 64, 32, min(d, 128) if accumulates and large(arch) else 64)
     blackwell = arch in ("sm_100", "sm_103")

@@ -163,7 +163,7 @@ def test_the_package_does_not_import_the_kernels():
     code = (
         "import sys, marginkernels; marginkernels.backends()\n"
         "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(('.table', '.keeping'))]\n"
-        "assert not kernels and 'triton' not in sys.modules"
+        "assert not kernels, kernels"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[1])
 

@@ -7,6 +7,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 # Arguments for the demo, such as ARGS="--head cosface --epochs 4"
 ARGS ?=
+# More words for pytest under test-gpu
+TESTS ?=
 # Where gpu-report writes
 OUT ?= runs/gpu-report
 
@@ -39,7 +41,7 @@ build:
 	$(PYTHON) setup.py build_ext --inplace
 
 test-gpu: build
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu $(TESTS)
 
 # Builds and tests as steps of its own, so that each survives the failure of another.
 gpu-report:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m marginkernels doctor | demo | check | plan``."""
+"""The command line: ``python -m marginkernels doctor | demo | check | plan | tune``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("demo", "train a small network with a margin head on rendered glyphs, and report"),
     "check": ("check", "compare every backend with the float64 reference on this machine"),
     "plan": ("plan", "memory and time of a head at a given size"),
+    "tune": ("backend.triton.tune", "time tiles of the Triton kernels around the table's, on request and on a GPU"),
 }
 
 

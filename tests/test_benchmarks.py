@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("psutil")
 pytest.importorskip("tqdm")
 
-from benchmarks import cases, compare, gpu_report, measure, plot, records, report, run, worker
+from benchmarks import cases, compare, gpu_report, gpu_small, measure, plot, records, report, run, worker
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, inputs
 from benchmarks.heads import HEADS
@@ -476,7 +476,21 @@ def test_gpu_report_steps_survive_each_other(tmp_path):
     assert "there is no such device" in (tmp_path / "summary.md").read_text()
 
 
+def test_sanitizers_survive_each_other(capfd):
+    """One tool that fails does not keep the next from running."""
+    words = {"memcheck": "print('first'); raise SystemExit(9)", "racecheck": "import time; print('second', flush=True); time.sleep(60)"}
+    assert gpu_small.sanitize(lambda which: [sys.executable, "-c", words[which]], limit=2) == 1
+    out = capfd.readouterr().out
+    assert "## memcheck: exit status 9" in out
+    assert "second" in out
+    assert "## racecheck: ended at its limit of 2 s" in out
+    assert gpu_small.sanitize(lambda which: ["/no/such/program"]) == 1
+    assert gpu_small.sanitize(lambda which: [sys.executable, "-c", ""]) == 0
+    assert [gpu_small.sanitizer(which)[1:3] for which in gpu_small.TOOLS] == [["--tool", "memcheck"], ["--tool", "racecheck"]]
+
+
 def test_gpu_report_fits_its_limits():
+    assert len(gpu_small.TOOLS) * gpu_small.LIMIT < next(step.seconds for step in gpu_report.STEPS if step.name == "sanitizer")
     assert sum(step.seconds for step in gpu_report.STEPS) < 9 * 60
     # One file each, the summary, and the benchmark's records with the part that is being written.
     assert len(gpu_report.STEPS) + 3 <= gpu_report.MOST_FILES

@@ -1,11 +1,14 @@
 """Every backend that serves a GPU, at the sizes that it is for. Run by ``make test-gpu``; the backends' own small tests are elsewhere."""
 
 import itertools
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import marginkernels as mk
+from benchmarks import gpu_small
 from marginkernels import verify
 from marginkernels.backend import FUSED
 
@@ -80,6 +83,40 @@ def test_a_million_classes(name, n, c):
     got = verify.run(case, mk.ArcFace(), name)
     for key in want:
         assert verify.relative_error(got[key], want[key]) <= verify.TOLERANCE[torch.bfloat16], key
+
+
+@pytest.mark.parametrize(("name", "dtypes"), list(itertools.product(BACKENDS, DTYPES)))
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_workspace(name, dtypes, share):
+    """Part of the classes kept between the passes, and all: the same results, and the same bits again."""
+    x, w = dtypes
+    serve(name, x, w, 512)
+    n, c = 129, 20_011
+    mb = share * FUSED[name].workspace_bytes(n, c, x, 1 << 40) / 2**20
+    if not mb:
+        pytest.skip(f"{name} keeps nothing")
+    case = verify.Case.random(n, 512, c, x, weight_dtype=w, device="cuda")
+    for head in verify.HEADS:
+        found = verify.errors(case, verify.HEADS[head](c), name, workspace_mb=mb)
+        assert max(found.values()) <= max(verify.TOLERANCE[x], verify.TOLERANCE[w]), (head, found)
+    first, again = (verify.run(case, mk.CurricularFace(), name, workspace_mb=mb) for _ in range(2))
+    assert all(torch.equal(again[k], v) for k, v in first.items())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("n", "c", "mb"), [(512, 1_000_000, 600), (4096, 600_011, 6144)])
+def test_workspace_at_size(name, n, c, mb):
+    """The second keeps more weights than 32 bits count."""
+    serve(name, torch.bfloat16, torch.float32, 512)
+    if not FUSED[name].workspace_bytes(n, c, torch.bfloat16, mb << 20):
+        pytest.skip(f"{name} keeps nothing")
+    case = problem(n, 512, c)
+    want = verify.run(case, mk.ArcFace(), "slab", dtype=torch.float32)
+    got = verify.run(case, mk.ArcFace(), name, workspace_mb=mb)
+    for key in want:
+        assert verify.relative_error(got[key], want[key]) <= verify.TOLERANCE[torch.bfloat16], key
+    tail = slice(c - 100_000, None)
+    assert verify.relative_error(got["dw"][tail], want["dw"][tail]) <= verify.TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.slow
@@ -164,3 +201,12 @@ def test_on_another_device_than_the_current_one(name):
     with torch.cuda.device(0):
         found = verify.errors(case, mk.ArcFace(), name)
     assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], found
+
+
+@pytest.mark.parametrize("tool", gpu_small.TOOLS)
+def test_sanitizer(tool):
+    """The small suite under compute-sanitizer, where it is installed."""
+    if gpu_small.tool("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(gpu_small.sanitizer(tool), capture_output=True, text=True, timeout=600, cwd=Path(gpu_small.__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

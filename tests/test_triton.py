@@ -1,24 +1,29 @@
 """The Triton backend without a GPU: under the interpreter, in processes of its own, and compiled for GPUs that are not there."""
 
+import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import marginkernels as mk
-from benchmarks import resources
+from benchmarks import resources, resources_triton
 from marginkernels.backend import FUSED
 
 pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("triton_checks.py")
 
 
-@pytest.mark.parametrize("part", ["test_heads", "test_options or test_passes", "not test_heads and not test_options and not test_passes"])
+PARTS = ("test_heads", "test_workspace_heads", "test_options or test_passes")
+
+
+@pytest.mark.parametrize("part", [*PARTS, " and ".join(f"not ({part})" for part in PARTS)])
 def test_under_the_interpreter(part):
-    """In three parts, so that parallel workers share them."""
+    """In parts, so that parallel workers share them."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS), "-k", part]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tiles are too small to share
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parents[1])
@@ -26,12 +31,14 @@ def test_under_the_interpreter(part):
     assert " passed" in done.stdout
 
 
-def _compiled(arch, dim, dtype, weight_dtype):
+def _compiled(arch, dim, dtype, weight_dtype, kept=0.0):
     """Kernel name -> compiled kernel, of the launches that do the work of a step."""
     from marginkernels.backend.triton import aot
 
     p = aot.problem(1024, dim, 1_000_000, dtype, weight_dtype)
-    wanted = [one for one in aot.distinct(aot.launches(p, arch)) if "pass" in one.kernel.__name__ and not one.constants.get("ONLINE")]
+    wanted = [
+        one for one in aot.distinct(aot.launches(p, arch, kept=kept)) if "pass" in one.kernel.__name__ and not one.constants.get("ONLINE")
+    ]
     return {one.kernel.__name__: aot.compile(one, arch) for one in wanted}
 
 
@@ -51,27 +58,91 @@ def test_the_million_class_kernels_on_hopper():
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float16), ("sm_90", torch.float32), ("sm_100", torch.bfloat16)])
-def test_compiles_ahead_of_time(arch, dtype):
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype"),
+    [
+        ("sm_80", 64, torch.float16),
+        ("sm_86", 512, torch.bfloat16),
+        ("sm_90", 64, torch.float32),
+        ("sm_100", 64, torch.bfloat16),
+        ("sm_120", 512, torch.bfloat16),
+    ],
+)
+def test_compiles_ahead_of_time(arch, dim, dtype):
     from marginkernels.backend.triton import aot, table
 
-    for name, kernel in _compiled(arch, 64, dtype, torch.float32).items():
-        assert aot.resources(kernel).shared_bytes <= table.SHARED[arch], name
+    for name, kernel in _compiled(arch, dim, dtype, torch.float32, kept=0.5).items():
+        assert aot.resources(kernel).shared_bytes <= table.shared_limit(arch), name
+
+
+def _every_key():
+    from marginkernels.backend.triton.table import MAX_DIM, SHARED, Key
+
+    switches = [dict(zip(("accumulates", "online", "busy"), on, strict=True)) for on in itertools.product((True, False), repeat=3)]
+    for arch, dim, dtype in itertools.product(
+        (*SHARED, "sm_120"), range(1, MAX_DIM + 1, 7), (torch.float16, torch.bfloat16, torch.float32)
+    ):
+        yield dim, dtype, Key.of("kept", dim, dtype, arch)
+        yield from ((dim, dtype, Key.of(kernel, dim, dtype, arch, **on)) for kernel in ("row", "class") for on in switches)
 
 
 def test_every_tile_fits_its_architecture():
     """Blocks of queries and keys alone, whatever else the compiler keeps in shared memory."""
-    from marginkernels.backend.triton.table import MAX_DIM, SHARED, tile
+    from marginkernels.backend.triton.table import default, fault, shared_limit
 
-    for arch, limit in SHARED.items():
-        for dim in range(1, MAX_DIM + 1, 7):
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                for switches in range(8):
-                    t = tile(dim, dtype, arch, accumulates=bool(switches & 1), online=bool(switches & 2), busy=bool(switches & 4))
-                    whole = t.depth >= dim
-                    held = t.queries * t.depth * (1 if whole else t.stages) + t.keys * t.depth * t.stages
-                    assert held * dtype.itemsize <= limit, (arch, dim, dtype, t)
-                    assert t.width >= dim or t.width % t.depth == 0
+    for dim, dtype, key in _every_key():
+        t = default(key)
+        whole = t.depth >= dim
+        kept = key.kernel == "kept"
+        held = 0 if kept else t.queries * t.depth * (1 if whole else t.stages)
+        held += t.keys * (t.width if kept else t.depth) * t.stages
+        assert held * dtype.itemsize <= shared_limit(key.arch), (key, t)
+        assert t.width >= dim or t.width % t.depth == 0
+        assert fault(key, t) is None, (key, t)
+
+
+def test_tiles_by_file(tmp_path):
+    """What tuning writes is taken by this process alone and until told otherwise; what cannot serve is refused."""
+    from marginkernels.backend.triton import table, use_tiles
+
+    path = tmp_path / "tiles.json"
+    key = table.Key.of("kept", 500, torch.bfloat16, "sm_90")
+    one = table.Tile(32, 64, 512, 512)
+    table.save_tiles(path, [(key, one, {"ms": 1.0})], gpu="some")
+    try:
+        assert use_tiles(path) == [key]
+        assert table.tile(table.Key.of("kept", 512, torch.bfloat16, "sm_90")) == one
+        assert table.tile(key._replace(arch="sm_80")) == table.default(key._replace(arch="sm_80"))
+        for wrong in (replace(one, queries=48), replace(one, queries=128), replace(one, width=256), replace(one, stages=0)):
+            table.save_tiles(path, [(key, wrong, {})])
+            with pytest.raises(ValueError, match="the tile for Key"):
+                use_tiles(path)
+            assert table.tile(key) == one
+    finally:
+        assert use_tiles(None) == []
+    assert table.tile(key) == table.default(key)
+    path.write_text('{"schema": "something/1"}')
+    with pytest.raises(ValueError, match="expected a file of"):
+        use_tiles(path)
+
+
+def test_tuning_without_a_gpu(capsys, monkeypatch):
+    from marginkernels.__main__ import main
+    from marginkernels.backend.triton import aot, table, tune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune", "--dim", "64"]) == 1
+    assert "no GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="such as sm_90"):
+        main(["tune", "--compile-only", "hopper"])
+    shape = tune.Shape(64, 64, 1000, torch.bfloat16, torch.float32)
+    rows = tune.compiled(shape, "sm_90", kept=True, look=lambda *_: aot.Resources(255, 0, table.SHARED["sm_90"] + 1))
+    assert {row["key"].kernel for row in rows} == {"row", "class", "kept"}
+    assert all("shared memory" in row["why"] for row in rows)
+    monkeypatch.setattr(tune, "CHANGES", ({},))
+    assert main(["tune", "--compile-only", "sm_90", "--dim", "64", "--classes", "1e5", "--workspace-mb", "64"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("the table's") == 4
 
 
 def test_never_chosen_by_auto_before_it_is_proven():
@@ -89,8 +160,21 @@ def test_refusals_say_why():
 
 
 def test_the_package_does_not_import_the_kernels():
-    code = "import sys, marginkernels; marginkernels.backends(); assert not any('backend.triton.' in name for name in sys.modules)"
+    code = (
+        "import sys, marginkernels; marginkernels.backends()\n"
+        "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(('.table', '.keeping'))]\n"
+        "assert not kernels, kernels"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[1])
+
+
+def test_stack_is_explained_up_to_what_is_known():
+    for known in resources_triton.EXPLAINED:
+        name = ", ".join(known.words)
+        assert resources_triton.explanation(name, known.arch, known.most) == known.why
+        assert resources_triton.explanation(name, known.arch, known.most + 8) is None
+        assert resources_triton.explanation(name, known.arch, 0) is None
+        assert resources_triton.explanation("class_pass_kernel<D=64>", known.arch, known.most) is None
 
 
 def test_resource_faults():

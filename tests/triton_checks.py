@@ -3,6 +3,7 @@ has to be on
 before the kernels are imported; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_checks.py."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from marginkernels.backend.base import Problem, RowWeights
 from marginkernels.backend.slab import SlabBackend
 
 pytest.importorskip("triton")
-from marginkernels.backend.triton import interpreting, launch, tiles
+from marginkernels.backend.triton import aot, interpreting, keeping, launch, table, tiles, tune, use_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 
@@ -215,6 +216,141 @@ def test_passes_against_the_slab_backend(form, uniform, normalize, narrow_slabs)
                 assert (got_one is None) == (want_one is None)
                 if got_one is not None:
                     assert verify.relative_error(got_one, want_one) <= tolerance
+
+
+def workspace(case, groups):
+    """As an argument, in MB, enough for so many groups of kept classes and not for one more."""
+    return {"workspace_mb": (groups + 0.9) * keeping.group_bytes(case.x.shape[0], case.x.dtype) / 2**20}
+
+
+@pytest.mark.parametrize("head", verify.HEADS)
+def test_workspace_heads(head):
+    """Part of the classes kept, and all; a ragged last group."""
+    for kind, (x, w) in DTYPES.items():
+        case = verify.Case.random(9, 24, 300, x, weight_dtype=w)
+        margin = verify.HEADS[head](300)
+        want = verify.run(case, margin, "reference", dtype=torch.float64)
+        for groups in (1, 3):
+            got = verify.run(case, margin, "triton", **workspace(case, groups))
+            found = {k: verify.relative_error(got[k], v) for k, v in want.items()}
+            assert max(found.values()) <= TOLERANCE[kind], (kind, groups, found)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("float32", 1024.0), ("bfloat16", 1024.0), ("mixed", 64.0), ("float16-mixed", 64.0)])
+def test_workspace_ways(kind, scale, narrow_slabs, ran):
+    """With and without a running maximum, an end in the middle of a slab of converted centres, more rows than one block, and a bias that is
+    not trained."""
+    x, w = DTYPES[kind]
+    case = verify.Case.random(70, 64, 600, x, weight_dtype=w, bias=True)
+    margin = mk.CosFace(scale=scale)
+    for groups, kept in ((3, 384), (5, 600)):
+        ran.clear()
+        results = []
+        for inputs, backend, options in ((torch.float64, "reference", {}), (None, "triton", workspace(case, groups))):
+            a, b = (v.detach().to(inputs or v.dtype).requires_grad_() for v in (case.x, case.w))
+            bias = case.bias.to(inputs or case.bias.dtype)
+            mk.margin_cross_entropy(a, b, case.labels, margin=margin, bias=bias, backend=backend, **options).backward()
+            results.append((a.grad, b.grad))
+        for want, got in zip(*results, strict=True):
+            assert verify.relative_error(got, want) <= TOLERANCE[kind], (kind, groups)
+        assert [one.args["c"] for one in ran if one.kernel is launch.kept_pass_kernel] == [kept]
+
+
+def test_kept_classes_are_not_computed_again(ran):
+    """The class pass on the rest alone; nothing is kept where it would not do, and a limit below one group keeps nothing."""
+    case = verify.Case.random(20, 40, 300)
+    seen = lambda kernel: [one.args["c"] for one in ran if one.kernel is kernel]  # noqa: E731
+    group = keeping.group_bytes(20, torch.float32)
+    sizes = [TRITON.workspace_bytes(20, 300, torch.float32, limit) for limit in (0, group - 1, group, 3 * group - 1, 10**9)]
+    assert sizes == [0, 0, group, 2 * group, 3 * group]
+    for groups, kept, again in ((0, [], [300]), (2, [256], [44]), (3, [300], [])):
+        ran.clear()
+        verify.run(case, mk.ArcFace(), "triton", **workspace(case, groups))
+        assert (seen(launch.kept_pass_kernel), seen(launch.class_pass_kernel)) == (kept, again)
+    for options, bias in (({"label_smoothing": 0.1}, None), ({}, torch.zeros(300))):
+        ran.clear()
+        asked = verify.Case(case.x, case.w, case.labels, bias)
+        found = verify.errors(asked, mk.ArcFace(), "triton", **workspace(case, 3), **options)
+        assert max(found.values()) <= TOLERANCE["float32"]
+        assert (seen(launch.kept_pass_kernel), seen(launch.class_pass_kernel)) == ([], [300])
+
+
+def test_kept_weights_are_the_softmax():
+    """exp(z - base) for every class and row, 0 at the row's own; times the class factor, since the centres were taken as they stand."""
+    p = replace(_problem("float32", forms.IDENTITY, False, True), threshold=None, t=None)
+    n, c = p.x.shape[0], p.w.shape[0]
+    size = TRITON.workspace_bytes(n, c, p.x.dtype, 10**9)
+    r = TRITON.row_pass(p, uniform=False, need_u=False, need_moment=False, workspace=size)
+    weights, bases = keeping.parts(r.kept, n, p.x.dtype)
+    z = p.scale[:, None] * p.row_factor[:, None] * (p.x @ torch.nn.functional.normalize(p.w).T)
+    z[torch.arange(c) == p.labels[:, None]] = -torch.inf
+    base = bases[:, :n].T.repeat_interleave(tiles.KEPT_STEP.value, 1)[:, :c] * tiles.LN2.value
+    torch.testing.assert_close((weights[:c, :n] / r.class_factor[:, None]).T, (z - base).exp(), rtol=1e-4, atol=1e-6)
+
+
+def test_workspace_bits_repeat():
+    case = verify.Case.random(70, 64, 700, torch.bfloat16, weight_dtype=torch.float32)
+    first, again = (verify.run(case, mk.CurricularFace(), "triton", **workspace(case, 3)) for _ in range(2))
+    assert all(torch.equal(again[k], v) for k, v in first.items())
+
+
+@pytest.mark.parametrize("upstream", [1e-6, 65536.0])
+def test_workspace_in_float16_holds_any_upstream(upstream):
+    case = verify.Case.random(31, 64, 300, torch.float16, weight_dtype=torch.float32)
+    scale = torch.tensor(upstream)
+    want = verify.run(case, mk.ArcFace(), "reference", dtype=torch.float64, upstream=scale)
+    got = verify.run(case, mk.ArcFace(), "triton", upstream=scale, **workspace(case, 3))
+    assert verify.relative_error(got["dw"], want["dw"]) <= 3e-2
+
+
+@pytest.fixture
+def tiles_of_the_table():
+    yield
+    use_tiles(None)
+
+
+def test_tuning(tmp_path, ran, tiles_of_the_table):
+    """Everything but the GPU's own times: what stays out, what is timed, what is chosen, written, read and taken."""
+    shape = tune.Shape(40, 100, 300, torch.float32, torch.float32)
+    calls = []
+
+    def look(shape, key, tile):
+        if tile.queries == 2 * table.default(key).queries:
+            raise RuntimeError("no such tile")
+        return aot.Resources(100, 8 if tile.stages == 2 else 0, 1000)
+
+    def timer(run):
+        ((key, tile),) = table.CHOSEN.items()
+        calls.append(key)
+        return {32: 1.0, 16: 3.0, 64: 2.0}[tile.queries] + (key.kernel == "kept" and tile.keys == 32) * -0.5
+
+    size = TRITON.workspace_bytes(40, 300, torch.float32, 10**9)
+    rows = tune.tune(shape, "cpu", "interpreter", workspace=size, rounds=2, timer=timer, look=look)
+    best = {row["what"]: row["tile"] for row in rows if row["best"]}
+    assert list(best) == ["row pass", "row pass, no gradient", "class pass", "class pass, weights kept"]
+    assert [t.queries for t in best.values()] == [32] * 4
+    assert {row["why"] for row in rows} == {"", "stack", "does not compile (RuntimeError)"}
+    assert all((row["ms"] is None) == bool(row["why"]) for row in rows)
+    assert len(calls) == 2 * sum(not row["why"] for row in rows)
+    assert not table.CHOSEN
+    assert "does not compile" in tune.show(rows)
+    tune.save(tmp_path / "tiles.json", rows, gpu="none")
+    keys = use_tiles(tmp_path / "tiles.json")
+    assert len(keys) == 4
+    ran.clear()
+    case = verify.Case.random(40, 100, 300)
+    assert max(verify.errors(case, mk.CosFace(scale=16.0), "triton").values()) <= 2e-5
+    bounded = next(one for one in ran if one.kernel is launch.row_pass_kernel and not one.constants["ONLINE"])
+    assert bounded.constants["BLOCK_N"] == 32
+
+
+def test_tuning_leaves_out_what_is_wrong():
+    key = table.Key.of("class", 64, torch.float32, "interpreter")
+    first, other = tune.candidates(key)[:2]
+    run = lambda: [torch.ones(3) * (1 if table.tile(key) == first else 2)]  # noqa: E731
+    assert tune.disagreement(key, first, run, [torch.ones(3)]) == ""
+    assert "off by" in tune.disagreement(key, other, run, [torch.ones(3)])
+    assert "does not run" in tune.disagreement(key, other, lambda: 1 / 0, [torch.ones(3)])
 
 
 def test_the_forms_have_the_numbers_of_the_package():

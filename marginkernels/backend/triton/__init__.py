@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..base import Backend, Problem, RowPass, RowWeights
 from ..cuda import on_its_device
+from . import keeping
+from .table import MAX_DIM, use_tiles
 
-#: The widest embedding that the tile table knows.
-MAX_DIM = 1024
+__all__ = ["TritonBackend", "interpreting", "use_tiles"]
+
 #: Offsets inside a tile are 32-bit; a centre farther from the next than this is copied together first.
 MAX_STRIDE = 1 << 22
 
@@ -57,12 +59,16 @@ class TritonBackend(Backend):
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
         return super().refuses(device_type, dtype, weight_dtype, dim)
 
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+        group = keeping.group_bytes(n, dtype)
+        return min(limit // group, -(-c // keeping.GROUP)) * group
+
     @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
         from . import launch
 
-        device = launch.Device.of(p.x)
-        return launch.row_pass(_reachable(p), device, launch.Launch.run, uniform=uniform, need_u=need_u, need_moment=need_moment)
+        options = {"uniform": uniform, "need_u": need_u, "need_moment": need_moment, "workspace": workspace}
+        return launch.row_pass(_reachable(p), launch.Device.of(p.x), launch.Launch.run, **options)
 
     @on_its_device
     def class_pass(
@@ -70,8 +76,8 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         from . import launch
 
-        device = launch.Device.of(p.x)
-        return launch.class_pass(_reachable(p), row, class_factor, device, launch.Launch.run, need_w=need_w, need_bias=need_bias)
+        options = {"need_w": need_w, "need_bias": need_bias, "kept": kept}
+        return launch.class_pass(_reachable(p), row, class_factor, launch.Device.of(p.x), launch.Launch.run, **options)
 
 
 def _reachable(p: Problem) -> Problem:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import Problem, RowWeights
-from . import launch
+from . import keeping, launch
 from .launch import Device, Launch
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
@@ -57,19 +57,23 @@ def problem(
 
 
 def launches(
-    p: Problem, arch: str, *, need_u: bool = True, need_w: bool = True, uniform: bool = False, processors: int = 132
+    p: Problem, arch: str, *, need_u: bool = True, need_w: bool = True, uniform: bool = False, kept: float = 0.0, processors: int = 132
 ) -> list[Launch]:
-    """Every launch of one step on ``p``; row pass without u and class pass without dw where those are not needed."""
+    """Every launch of one step on ``p``; row pass without u and class pass without dw where those are not needed; with the weights of the
+    leading share ``kept`` of the classes left between them."""
     found: list[Launch] = []
     device = Device(arch, processors)
-    r = launch.row_pass(p, device, found.append, uniform=uniform, need_u=need_u)
+    n, c = p.x.shape[0], p.w.shape[0]
+    workspace = -(-int(kept * c) // keeping.GROUP) * keeping.group_bytes(n, p.x.dtype)
+    r = launch.row_pass(p, device, found.append, uniform=uniform, need_u=need_u, workspace=workspace)
     if need_w or p.bias is not None:
         new = torch.empty_like
         weights = RowWeights(
             lse=new(r.total), softmax=new(r.total), uniform=new(r.total) if uniform else None, target=new(r.total),
             bias=None if p.bias is None else new(r.total),
         )  # fmt: skip
-        launch.class_pass(p, weights, r.class_factor, device, found.append, need_w=need_w, need_bias=p.bias is not None)
+        need_bias = p.bias is not None
+        launch.class_pass(p, weights, r.class_factor, device, found.append, need_w=need_w, need_bias=need_bias, kept=r.kept)
     return found
 
 

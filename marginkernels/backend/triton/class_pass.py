@@ -4,40 +4,59 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    IDENTITY,
+    KEPT_STEP,
     LOG2E,
     fold_sum,
     form_slope,
     form_value,
     halves,
+    load_form,
     load_labels,
     load_tile,
     narrow,
     product,
+    similarities,
     store_tile,
+    to_product,
+    wide,
 )
 
 
 @triton.jit
-def centres(w, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of class centres in the product's dtype, times ``factor`` (BLOCK_C,) where PRESCALE.
-
-    float16 needs that, since a centre of any norm must fit; the other dtypes have float32's range and take the factor after the product.
-    """
-    if PRESCALE:
-        w = w.to(tl.float32) * factor[:, None]
-    return narrow(w, DTYPE)
+def unit_centres(w, factor, stride_wc, first, c, first_dim,
+                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+    """Some columns (BLOCK_C, WIDTH) of the class centres, normalised, in float32."""
+    return load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER).to(tl.float32) * factor[:, None]
 
 
 @triton.jit
-def finish(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr,
+def finish(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
            DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
-    """Take some columns of v (WIDTH, BLOCK_C), lifted by ``power`` like ``along``, through the Jacobian, and write them."""
+    """Take some columns of v (WIDTH, BLOCK_C), lifted by ``power`` like ``along``, through the Jacobian, and write them. Where FACTORED
+    both have the class factor already."""
     dv = tl.trans(v)
     if NORMALIZED:
-        unit = load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER).to(tl.float32) * factor[:, None]
-        dv = (dv - along[:, None] * unit) * factor[:, None]
+        dv -= along[:, None] * unit_centres(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER)
+        if not FACTORED:
+            dv *= factor[:, None]
     store_tile(dw, first, c, first_dim, dv * (1.0 / power), DIM, BLOCK_C, WIDTH, COVER)
+
+
+@triton.jit
+def finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
+                    DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """:func:`finish` of (v0, v1, v2, v3), one after the other."""
+    for i in tl.static_range(4):
+        finish(v[i], along, power, factor, w, dw, stride_wc, first, c, first_dim + i * (WIDTH // 4), NORMALIZED, FACTORED,
+               DIM, BLOCK_C, WIDTH // 4, WIDTH)  # fmt: skip
+
+
+@triton.jit
+def quarters(v):
+    low, high = halves(v)
+    v0, v1 = halves(low)
+    v2, v3 = halves(high)
+    return v0, v1, v2, v3
 
 
 @triton.jit
@@ -66,16 +85,14 @@ def class_pass_kernel(
     factor = 1.0
     if NORMALIZED:
         factor = tl.load(class_factor + col, mask=in_c, other=0.0)
+    query = None
     if WHOLE:
-        query = tl.trans(centres(load_tile(w, None, stride_wc, first, c, 0, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE))
+        query = tl.trans(to_product(load_tile(w, None, stride_wc, first, c, 0, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE))
     if bias is not None:
         b = (tl.load(bias + col, mask=in_c, other=0.0) * LOG2E)[None, :]
     power = 1.0
     if lift is not None:
         power = tl.load(lift)
-    lifted = 0.0
-    if FORM != IDENTITY:
-        lifted = tl.load(t)
     first_dim = tl.program_id(1) * WIDTH
     along = tl.zeros((BLOCK_N // 2, BLOCK_C), tl.float32)
     if db is not None:
@@ -90,24 +107,13 @@ def class_pass_kernel(
         log_sum = tl.load(lse + row, mask=in_n, other=float("inf"))[:, None]
         up = tl.load(softmax + row, mask=in_n, other=0.0)[:, None]
         own = col[None, :] == load_labels(labels, row, in_n)[:, None]
-        if FORM == IDENTITY:
-            hard = 0.0
-        else:
-            hard = tl.load(threshold + row, mask=in_n, other=0.0)[:, None]
-        near = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        if WHOLE:
-            key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH, DEPTH)
-            if n > 0:  # always; see `product`
-                near = product(key, query, near, PRECISION)
-        else:
-            for d in tl.range(0, DIM, DEPTH):
-                part = centres(load_tile(w, w_box, stride_wc, first, c, d, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE)
-                key = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH, DEPTH)
-                near = product(key, tl.trans(part), near, PRECISION)
+        hard, lifted = load_form(threshold, t, row, in_n, FORM)
+        near, key = similarities(x, x_box, stride_xn, first_row, n, w, w_box, stride_wc, first, c, query, factor, PRESCALE, DTYPE,
+                                 PRECISION, DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
         cos = near * f
-        logit = form_value(cos, hard, lifted, FORM) * (s * LOG2E)
+        logit = form_value(cos, hard[:, None], lifted, FORM) * (s * LOG2E)
         if bias is not None:
             logit += b
         g = tl.exp2(logit - log_sum * LOG2E) * up
@@ -116,7 +122,7 @@ def class_pass_kernel(
         if db is not None:
             bias_sum += fold_sum(tl.where(own, tl.load(bias_weight + row, mask=in_n, other=0.0)[:, None], g / s))
         if dw is not None:
-            g = tl.where(own, tl.load(target + row, mask=in_n, other=0.0)[:, None], form_slope(g, cos, hard, lifted, FORM))
+            g = tl.where(own, tl.load(target + row, mask=in_n, other=0.0)[:, None], form_slope(g, cos, hard[:, None], lifted, FORM))
             g = narrow(g * (f * power), DTYPE)
             if NORMALIZED:
                 along += fold_sum(g.to(tl.float32) * near)
@@ -129,12 +135,60 @@ def class_pass_kernel(
         along = tl.sum(along, 0)
         if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
             factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
-        low, high = halves(v)
-        v0, v1 = halves(low)
-        v2, v3 = halves(high)
-        finish(v0, along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
-        finish(v1, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
-        finish(v2, along, power, factor, w, dw, stride_wc, first, c, first_dim + WIDTH // 2, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH)
-        finish(
-            v3, along, power, factor, w, dw, stride_wc, first, c, first_dim + 3 * WIDTH // 4, NORMALIZED, DIM, BLOCK_C, WIDTH // 4, WIDTH
-        )
+        finish_quarters(quarters(v), along, power, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH)
+
+
+@triton.jit
+def kept_pass_kernel(
+    x, w,  # (N, D), (C, D)
+    x_box,  # x as a tensor descriptor with boxes (BLOCK_N, WIDTH), or None
+    row_factor, labels, lse, softmax, target,  # (N,)
+    class_factor,  # (C,)
+    lift,  # (), as of class_pass_kernel
+    kept, kept_base,  # (K, kept_stride), (K / KEPT_STEP, kept_stride), of row_pass_kernel
+    dw,  # (C, D), out
+    n, c, stride_xn, stride_wc, kept_stride,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    NORMALIZED: tl.constexpr, FACTORED: tl.constexpr, KEPT_LIFT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of classes, whose weights the row pass kept, against every row, in all of D: one product a step, whatever the head.
+
+    FACTORED weights have the class factor in them.
+    """
+    first = tl.program_id(0) * BLOCK_C
+    col = first + tl.arange(0, BLOCK_C)
+    in_c = col < c
+    power = 1.0
+    if lift is not None:
+        power = tl.load(lift)
+    weights = kept + wide(first) * kept_stride
+    bases = kept_base + wide(first // KEPT_STEP) * kept_stride
+    factor = 1.0
+    if FACTORED:
+        factor = tl.load(class_factor + col, mask=in_c, other=0.0)
+    v = tl.zeros((WIDTH, BLOCK_C), tl.float32)
+    for first_row in tl.range(0, n, BLOCK_N):
+        row = first_row + tl.arange(0, BLOCK_N)
+        in_n = row < n
+        f = tl.load(row_factor + row, mask=in_n, other=0.0) * power
+        log_sum = tl.load(lse + row, mask=in_n, other=float("inf"))
+        up = tl.load(softmax + row, mask=in_n, other=0.0) * f * (1.0 / KEPT_LIFT)
+        own = col[None, :] == load_labels(labels, row, in_n)[:, None]
+        decay = tl.exp2(tl.load(bases + row, mask=in_n, other=0.0) - log_sum * LOG2E)
+        at = weights + tl.arange(0, BLOCK_C)[None, :] * kept_stride + row[:, None]
+        g = tl.load(at, mask=in_c[None, :] & (row[:, None] < kept_stride), other=0.0).to(tl.float32)  # row < n would make loads narrow
+        g = g * decay[:, None] * up[:, None]  # in this order: exp(-lse) can be as large as float32 goes
+        mine = (tl.load(target + row, mask=in_n, other=0.0) * f)[:, None]
+        if FACTORED:
+            mine = mine * factor[None, :]
+        g = tl.where(own, mine, g)
+        key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, WIDTH, WIDTH)
+        v = product(tl.trans(key), narrow(g, x.dtype.element_ty), v, PRECISION)
+    v = quarters(v)
+    along = tl.zeros((BLOCK_C,), tl.float32)
+    if NORMALIZED:
+        factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
+        for i in tl.static_range(4):
+            part = unit_centres(w, factor, stride_wc, first, c, i * (WIDTH // 4), DIM, BLOCK_C, WIDTH // 4, WIDTH)
+            along += tl.sum(v[i] * tl.trans(part), 0)
+    finish_quarters(v, along, power, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH)

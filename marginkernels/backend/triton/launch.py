@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import forms
 from ..base import TINY, Problem, RowPass, RowWeights
-from .class_pass import class_pass_kernel
+from . import keeping
+from .class_pass import class_pass_kernel, kept_pass_kernel
 from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
-from .table import Tile, power_of_two
+from .table import Key, Tile, power_of_two
 from .table import tile as tile_for
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
@@ -72,13 +73,30 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
+def kept_lift(dtype: torch.dtype) -> float:
+    """What the row pass's weights are multiplied by."""
+    return FLOAT16_LIFT if dtype == torch.float16 else 1.0
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 ones as one TF32 product where PyTorch's own switch allows that, else at float32's precision."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def converts(p: Problem) -> bool:
+    """Whether the row pass takes a converted copy of the centres: those of another dtype, or that may not fit it (float16)."""
+    return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight)
+
+
 def row_pass(
-    p: Problem, device: Device, run: Callable[[Launch], None], *, uniform: bool = False, need_u: bool = True, need_moment: bool = False
+    p: Problem,
+    device: Device,
+    run: Callable[[Launch], None],
+    *,
+    uniform: bool = False,
+    need_u: bool = True,
+    need_moment: bool = False,
+    workspace: int = 0,
 ) -> RowPass:
     """The row pass, by way of ``run``.
 
@@ -93,13 +111,18 @@ def row_pass(
         return v if fill is None else v.fill_(fill)
 
     half = p.x.dtype == torch.float16
-    convert = p.w.dtype != p.x.dtype or (half and p.normalize_weight)
+    convert = converts(p)
+    kept = p.x.new_empty(workspace, dtype=torch.uint8)
+    keep, keep_base = keeping.parts(kept, n, p.x.dtype)
+    keep_count = 0 if uniform else keep.shape[0]
     factor = new(c if p.normalize_weight else 0)
     bounded = p.normalize_weight and not uniform and not half
     busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
-    kind = {"accumulates": need_u, "busy": busy}
-    tile = tile_for(d, p.x.dtype, device.arch, online=not bounded and not uniform, **kind)
-    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * tile.keys)) * tile.keys if convert else c
+    ways = (False, True) if bounded else (not uniform,)
+    asked = {"accumulates": need_u, "busy": busy, "keeps": keep_count > 0}
+    tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
+    tile = tiles[0]
+    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * keeping.GROUP)) * keeping.GROUP if convert else c
     slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
     copy = p.x.new_empty(slab, d) if convert else None
     blocks = math.ceil(slab / tile.keys)
@@ -116,8 +139,7 @@ def row_pass(
     }  # fmt: skip
     switches = {"UNIFORM": uniform, "NEED_U": need_u, "NEED_MOMENT": need_moment}
     constants = {
-        **switches, "FORM": p.form, "RESUME": convert, "LIFT": FLOAT16_LIFT if half else 1.0,
-        "PRECISION": precision(p.x.dtype),
+        **switches, "FORM": p.form, "RESUME": convert, "LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
     }  # fmt: skip
     for first in range(0, c, slab):
         count = min(slab, c - first)
@@ -126,12 +148,16 @@ def row_pass(
         if first == 0 and bounded:
             bound = _exponent_bound(p, None if convert else factor)
         w = copy[:count] if convert else p.w
-        slab_args = args | {"w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0)}
-        for online in (False, True) if bounded else (not uniform,):
-            t = tile_for(d, p.x.dtype, device.arch, online=online, **kind)
+        keeps = first < keep_count
+        slab_args = args | {
+            "w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0), "kept": keep if keeps else None,
+            "kept_base": keep_base if keeps else None, "kept_count": keep_count, "kept_stride": keep.shape[1],
+        }  # fmt: skip
+        for online, t in zip(ways, tiles, strict=True):
             grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
             tile_args = {
-                "x_box": boxes(p.x, t.queries, t) if d > t.depth else None, "w_box": boxes(w, t.keys, t),
+                "kept_box": boxes(keep, t.keys, t.queries, device) if keeps else None,
+                "x_box": boxes(p.x, t.queries, t.depth, device) if d > t.depth else None, "w_box": boxes(w, t.keys, t.depth, device),
                 "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
             }  # fmt: skip
             switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
@@ -143,22 +169,67 @@ def row_pass(
     constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, **switches}
     grid = (math.ceil(n / 16), math.ceil(d / width) if need_u else 1)
     run(Launch(combine_kernel, grid, {**parts, **out, "n": n, "splits": splits}, constants))
-    return RowPass(total, top, moment, u, factor, torch.empty(0, dtype=torch.uint8, device=p.x.device))
+    return RowPass(total, top, moment, u, factor, kept)
 
 
 def class_pass(
-    p: Problem, row: RowWeights, class_factor: Tensor, device: Device, run: Callable[[Launch], None], *, need_w: bool, need_bias: bool
+    p: Problem,
+    row: RowWeights,
+    class_factor: Tensor,
+    device: Device,
+    run: Callable[[Launch], None],
+    *,
+    need_w: bool,
+    need_bias: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The class pass, by way of ``run``."""
+    """The class pass, by way of ``run``.
+
+    Weights were kept as exp(z) N'(c): enough for dw of the softmax alone, so all is computed again where more is asked for.
+    """
+    dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
+    db = p.x.new_empty(p.w.shape[0], dtype=torch.float32) if need_bias else None
+    first, c = 0, p.w.shape[0]
+    if kept is not None and kept.numel() and need_w and not need_bias and row.uniform is None:
+        keep, keep_base = keeping.parts(kept, p.x.shape[0], p.x.dtype)
+        first = min(keep.shape[0], c)
+        _class_pass_kept(p, row, class_factor, keep[:first], keep_base, dw[:first], device, run)
+    if first < c:
+        rest = replace(p, w=p.w[first:], labels=p.labels - first, bias=None if p.bias is None else p.bias[first:]) if first else p
+        _class_pass(rest, row, class_factor[first:], None if dw is None else dw[first:], db, device, run)
+    return dw, db
+
+
+def _class_pass_kept(
+    p: Problem, row: RowWeights, class_factor: Tensor, keep: Tensor, keep_base: Tensor, dw: Tensor, device: Device, run
+) -> None:
+    """dw of the leading classes, from the weights (K, stride) that were kept."""
+    n, d = p.x.shape
+    tile = tile_for(Key.of("kept", d, p.x.dtype, device.arch))
+    args = {
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
+        "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
+        "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
+        "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
+    }  # fmt: skip
+    constants = {
+        "DIM": d, "WIDTH": tile.width, "BLOCK_N": tile.keys, "BLOCK_C": tile.queries, "NORMALIZED": p.normalize_weight,
+        "FACTORED": p.normalize_weight and not converts(p), "KEPT_LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
+    }  # fmt: skip
+    run(Launch(kept_pass_kernel, (math.ceil(keep.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
+
+
+def _class_pass(p: Problem, row: RowWeights, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run) -> None:
     n, d = p.x.shape
     c = p.w.shape[0]
+    need_w, need_bias = dw is not None, db is not None
     busy = p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None
-    tile = tile_for(d, p.x.dtype, device.arch, accumulates=need_w, busy=busy)
-    dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
-    db = p.x.new_empty(c, dtype=torch.float32) if need_bias else None
+    tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=need_w, busy=busy))
     half = p.x.dtype == torch.float16
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile), "w_box": boxes(p.w, tile.queries, tile) if d > tile.depth else None,
+        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        "w_box": boxes(p.w, tile.queries, tile.depth, device) if d > tile.depth else None,
         "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
         "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target,
         "bias_weight": row.bias if need_bias else None,
@@ -172,7 +243,6 @@ def class_pass(
     }  # fmt: skip
     grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if need_w else 1)
     run(Launch(class_pass_kernel, grid, args, constants, tile.warps, tile.stages))
-    return dw, db
 
 
 def _prepare(
@@ -193,12 +263,12 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
     return {"DIM": dim, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": block_n, "BLOCK_C": block_c}
 
 
-def boxes(v: Tensor, block: int, tile: Tile) -> TensorDescriptor | None:
-    """``v`` for loads by the memory accelerator (TMA), which takes address arithmetic out of the loop; None where its rows are not
-    16-byte aligned."""
-    if v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
+def boxes(v: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
+    """``v`` in boxes of so many rows and columns, for loads and stores by the memory accelerator (TMA), which takes address arithmetic out
+    of the loop; None where there is none, or rows are not 16-byte aligned."""
+    if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
-    return TensorDescriptor(v, list(v.shape), list(v.stride()), [block, tile.depth])
+    return TensorDescriptor(v, list(v.shape), list(v.stride()), [rows, columns])
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .tiles import (
     IDENTITY,
+    KEPT_STEP,
     LN2,
     LOG2E,
     fold_max,
@@ -12,10 +13,12 @@ from .tiles import (
     form_slope,
     form_value,
     halves,
+    load_form,
     load_labels,
     load_tile,
     narrow,
     product,
+    similarities,
     store_tile,
     to_unit_range,
     wide,
@@ -59,6 +62,49 @@ def add_to_tile(matrix, first, count, first_dim, value, decay, RESUME: tl.conste
 
 
 @triton.jit
+def store_halves(matrix, first, count, first_dim, u, decay, RESUME: tl.constexpr,
+                 DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """:func:`add_to_tile` of the transpose of u (WIDTH, BLOCK), in two pieces."""
+    low, high = halves(u)
+    add_to_tile(matrix, first, count, first_dim, tl.trans(low), decay, RESUME, DIM, BLOCK, WIDTH // 2, WIDTH)
+    add_to_tile(matrix, first, count, first_dim + WIDTH // 2, tl.trans(high), decay, RESUME, DIM, BLOCK, WIDTH // 2, WIDTH)
+
+
+@triton.jit
+def raise_peak(peak, logit):
+    """The running maximum (BLOCK_N,) over a tile of logits (keys, BLOCK_N), what exponentials are taken against, and how far older ones
+    shrink."""
+    higher = tl.maximum(peak, tl.max(logit, 0))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, base, tl.exp2(peak - base)
+
+
+@triton.jit
+def keep_weights(kept, kept_box, kept_base, kept_stride, weight, base, first, count, first_row):
+    """Leave a tile of weights (classes, rows) for the class pass, and what its exponentials were taken against, once for every KEPT_STEP
+    classes. Rows past the last are written too, finite, as far as the padding goes: so all stores are wide."""
+    row = first_row + tl.arange(0, weight.shape[1])
+    if kept_box is not None:
+        kept_box.store([first, first_row], weight)
+    else:
+        col = tl.arange(0, weight.shape[0])
+        at = kept + wide(first) * kept_stride + col[:, None] * kept_stride + row[None, :]
+        tl.store(at, weight, mask=(col[:, None] < count - first) & (row[None, :] < kept_stride))
+    for step in tl.static_range(weight.shape[0] // KEPT_STEP):
+        tl.store(kept_base + wide(first // KEPT_STEP + step) * kept_stride + row, base, mask=row < kept_stride)
+
+
+@triton.jit
+def store_row(part, row, inside, value, decay, RESUME: tl.constexpr):
+    """Store (BLOCK_N,) results, joined to those that stand there where RESUME: sums to ``decay`` times them, maxima (``decay`` None) to the
+    larger."""
+    if RESUME:
+        before = tl.load(part + row, mask=inside, other=0.0)
+        value = tl.maximum(value, before) if decay is None else value + decay * before
+    tl.store(part + row, value, mask=inside)
+
+
+@triton.jit
 def row_pass_kernel(
     x, w,  # (N, D), (count, D)
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
@@ -69,7 +115,9 @@ def row_pass_kernel(
     bound,  # (): the largest exponent that a row can meet, or None where it is not known
     part_sum, part_peak, part_top, part_moment,  # (splits, N)
     part_u,  # (splits, N, D)
-    n, first_class, count, stride_xn, stride_wc, blocks_per_split, limit,
+    kept, kept_base,  # (kept_count, kept_stride), (kept_count / KEPT_STEP, kept_stride), out; or None
+    kept_box,  # kept as a tensor descriptor with boxes (BLOCK_C, BLOCK_N), or None
+    n, first_class, count, kept_count, stride_xn, stride_wc, kept_stride, blocks_per_split, limit,
     DIM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     FORM: tl.constexpr, UNIFORM: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
     NEED_U: tl.constexpr, NEED_MOMENT: tl.constexpr, LIFT: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,7 +126,8 @@ def row_pass_kernel(
 
     ONLINE carries the running maximum. Without it the exponentials are taken as they stand, which spares the reductions and the rescaling
     of u in the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME
-    goes on from the partial results of an earlier launch.
+    goes on from the partial results of an earlier launch. The weights of classes before ``kept_count`` are left in ``kept``, as the product
+    takes them: times the class factor, if given.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
     PLAIN: tl.constexpr = FORM == IDENTITY and not NEED_MOMENT
@@ -93,45 +142,35 @@ def row_pass_kernel(
     if PLAIN:  # the similarities themselves are not wanted
         s *= f
     own = (load_labels(labels, row, in_n) - first_class)[None, :]
-    hard = 0.0
-    lifted = 0.0
-    if FORM != IDENTITY:
-        hard = tl.load(threshold + row, mask=in_n, other=0.0)[None, :]
-        lifted = tl.load(t)
+    hard, lifted = load_form(threshold, t, row, in_n, FORM)
+    query = None
     if WHOLE:
         query = tl.trans(load_tile(x, None, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH, DEPTH))
     first_dim = tl.program_id(2) * WIDTH
     total = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
     moment = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
     top = tl.full((BLOCK_C // 2, BLOCK_N), float("-inf"), tl.float32)
-    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_N,), float("-inf") if ONLINE else 0.0, tl.float32)
+    base = tl.zeros((BLOCK_N,), tl.float32)
+    decayed = tl.full((BLOCK_N,), 1.0, tl.float32)
     out = wide(tl.program_id(1)) * n
     if RESUME and ONLINE:
         peak = tl.load(part_peak + out + row, mask=in_n, other=float("-inf"))
     if NEED_U:
         u = tl.zeros((WIDTH, BLOCK_N), tl.float32)
-    decayed = tl.full((BLOCK_N,), 1.0, tl.float32)
     first_block = tl.program_id(1) * blocks_per_split
     for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(count, BLOCK_C))):
         first = block * BLOCK_C
         col = first + tl.arange(0, BLOCK_C)
         in_c = col < count
-        cos = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-        if WHOLE:
-            key = load_tile(w, w_box, stride_wc, first, count, 0, DIM, BLOCK_C, DEPTH, DEPTH)
-            if n > 0:  # always; see `product`
-                cos = product(key, query, cos, PRECISION)
-        else:
-            for d in tl.range(0, DIM, DEPTH):
-                part = load_tile(x, x_box, stride_xn, first_row, n, d, DIM, BLOCK_N, DEPTH, DEPTH)
-                key = load_tile(w, w_box, stride_wc, first, count, d, DIM, BLOCK_C, DEPTH, DEPTH)
-                cos = product(key, tl.trans(part), cos, PRECISION)
+        cos, key = similarities(w, w_box, stride_wc, first, count, x, x_box, stride_xn, first_row, n, query, 1.0, False, DTYPE, PRECISION,
+                                DIM, DEPTH, BLOCK_C, BLOCK_N)  # fmt: skip
         if class_factor is not None:
             factor = tl.load(class_factor + first_class + col, mask=in_c, other=0.0)[:, None]
             cos = cos * factor
         if not PLAIN:
             cos = cos * f
-        value = form_value(cos, hard, lifted, FORM)
+        value = form_value(cos, hard[None, :], lifted, FORM)
         logit = value * s
         raw = cos * s
         if bias is not None:
@@ -146,10 +185,7 @@ def row_pass_kernel(
         else:
             logit = tl.where(keep, logit, float("-inf"))
             if ONLINE:
-                higher = tl.maximum(peak, tl.max(logit, 0))
-                base = tl.where(higher == float("-inf"), 0.0, higher)
-                decay = tl.exp2(peak - base)
-                peak = higher
+                peak, base, decay = raise_peak(peak, logit)
                 logit -= base[None, :]
                 decayed *= decay
                 total *= decay[None, :]
@@ -160,30 +196,24 @@ def row_pass_kernel(
             total += fold_sum(g)
         if NEED_MOMENT:
             moment += fold_sum(g * value)
+        g = form_slope(g, cos, hard[None, :], lifted, FORM) * LIFT
+        if class_factor is not None:
+            g *= factor
+        g = narrow(g, DTYPE)
+        if kept is not None and first_class + first < kept_count and tl.program_id(2) == 0:
+            keep_weights(kept, kept_box, kept_base, kept_stride, g, base, first_class + first, kept_count, first_row)
         if NEED_U:
-            g = form_slope(g, cos, hard, lifted, FORM) * LIFT
-            if class_factor is not None:
-                g *= factor
             if not WHOLE or WIDTH < DEPTH:
                 key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
-            u = product(tl.trans(key), narrow(g, DTYPE), u, PRECISION)
+            u = product(tl.trans(key), g, u, PRECISION)
     if tl.program_id(2) == 0:
-        mass, best, mean = tl.sum(total, 0), tl.max(top, 0), tl.sum(moment, 0)
-        if RESUME:
-            mass += decayed * tl.load(part_sum + out + row, mask=in_n, other=0.0)
-            best = tl.maximum(best, tl.load(part_top + out + row, mask=in_n, other=0.0))
-            if NEED_MOMENT:
-                mean += decayed * tl.load(part_moment + out + row, mask=in_n, other=0.0)
-        tl.store(part_sum + out + row, mass, mask=in_n)
-        tl.store(part_peak + out + row, peak if ONLINE else tl.zeros((BLOCK_N,), tl.float32), mask=in_n)
-        tl.store(part_top + out + row, best, mask=in_n)
+        store_row(part_top + out, row, in_n, tl.max(top, 0), None, RESUME)
+        store_row(part_sum + out, row, in_n, tl.sum(total, 0), decayed, RESUME)
+        tl.store(part_peak + out + row, peak, mask=in_n)
         if NEED_MOMENT:
-            tl.store(part_moment + out + row, mean, mask=in_n)
+            store_row(part_moment + out, row, in_n, tl.sum(moment, 0), decayed, RESUME)
     if NEED_U:
-        low, high = halves(u * (1.0 / LIFT))
-        part = part_u + out * DIM
-        add_to_tile(part, first_row, n, first_dim, tl.trans(low), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
-        add_to_tile(part, first_row, n, first_dim + WIDTH // 2, tl.trans(high), decayed, RESUME, DIM, BLOCK_N, WIDTH // 2, WIDTH)
+        store_halves(part_u + out * DIM, first_row, n, first_dim, u * (1.0 / LIFT), decayed, RESUME, DIM, BLOCK_N, WIDTH)
 
 
 @triton.jit

@@ -11,19 +11,26 @@ none has been timed, since none has run on a GPU. What limits them on sm_90, in 
 - 205 KB of shared memory, one block of queries and two of keys: one program to a processor.
 
 What the loop carries beyond plain logits (a running maximum, a hard form, a bias) costs a register for each of a thread's places in the
-tile, hence the narrower query blocks.
+tile, hence the narrower query blocks. On sm_100 the accumulator lies in the matrix unit's own memory, but rescaling it by a running maximum
+brings all of it into registers, which takes narrower blocks yet.
+
+The class pass on kept weights has one product for each block of rows that it loads, where the other has two: by count it takes as many
+bytes from L2 for half the work, so it gains what the similarities and exponentials cost, and no more where L2 is the limit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 #: The widest embedding that there are tiles for.
 MAX_DIM = 1024
 #: Shared memory a program may have, in bytes. The others have no more than the first.
-SHARED = {"sm_86": 101376, "sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+SHARED = {"sm_86": 101376, "sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,38 @@ class Tile:
     stages: int = 2
 
 
+class Key(NamedTuple):
+    """What a tile is for.
+
+    Attributes:
+        kernel: ``"row"``, ``"class"``, or ``"kept"``: the class pass where the row pass kept the weights.
+        dim: D, up to a power of two.
+        dtype: of the products, ``"bfloat16"`` and the like.
+        arch: ``"sm_90"`` and the like, or ``"interpreter"``.
+        accumulates: whether u or dw is wanted.
+        online: whether the loop carries a running maximum.
+        busy: whether it carries a hard form, a bias, or sums beyond one.
+        keeps: whether it leaves the weights for the class pass.
+    """
+
+    kernel: str
+    dim: int
+    dtype: str
+    arch: str
+    accumulates: bool = True
+    online: bool = False
+    busy: bool = False
+    keeps: bool = False
+
+    @classmethod
+    def of(cls, kernel: str, dim: int, dtype: torch.dtype, arch: str, **switches: bool) -> Key:
+        return cls(kernel, power_of_two(dim, 64), str(dtype).removeprefix("torch."), arch, **switches)
+
+
+#: Tiles that this process takes in place of the table's; see :func:`use_tiles`.
+CHOSEN: dict[Key, Tile] = {}
+SCHEMA = "marginkernels.tiles/1"
+
 #: Widest D -> queries and stages, where products are 16-bit: for plain logits, busy, with a running maximum, with both.
 LARGE = {64: ((128, 64, 64, 64), 3), 128: ((128, 64, 64, 32), 3), 256: ((64, 64, 32, 32), 3), 512: ((64, 32, 32, 16), 2)}
 SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 16), 2), 512: ((32, 32, 16, 16), 2)}
@@ -56,28 +95,93 @@ def power_of_two(dim: int, least: int = 32) -> int:
     return max(least, 1 << (dim - 1).bit_length())
 
 
-def tile(dim: int, dtype: torch.dtype, arch: str, *, accumulates: bool, online: bool = False, busy: bool = False) -> Tile:
-    """The tile of a row pass or class pass kernel.
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may have."""
+    return SHARED.get(arch, SHARED["sm_86"])
 
-    Args:
-        dim: D.
-        dtype: of the products.
-        arch: ``"sm_90"`` and the like, or ``"interpreter"``.
-        accumulates: whether u or dw is wanted.
-        online: whether the loop carries a running maximum.
-        busy: whether it carries a hard form, a bias, or sums beyond one.
-    """
-    d = power_of_two(dim, 64)
-    large = SHARED.get(arch, 0) >= SHARED["sm_90"]
+
+def large(arch: str) -> bool:
+    """Whether there is shared memory for the large tiles."""
+    return shared_limit(arch) >= SHARED["sm_90"]
+
+
+def most_kept(arch: str) -> int:
+    """Classes that a kept pass's program may take: no more than any row pass's key block, which has one running maximum a row."""
+    return 64 if large(arch) or arch == "interpreter" else 32
+
+
+def tile(key: Key) -> Tile:
+    """The tile chosen for a kernel in this process, else the table's."""
+    return CHOSEN.get(key) or default(key)
+
+
+def default(key: Key) -> Tile:
+    """The table's tile."""
+    kernel, d, dtype, arch, accumulates, online, busy, keeps = key
     if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
-        return Tile(64, 128, 64, 64, 1, 1)
-    if dtype == torch.float32:  # float32 precision: no matrix unit, and operands in registers
-        return Tile(32, 64, 32, min(d, 128) if accumulates and large else 64)
+        return Tile(32, 64, d, d, 1, 1) if kernel == "kept" else Tile(64, 128, 64, 64, 1, 1)
+    if kernel == "kept":  # all of D at once, for the Jacobian's sake
+        if dtype == "float32":
+            return Tile(32 if d <= 256 else 16, 32 if d <= 128 else 16, d, d, stages=2 if d <= 512 else 1)
+        if large(arch):
+            return Tile(64, 64, d, d, stages=3) if d <= 512 else Tile(32, 32, d, d, stages=3)
+        return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
+    if dtype == "float32":  # float32 precision: no matrix unit, and operands in registers
+        return Tile(32, 64, 32, min(d, 128) if accumulates and large(arch) else 64)
+    blackwell = arch in ("sm_100", "sm_103")
     if not accumulates:
-        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large else Tile(64, 32, 64, d)
+        if blackwell:
+            return Tile(64 if online else 128, 64, 64, d, stages=3)
+        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large(arch) else Tile(64, 32, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
-        return Tile(16 if online and busy else 32, 64, 128, 512) if large else Tile(16, 32, 128, 512)
-    queries, stages = (LARGE if large else SMALL)[d]
-    if d == 512 and SHARED.get(arch, 0) < SHARED["sm_80"]:
+        return Tile(16 if online and busy else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
+    queries, stages = (LARGE if large(arch) else SMALL)[d]
+    if d == 512 and shared_limit(arch) < SHARED["sm_80"]:
         stages = 1
-    return Tile(queries[2 * online + busy], 64 if large else 32, d, d, stages=stages)
+    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + (busy or (keeps and d <= 128))]
+    return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
+
+
+def fault(key: Key, tile: Tile) -> str | None:
+    """Why a tile cannot serve, or None; whether the GPU has room for it is another matter."""
+    numbers = {name: value for name, value in asdict(tile).items() if name != "stages"}
+    if any(not isinstance(v, int) or v < 1 or v & (v - 1) for v in numbers.values()) or tile.stages < 1:
+        return "has sizes that are no powers of two"
+    if min(tile.queries, tile.keys, tile.depth, tile.width) < 16:
+        return "has a size below 16"
+    if key.kernel == "kept" and (tile.width < key.dim or tile.queries > most_kept(key.arch)):
+        return f"must span D and take at most {most_kept(key.arch)} classes"
+    if key.kernel == "row" and not most_kept(key.arch) <= tile.keys <= 128:
+        return f"must take between {most_kept(key.arch)} and 128 classes at a time"
+    return None
+
+
+def save_tiles(path: str | Path, found: list[tuple[Key, Tile, dict]], **about: str) -> None:
+    """Write tiles for :func:`use_tiles`, each with whatever is to be noted of it."""
+    tiles = [{**key._asdict(), **asdict(tile), **note} for key, tile, note in found]
+    Path(path).write_text(json.dumps({"schema": SCHEMA, **about, "tiles": tiles}, indent=1) + "\n")
+
+
+def use_tiles(path: str | Path | None) -> list[Key]:
+    """Take the tiles of a file that ``python -m marginkernels tune`` wrote, in this process; None goes back to the table's.
+
+    Returns:
+        What there are tiles for now.
+
+    Raises:
+        ValueError: where the file is none of that kind, or has a tile that cannot serve.
+    """
+    found: dict[Key, Tile] = {}
+    if path is not None:
+        read = json.loads(Path(path).read_text())
+        if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: expected a file of {SCHEMA!r}")
+        for one in read["tiles"]:
+            key, tile = (kind(**{name: one[name] for name in kind.__annotations__}) for kind in (Key, Tile))
+            reason = fault(key, tile)
+            if reason:
+                raise ValueError(f"{path}: the tile for {key} {reason}")
+            found[key] = tile
+    CHOSEN.clear()
+    CHOSEN.update(found)
+    return list(found)

@@ -9,11 +9,16 @@ memory, and no thread need hold a copy of another's. Logits are in units of log 
 import triton
 import triton.language as tl
 
+from . import keeping
+
 #: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
 #: done by hand.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+#: Of kept weights; see marginkernels.backend.triton.keeping.
+KEPT_STEP = tl.constexpr(keeping.STEP)
 
 # The numbers of marginkernels.forms; a test holds the two together.
 IDENTITY = tl.constexpr(0)
@@ -94,6 +99,51 @@ def load_tile(matrix, box, stride, first, count, first_dim,
     if DIM % COVER != 0:
         inside &= dim[None, :] < DIM
     return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of vectors in the product's dtype, times ``factor`` (BLOCK,) where PRESCALE.
+
+    float16 needs that of class centres, since one of any norm must fit; the other dtypes have float32's range and take the factor after
+    the product.
+    """
+    if PRESCALE:
+        v = v.to(tl.float32) * factor[:, None]
+    return narrow(v, DTYPE)
+
+
+@triton.jit
+def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
+                 PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                 DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile where that is whole.
+
+    ``held`` is the query tile (DEPTH, BLOCK_Q), or None where D is deeper than DEPTH: then both blocks are read in steps of it.
+    """
+    near = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    if held is not None:
+        key = load_tile(keys, key_box, stride_k, first_key, key_count, 0, DIM, BLOCK_K, DEPTH, DEPTH)
+        if key_count > 0:  # always; see `product`
+            near = product(key, held, near, PRECISION)
+    else:
+        key = near  # nobody's
+        for d in tl.range(0, DIM, DEPTH):
+            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, DIM, BLOCK_Q, DEPTH, DEPTH)
+            part = load_tile(keys, key_box, stride_k, first_key, key_count, d, DIM, BLOCK_K, DEPTH, DEPTH)
+            near = product(part, tl.trans(to_product(query, factor, PRESCALE, DTYPE)), near, PRECISION)
+    return near, key
+
+
+@triton.jit
+def load_form(threshold, t, row, inside, FORM: tl.constexpr):
+    """The rows' thresholds (BLOCK,) and t of the form, or zeros that nothing reads."""
+    hard = tl.zeros(row.shape, tl.float32)
+    lifted = 0.0
+    if FORM != IDENTITY:
+        hard = tl.load(threshold + row, mask=inside, other=0.0)
+        lifted = tl.load(t)
+    return hard, lifted
 
 
 @triton.jit

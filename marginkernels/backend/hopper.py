@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forms
 from . import cuda
 from .base import Problem, RowPass, RowWeights
 from .cuda import GROUP, CudaBackend, Finish, Slabs, address, on_its_device
@@ -83,12 +84,12 @@ class HopperBackend(CudaBackend):
                 v[-1].mul_(LOG2E)
         state = {name: address(v) for name, v in (("peak", peak), ("total", total), ("top", top), ("moment", moment), ("u", u))}
         state |= {"gain": slabs.gain, "d": d, "uniform": uniform}
-        bias = self._bias(p)
+        bias, reach = self._bias(p), None if uniform else self._reach(p)
         for index, start, stop in slabs.between(first, c):
             w = slabs.centres(start, stop, factor, given=False)
             self.kernels.fused_row(
                 *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), start=start, count=stop - start, resume=index > 0, splits=splits,
-                bias=None if bias is None else bias[start:].data_ptr(), **slabs.rows(), **state,
+                bias=None if bias is None else bias[start:].data_ptr(), reach=address(reach), **slabs.rows(), **state,
             )  # fmt: skip
         out = RowPass(new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d), factor, kept)
         self.kernels.combine(
@@ -128,6 +129,14 @@ class HopperBackend(CudaBackend):
             return None
         return F.pad(p.bias * LOG2E, (0, -p.bias.shape[0] % self.kernels.TILE_STREAMED))
 
+    def _reach(self, p: Problem) -> Tensor | None:
+        """(N,) what no logit exceeds either way, in units of log2 and with room for the rounding of centres; None where nothing bounds them.
+
+        float16 has not the range for exponentials of such logits, so it has no use for it."""
+        if p.form != forms.IDENTITY or p.bias is not None or not p.normalize_weight or p.x.dtype != torch.bfloat16:
+            return None
+        return torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32) * p.row_factor * p.scale * (1.01 * LOG2E)
+
     def _streamed(self, p: Problem, row: RowWeights) -> Tensor:
         """(N and up to a tile more, 8) float32: csrc/cuda/fused.h's Streamed; rows past N weigh nothing."""
         zero = torch.zeros_like(p.scale)
@@ -138,9 +147,9 @@ class HopperBackend(CudaBackend):
             row.lse * LOG2E,
             row.softmax,
             zero if row.uniform is None else row.uniform,
-            zero if p.threshold is None else p.threshold,
             1 / p.scale,
             own,
+            zero if p.threshold is None else p.threshold,
         )
         rows = F.pad(torch.stack(fields, 1), (0, 0, 0, -p.x.shape[0] % self.kernels.TILE_STREAMED))
         rows[p.x.shape[0] :, 2] = torch.inf

@@ -243,10 +243,11 @@ struct ClassElements {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
       const int h = i / 2 % 2;
-      const Streamed& r = rows[fragment_column(lane, i)];
+      const Streamed r = rows[fragment_column(lane, i)];
       const float c = r.factor * s[i];
       const float z = r.scale * (PLAIN ? c : value_of(p.form, c, r.threshold, t)) + (bias[h] - r.lse);
-      const float weight = r.own == own[h] ? 0.0f : r.softmax * exp2_fast(z) + r.uniform;
+      float weight = r.softmax * exp2_fast(z) + r.uniform;
+      if (r.own == own[h]) weight = 0.0f;
       sum[h] += weight * r.inverse_scale;
       s[i] = weight * (PLAIN ? 1.0f : slope_of(p.form, c, r.threshold, t)) * (r.factor * gain);
     }
@@ -527,6 +528,7 @@ __global__ void __launch_bounds__(256) combine_kernel(const Combine p) {
 
 #if defined(MK_EMULATE)
 TensorMap tensor_map(const void* base, int rows, int columns, int) {
+  if (uintptr_t(base) % 16 || columns * 2 % 16) throw std::runtime_error("emulated kernel: a tensor and its rows must lie on 16 bytes");
   return {static_cast<const uint16_t*>(base), rows, columns, TILE_STREAMED};
 }
 #else

@@ -232,8 +232,8 @@ class Slabs:
 
     def __init__(self, p: Problem, kernels, width: int):
         self.p, self.kernels, self.width = p, kernels, width
-        # Centres that need neither norm nor conversion are taken as they are.
-        own = p.normalize_weight or p.w.dtype != p.x.dtype or p.w.stride(0) != p.w.shape[1]
+        # Centres that need neither norm nor conversion, and lie where tensor copies can take them, are taken as they are.
+        own = p.normalize_weight or p.w.dtype != p.x.dtype or p.w.stride(0) != p.w.shape[1] or p.w.data_ptr() % 16 != 0
         self.converted = torch.empty((width, p.w.shape[1]), dtype=p.x.dtype, device=p.x.device) if own else None
         stream = torch.cuda.current_stream(p.x.device).cuda_stream if p.x.device.type == "cuda" else 0
         self.launch = (DTYPES[p.x.dtype], stream)

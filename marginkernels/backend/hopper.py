@@ -130,9 +130,9 @@ class HopperBackend(CudaBackend):
         return F.pad(p.bias * LOG2E, (0, -p.bias.shape[0] % self.kernels.TILE_STREAMED))
 
     def _reach(self, p: Problem) -> Tensor | None:
-        """(N,) what no logit exceeds either way, in units of log2 and with room for the rounding of centres; None where nothing bounds them.
+        """(N,) what no logit exceeds either way, in units of log2 and with room for the centres' rounding; None where nothing bounds them.
 
-        float16 has not the range for exponentials of such logits, so it has no use for it."""
+        Not for float16, which has no range for exponentials of such logits."""
         if p.form != forms.IDENTITY or p.bias is not None or not p.normalize_weight or p.x.dtype != torch.bfloat16:
             return None
         return torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32) * p.row_factor * p.scale * (1.01 * LOG2E)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import forms
 from . import cuda
-from .base import Problem, RowPass, RowWeights
+from .base import Problem, RowPass, RowSums, RowWeights
 from .cuda import GROUP, CudaBackend, Finish, Slabs, address, on_its_device
 
 LOG2E = math.log2(math.e)
@@ -76,10 +76,10 @@ class HopperBackend(CudaBackend):
         moment, u = new(every if need_moment else 0, n), new(every if need_u else 0, n, d)
         kept = torch.empty(workspace, dtype=torch.uint8, device=p.x.device)
         if first:
-            own = [v[-1] if v.shape[0] else v for v in (peak, total, moment, top, u)]
-            for v, start in zip(own, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
+            own = RowSums(*(v[-1] if v.shape[0] else v for v in (peak, total, moment, top, u)), factor)
+            for v, start in ((own.peak, -torch.inf), (own.total, 0.0), (own.moment, 0.0), (own.top, -torch.inf), (own.u, 0.0)):
                 v.fill_(start)
-            cuda.rows_by_slab(Slabs(p, self.kernels, width), first, own, factor, kept, uniform=uniform)
+            cuda.rows_by_slab(Slabs(p, self.kernels, width), first, own, kept, uniform=uniform)
             for v in (peak, top):  # the fused kernels' logits are in units of log2
                 v[-1].mul_(LOG2E)
         state = {name: address(v) for name, v in (("peak", peak), ("total", total), ("top", top), ("moment", moment), ("u", u))}
@@ -102,25 +102,19 @@ class HopperBackend(CudaBackend):
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        n, d = p.x.shape
-        c = p.w.shape[0]
+        (n, d), c = p.x.shape, p.w.shape[0]
         slabs = Slabs(p, self.kernels, slab_width(c, CLASS_SLAB_BYTES // (6 * d)))
-        finish = Finish(slabs, row, class_factor, need_w, need_bias)
-        # Where weights were kept, slabs are of the row pass's width.
-        narrow = Slabs(p, self.kernels, cuda.slab_width(n, c)) if kept.numel() else slabs
-        v = torch.empty((max(slabs.width, narrow.width) if need_w else 0, d), dtype=torch.float32, device=p.x.device)
-        first = finish.from_kept(narrow, kept, v) if kept.numel() else 0
-        parts = torch.empty((1 if need_bias else 0, slabs.width), dtype=torch.float32, device=p.x.device)
+        finish = Finish(slabs, row, class_factor, kept, 1, need_w=need_w, need_bias=need_bias)
         rows = self._streamed(p, finish.row)
         bias = self._bias(p)
-        for _, start, stop in slabs.between(first, c):
+        for _, start, stop in slabs.between(finish.first, c):
             w = slabs.centres(start, stop, class_factor, given=True)
             self.kernels.fused_class(
                 *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), rows=rows.data_ptr(), t=address(p.t),
-                bias=None if bias is None else bias[start:].data_ptr(), gain=address(finish.gain), v=address(v), bias_sum=address(parts),
-                start=start, n=n, count=stop - start, d=d, form=p.form,
+                bias=None if bias is None else bias[start:].data_ptr(), gain=address(finish.gain), v=address(finish.v),
+                bias_sum=address(finish.parts), start=start, n=n, count=stop - start, d=d, form=p.form,
             )  # fmt: skip
-            finish(start, stop, v, parts)
+            finish(start, stop)
         return finish.dw, finish.db
 
     def _bias(self, p: Problem) -> Tensor | None:

@@ -222,6 +222,23 @@ def test_bits_when_copies_and_products_are_late(emulated, kernels, head):
         assert torch.equal(late[key], value), key
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("tiles", range(1, 8))
+def test_every_number_of_tiles(emulated, kernels, monkeypatch, tiles, late):
+    """The two warpgroups take turns: as many tiles as may be, in both passes, in one split and in more splits than there are tiles."""
+    n = c = tiles * 32 - 5
+    case = verify.Case.random(n, 128, c, torch.bfloat16)
+    monkeypatch.setattr(hopper, "ROW_SLAB_BYTES", 1 << 20)
+    kernels.set_late(late)
+    try:
+        for head, processors in itertools.product(("cosface", "mv-am"), (1, 8 * n)):
+            monkeypatch.setattr(EmulatedHopper, "multiprocessors", lambda self, device, processors=processors: processors)
+            found = verify.errors(case, verify.HEADS[head](c), "hopper")
+            assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], (head, processors, found)
+    finally:
+        kernels.set_late(False)
+
+
 class Spy:
     """The kernels, noting the first class of each slab that is computed in the class pass."""
 

@@ -25,7 +25,7 @@ def faults(report):
     """What a compiler's report must not say: of stack, of spills, of warpgroup products that wait for each other."""
     found = resources.faults([{"backend": "", "arch": "", **r} for r in resources_cuda.parse(report)])
     found += [f"{r['kernel']} spills" for r in resources_cuda.parse(report) if r["spill_bytes"]]
-    return found + [word for word in ("warning", "serialized", "warpgroup.arrive is injected") if word in report]
+    return found + [word for word in ("warning", "serialized", "warpgroup.arrive is injected", "setmaxnreg") if word in report]
 
 
 @needs_nvcc

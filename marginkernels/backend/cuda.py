@@ -7,9 +7,8 @@ waits for the GPU, and all runs on PyTorch's current stream, so that CUDA graphs
 
 **Never run on a GPU so far.** The sources compile for sm_80 and sm_90a without stack use, and `tests/test_cuda.py` runs the same sources
 and the loops below on a CPU, against the float64 reference, under an emulation that can show neither races nor speed. Before
-`proven` becomes True, on a GPU: ``make test-gpu``; ``compute-sanitizer --tool memcheck`` and ``--tool racecheck`` on
-``python -m marginkernels check --backend cuda``; two runs compared bit for bit; capture of a training step in a ``torch.cuda.CUDAGraph``;
-and the times of the slab, triton and cuda backends in one run.
+`proven` becomes True, on a GPU: ``make gpu-report``, whose steps are the small cases, compute-sanitizer (memcheck and racecheck) on them,
+bits that repeat, a training step in a ``torch.cuda.CUDAGraph``, all tests, and the times of every backend in one run.
 """
 
 from __future__ import annotations

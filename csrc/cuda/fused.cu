@@ -420,13 +420,14 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
     const int kept = int(blockIdx.x) * TILE_KEPT + row;
     Elements elements(args, kept, split, group == 0 && thread % 4 == 0);
     float o[S::HALF / 2], s[ELEMENTS];
-    float* out = output(args);
-    const int64_t out_row = int64_t(split) * kept_rows(args) + kept;
+    // O's first register is here; the others, two side by side at a time, at fixed distances: hardly an address to compute.
+    float* out = output(args) + (int64_t(split) * kept_rows(args) + kept) * D + group * S::HALF + fragment_column(thread, 0);
+    const bool there[2] = {kept < kept_rows(args), kept + 8 < kept_rows(args)};
+    const auto place = [&](int i) { return reinterpret_cast<float2*>(out + i / 2 % 2 * 8 * D + i / 4 * 8); };
 #pragma unroll
-    for (int i = 0; i < S::HALF / 2; ++i) {
-      const int h = i / 2 % 2;
-      o[i] = Elements::OUTPUT && resumes(args) && kept + 8 * h < kept_rows(args) ? out[(out_row + 8 * h) * D + group * S::HALF + fragment_column(thread, i)]
-                                                                    : 0.0f;
+    for (int i = 0; i < S::HALF / 2; i += 2) {
+      const float2 v = Elements::OUTPUT && resumes(args) && there[i / 2 % 2] ? *place(i) : float2{0.0f, 0.0f};
+      o[i] = v.x, o[i + 1] = v.y;
     }
     Consumer<T, D, Elements> consumer{m, elements, group, thread, row, o, s};
     float before[2] = {};
@@ -488,11 +489,8 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
     elements.store(m.exchange, kept, group, thread, row, split);
     if constexpr (Elements::OUTPUT) {
 #pragma unroll
-      for (int i = 0; i < S::HALF / 2; i += 2) {
-        const int h = i / 2 % 2;
-        if (kept + 8 * h < kept_rows(args))
-          *reinterpret_cast<float2*>(out + (out_row + 8 * h) * D + group * S::HALF + fragment_column(thread, i)) = {o[i], o[i + 1]};
-      }
+      for (int i = 0; i < S::HALF / 2; i += 2)
+        if (there[i / 2 % 2]) *place(i) = {o[i], o[i + 1]};
     }
   }
 }

@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 ARGS ?=
 # More words for pytest under test-gpu
 TESTS ?=
-# Where gpu-report writes
+# Where gpu-report writes, and which of its steps it takes (all that fit into nine minutes)
 OUT ?= runs/gpu-report
+STEPS ?=
 
 .PHONY: demo test lint format build test-gpu gpu-report clean
 
@@ -45,7 +46,7 @@ test-gpu: build
 
 # Builds and tests as steps of its own, so that each survives the failure of another.
 gpu-report:
-	$(PYTHON) -m benchmarks.gpu_report --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 clean:
 	rm -rf $(VENV) build marginkernels.egg-info .pytest_cache .ruff_cache .hypothesis

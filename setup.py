@@ -155,7 +155,8 @@ def build_cuda(target: Path, folder: Path) -> None:
     defines = f"-DMK_MODULE={target.name.partition('.')[0]} {'-DMK_FUSED' if '90' in wanted else ''}"
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
     objects[folder / "module.o"] = (source / "module.cpp", f"{includes} {defines}")
-    ninja_build(folder, nvcc, NVCC_RULES, objects, (target, ""))
+    # In a toolkit installed by pip the libraries lie where nvcc does not look.
+    ninja_build(folder, nvcc, NVCC_RULES, objects, (target, f"-L'{Path(nvcc).resolve().parents[1] / 'lib'}'"))
 
 
 #: What builds each extension: (where it goes, a folder for its objects) -> nothing, or CannotBuild.

@@ -21,16 +21,16 @@ def unavailable() -> str | None:
     return f"no {' and no '.join(missing)} on the PATH" if missing else None
 
 
-def compile_source(source: str, arch: str) -> str:
-    """nvcc's report on ``csrc/cuda/<source>`` for ``arch`` ("sm_80"; "sm_90" stands for sm_90a where the source needs it).
+def compile_source(source: str, arch: str, folder: Path = SOURCES) -> str:
+    """nvcc's report on ``source`` in ``folder`` for ``arch`` ("sm_80"; "sm_90" stands for sm_90a where the source needs it).
 
     Raises:
         RuntimeError: with the compiler's words where it fails.
     """
     number = arch.removeprefix("sm_") + ("a" if source == "fused.cu" else "")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         command = ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas=-v", "-c"]
-        done = subprocess.run([*command, str(SOURCES / source), "-o", f"{folder}/out.o"], capture_output=True, text=True)
+        done = subprocess.run([*command, str(folder / source), "-o", f"{scratch}/out.o"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"nvcc failed on {source} for {arch}: {done.stderr[-2000:]}")
     return done.stdout + done.stderr
@@ -59,7 +59,7 @@ def parse(report: str) -> list[dict]:
 
 def readable(name: str) -> str:
     """``finish_kernel<float32, bfloat16>`` of a C++ signature."""
-    name = name.replace("mk::(anonymous namespace)::", "").removeprefix("void ").split("(")[0]
+    name = name.replace("mk::(anonymous namespace)::", "").removeprefix("void ").split("(")[0].replace("> >", ">>")
     return (
         name.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16").replace("float,", "float32,").replace("float>", "float32>")
     )

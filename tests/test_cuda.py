@@ -144,6 +144,33 @@ def test_strided_centres_and_crowded_classes(emulated, name):
     assert max(verify.relative_error(got[k], want[k]) for k in want) <= verify.TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("name", DTYPES)
+def test_centres_off_sixteen_bytes(emulated, name):
+    """As a view into a flat buffer of parameters may lie: tensor copies cannot take it from there."""
+    case = verify.Case.random(70, 128, 300, torch.bfloat16)
+    flat = torch.empty(300 * 128 + 1, dtype=torch.bfloat16)
+    w = flat[1:].view(300, 128).copy_(case.w)
+    assert w.data_ptr() % 16
+    found = verify.errors(verify.Case(case.x, w, case.labels, None), verify.HEADS["softmax"](300), name)
+    assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], found
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_near_and_far(emulated, sign):
+    """Rows whose logits cannot leave the range of an exponential keep no running maximum, others do; with cosines of all but 1 or -1."""
+    p = _problem(torch.bfloat16, forms.IDENTITY, False)
+    p.w[:] = sign * p.x[20].float() + 0.1 * p.w * torch.linspace(0, 1, 300)[:, None]
+    p.x[:] = p.x[20]
+    p.scale[:] = torch.where(torch.arange(70) < 16, 1000.0, 64.0)  # the first warp's rows are far
+    reach = emulated["hopper"]._reach(p)
+    assert (reach[:16] > 96).all()
+    assert (reach[16:] <= 96).all()
+    options = {"uniform": False, "need_u": True, "need_moment": True, "workspace": 0}
+    got, want = (b.row_pass(p, **options) for b in (emulated["hopper"], SlabBackend()))
+    for field in ("total", "top", "moment", "u"):
+        torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=4e-3, atol=1e-3)
+
+
 def _problem(dtype, form, bias, normalize=True):
     torch.manual_seed(0)
     case = verify.Case.random(70, 128, 300, dtype, weight_dtype=torch.float32, bias=bias)
@@ -193,6 +220,23 @@ def test_bits_when_copies_and_products_are_late(emulated, kernels, head):
         kernels.set_late(False)
     for key, value in early.items():
         assert torch.equal(late[key], value), key
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("tiles", range(1, 8))
+def test_every_number_of_tiles(emulated, kernels, monkeypatch, tiles, late):
+    """The two warpgroups take turns: as many tiles as may be, in both passes, in one split and in more splits than there are tiles."""
+    n = c = tiles * 32 - 5
+    case = verify.Case.random(n, 128, c, torch.bfloat16)
+    monkeypatch.setattr(hopper, "ROW_SLAB_BYTES", 1 << 20)
+    kernels.set_late(late)
+    try:
+        for head, processors in itertools.product(("cosface", "mv-am"), (1, 8 * n)):
+            monkeypatch.setattr(EmulatedHopper, "multiprocessors", lambda self, device, processors=processors: processors)
+            found = verify.errors(case, verify.HEADS[head](c), "hopper")
+            assert max(found.values()) <= verify.TOLERANCE[torch.bfloat16], (head, processors, found)
+    finally:
+        kernels.set_late(False)
 
 
 class Spy:

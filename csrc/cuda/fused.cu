@@ -16,6 +16,10 @@ constexpr int WARPS = CONSUMERS * GROUP / 32;
 // Per thread, of the multiprocessor's 65,536: the copying warpgroup gives up what the two others need for O.
 constexpr int COPY_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
+// What a tile costs at D = 512, on paper. Matrix unit: 4 x 64 x 32 x 512 FLOP at 4,096 a cycle, 1,024 cycles. Shared memory at 128 bytes a
+// cycle: the first product 768 (2 KB of A and 1 KB of B for each of its 32 instructions), the second 320, the copy 256, weights and columns
+// up to 100; 1,440 in all, which makes it the tighter limit: a part of A held in registers would be the next step. L2: 32 KB a tile are 23
+// bytes a cycle, of 24 to 28 that 5.5 TB/s give a multiprocessor. One copy to a pair of blocks would halve that, but alone lift nothing.
 template <class T, int D>
 struct Traits {
   static constexpr int STAGES = 4;
@@ -83,29 +87,42 @@ constexpr int ELEMENTS = TILE_STREAMED / 2;  // of a tile's 64 x 32 products, he
 
 // ---- What the passes do with a product ----
 
-// Row pass: weights exp2(z - peak) N'(c) with the peak running over the tiles, shared by both warpgroups through Memory::peaks.
+// PLAIN below: the identity form (and in the row pass exponentials), as for most heads; otherwise what is wanted is asked at run time.
+// OUTPUT: whether O is wanted at all.
+
+// Row pass: weights exp2(z - peak) N'(c) with the peak running over the tiles, shared by both warpgroups through Memory::peaks; or with a
+// peak of 0 throughout, for a warp whose rows all have logits so near 0.
+template <bool PLAIN, bool WITH_OUTPUT>
 struct RowElements {
   using Args = FusedRow;
-  static constexpr bool RUNNING = true;
+  static constexpr bool RUNNING = true, OUTPUT = WITH_OUTPUT;
+  // In units of log2: neither an exponential nor a sum of 2^31 of them leaves the range that float32 and bfloat16 share.
+  static constexpr float NEAR = 96.0f;
   const Args& p;
+  bool near;
   float t;
   float factor[2], scale[2], threshold[2];
   int own[2];  // the target's column in the slab, -1 for none
   float peak[2], total[2], moment[2], top[2];
 
-  __device__ RowElements(const Args& args, int row, int split, bool first) : p(args), t(args.t ? *args.t : 0.0f) {
+  __device__ RowElements(const Args& args, int row, int split, bool first)
+      : p(args), near(PLAIN && args.reach), t(!PLAIN && args.t ? *args.t : 0.0f) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (near && row + 8 * h < p.n) near = p.reach[row + 8 * h] <= NEAR;
+    near = !__any_sync(0xffffffffu, !near);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = row + 8 * h;
       const bool live = i < p.n;
       factor[h] = live ? p.row_factor[i] : 0.0f;
       scale[h] = live ? p.scale[i] * LOG2E : 0.0f;
-      threshold[h] = live && p.threshold ? p.threshold[i] : 0.0f;
+      threshold[h] = !PLAIN && live && p.threshold ? p.threshold[i] : 0.0f;
       const int64_t column = live ? p.labels[i] - p.start : -1;
       own[h] = column >= 0 && column < p.count ? int(column) : -1;
       const bool go_on = live && p.resume;
       const int64_t at = int64_t(split) * p.n + i;
-      peak[h] = p.uniform ? 0.0f : go_on ? p.peak[at] : -INFINITY;
+      peak[h] = fixed() ? 0.0f : go_on ? p.peak[at] : -INFINITY;
       // What the earlier slabs summed goes on in one of the threads that share the row.
       total[h] = go_on && first ? p.total[at] : 0.0f;
       moment[h] = go_on && first && p.moment ? p.moment[at] : 0.0f;
@@ -113,44 +130,65 @@ struct RowElements {
     }
   }
 
-  // The tile's products to weights, in place; `column` is the slab's column of the thread's first.
+  __device__ __forceinline__ bool uniform() const { return !PLAIN && p.uniform; }
+  __device__ __forceinline__ bool fixed() const { return PLAIN ? near : p.uniform; }  // the peak, to 0
+  __device__ __forceinline__ float value(float c, int h) const { return PLAIN ? c : value_of(p.form, c, threshold[h], t); }
+  __device__ __forceinline__ float slope(float c, int h) const { return PLAIN ? 1.0f : slope_of(p.form, c, threshold[h], t); }
+
+  // The tile's products to weights, in place.
   __device__ __forceinline__ void weigh(float (&s)[ELEMENTS], const unsigned char* columns, int tile, int lane, float* peaks,
                                         Barrier* peaks_full) {
     const float* bias = reinterpret_cast<const float*>(columns);
-    float z[ELEMENTS], highest[2] = {peak[0], peak[1]};
+    float z[ELEMENTS];
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
-      const int h = i / 2 % 2, j = fragment_column(lane, i), column = tile * TILE_STREAMED + j;
-      const float c = factor[h] * s[i], b = p.bias ? bias[j] : 0.0f;
-      const bool live = column < p.count && column != own[h];
-      s[i] = c;
-      z[i] = live ? scale[h] * value_of(p.form, c, threshold[h], t) + b : -INFINITY;
-      if (live) top[h] = fmaxf(top[h], scale[h] * c + b);
-      if (!p.uniform) highest[h] = fmaxf(highest[h], z[i]);
+      s[i] *= factor[i / 2 % 2];
+      z[i] = scale[i / 2 % 2] * value(s[i], i / 2 % 2);
     }
-    float base[2];
+    if (p.bias) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      highest[h] = row_reduce(highest[h], Max{});
-      base[h] = finite_peak(highest[h]);
-      if (lane % 4 == 0) peaks[8 * h] = highest[h];
-      decay(h, highest[h]);
+      for (int i = 0; i < ELEMENTS; ++i) z[i] += bias[fragment_column(lane, i)];
     }
-    barrier_arrive(peaks_full);
+    const int left = p.count - tile * TILE_STREAMED, here[2] = {own[0] - tile * TILE_STREAMED, own[1] - tile * TILE_STREAMED};
+    const auto counts = [&](int i) { return fragment_column(lane, i) < left && fragment_column(lane, i) != here[i / 2 % 2]; };
+    // Few tiles have columns that do not count: past the last class, or a row's own target.
+    if (__any_sync(0xffffffffu, left < TILE_STREAMED || unsigned(here[0]) < TILE_STREAMED || unsigned(here[1]) < TILE_STREAMED)) {
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i)
+        if (!counts(i)) z[i] = -INFINITY;
+    }
+    float highest[2] = {PLAIN ? top[0] : peak[0], PLAIN ? top[1] : peak[1]};
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
       const int h = i / 2 % 2;
-      const float c = s[i];
+      highest[h] = fmaxf(highest[h], z[i]);
+      if constexpr (!PLAIN)
+        if (counts(i)) top[h] = fmaxf(top[h], scale[h] * s[i] + (p.bias ? bias[fragment_column(lane, i)] : 0.0f));
+    }
+    if constexpr (PLAIN) top[0] = highest[0], top[1] = highest[1];
+    if (!fixed()) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        highest[h] = row_reduce(fmaxf(highest[h], peak[h]), Max{});
+        if (lane % 4 == 0) peaks[8 * h] = highest[h];
+        decay(h, highest[h]);
+      }
+    }
+    barrier_arrive(peaks_full);
+    const float base[2] = {finite_peak(peak[0]), finite_peak(peak[1])};
+#pragma unroll
+    for (int i = 0; i < ELEMENTS; ++i) {
+      const int h = i / 2 % 2;
       float weight;
-      if (p.uniform) {
+      if (uniform()) {
         weight = z[i] == -INFINITY ? 0.0f : 1.0f;
         total[h] += weight == 0.0f ? 0.0f : z[i];
       } else {
         weight = exp2_fast(z[i] - base[h]);
         total[h] += weight;
       }
-      if (p.moment) moment[h] += weight * value_of(p.form, c, threshold[h], t);
-      s[i] = weight * slope_of(p.form, c, threshold[h], t) * p.gain;
+      moment[h] += weight * value(s[i], h);
+      s[i] = weight * slope(s[i], h) * p.gain;
     }
   }
 
@@ -186,15 +224,17 @@ struct RowElements {
 };
 
 // Class pass: weights G_ij f_i, from what the row pass left of each row.
+template <bool PLAIN, bool WITH_OUTPUT>
 struct ClassElements {
   using Args = FusedClass;
-  static constexpr bool RUNNING = false;
+  static constexpr bool RUNNING = false, OUTPUT = WITH_OUTPUT;
   const Args& p;
   float t, gain;
   float bias[2], sum[2] = {};
   int own[2];
 
-  __device__ ClassElements(const Args& args, int row, int, bool) : p(args), t(args.t ? *args.t : 0.0f), gain(args.gain ? *args.gain : 1.0f) {
+  __device__ ClassElements(const Args& args, int row, int, bool)
+      : p(args), t(!PLAIN && args.t ? *args.t : 0.0f), gain(args.gain ? *args.gain : 1.0f) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       bias[h] = p.bias && row + 8 * h < p.count ? p.bias[row + 8 * h] : 0.0f;
@@ -207,12 +247,13 @@ struct ClassElements {
 #pragma unroll
     for (int i = 0; i < ELEMENTS; ++i) {
       const int h = i / 2 % 2;
-      const Streamed& r = rows[fragment_column(lane, i)];
+      const Streamed r = rows[fragment_column(lane, i)];
       const float c = r.factor * s[i];
-      const float z = r.scale * value_of(p.form, c, r.threshold, t) + bias[h];
-      const float weight = r.own == own[h] ? 0.0f : r.softmax * exp2_fast(z - r.lse) + r.uniform;
+      const float z = r.scale * (PLAIN ? c : value_of(p.form, c, r.threshold, t)) + (bias[h] - r.lse);
+      float weight = r.softmax * exp2_fast(z) + r.uniform;
+      if (r.own == own[h]) weight = 0.0f;
       sum[h] += weight * r.inverse_scale;
-      s[i] = weight * slope_of(p.form, c, r.threshold, t) * r.factor * gain;
+      s[i] = weight * (PLAIN ? 1.0f : slope_of(p.form, c, r.threshold, t)) * (r.factor * gain);
     }
   }
 
@@ -239,8 +280,8 @@ __device__ __forceinline__ const void* columns(const FusedRow& p) { return p.bia
 __device__ __forceinline__ const void* columns(const FusedClass& p) { return p.rows; }
 __device__ __forceinline__ int column_bytes(const FusedRow&) { return sizeof(float); }
 __device__ __forceinline__ int column_bytes(const FusedClass&) { return sizeof(Streamed); }
-__device__ __forceinline__ float* output(const FusedRow& p) { return p.u; }
-__device__ __forceinline__ float* output(const FusedClass& p) { return p.v; }
+__host__ __device__ __forceinline__ float* output(const FusedRow& p) { return p.u; }
+__host__ __device__ __forceinline__ float* output(const FusedClass& p) { return p.v; }
 __device__ __forceinline__ bool resumes(const FusedRow& p) { return p.resume; }
 __device__ __forceinline__ bool resumes(const FusedClass&) { return false; }
 
@@ -270,14 +311,14 @@ __device__ void copy_tiles(const Launch<Args>& launch, const Memory& m, int firs
 
 // A warpgroup of the two that compute. Tile k's weights are made by warpgroup k % 2 from its 64 x 32 products and left in shared memory;
 // both then add their half of weights x tile to O. While one makes weights, the matrix unit has the other's products to do: each starts
-// the products of its next tile before it adds the other's.
+// the products of its next tile before it adds the other's. A thread waits in an order that cannot close a circle: tile k's weights need
+// only k's stage, weights k - 1 and both warpgroups' release of k - 2, which needs no weights after k - 1.
 template <class T, int D, class Elements>
 struct Consumer {
   using S = Traits<T, D>;
   const Memory& m;
   Elements& elements;
   const int group, thread, row;  // row: of the tile, the first of the thread's two
-  const bool outputs;
   float (&o)[S::HALF / 2];
   float (&s)[ELEMENTS];
 
@@ -325,7 +366,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void add(int k) {
-    if (outputs) {
+    if constexpr (Elements::OUTPUT) {
       const uint64_t a = weight_descriptor<TILE_STREAMED>(shared_address(m.weights + k % 2 * S::WEIGHTS));
       const uint64_t b = across_sum(
           shared_address(m.stages + k % S::STAGES * S::STAGE + group * (S::HALF / CHUNK_COLUMNS) * S::STREAMED_CHUNK), S::STREAMED_CHUNK);
@@ -334,8 +375,8 @@ struct Consumer {
 #pragma unroll
       for (int e = 0; e < TILE_STREAMED / 16; ++e)
         product<T, S::HALF, true>(o, a + (e * 256 >> 4), b + (e * 16 * CHUNK_ROW_BYTES >> 4), true);
+      products_commit();  // in the products' own block of code: apart from them it would be a group of its own
     }
-    products_commit();
   }
 
   // Tile k's stage and weights may be overwritten, as far as this warp goes.
@@ -379,39 +420,50 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
     const int kept = int(blockIdx.x) * TILE_KEPT + row;
     Elements elements(args, kept, split, group == 0 && thread % 4 == 0);
     float o[S::HALF / 2], s[ELEMENTS];
-    float* out = output(args);
-    const int64_t out_row = int64_t(split) * kept_rows(args) + kept;
+    // O's first register is here; the others, two side by side at a time, at fixed distances: hardly an address to compute.
+    float* out = output(args) + (int64_t(split) * kept_rows(args) + kept) * D + group * S::HALF + fragment_column(thread, 0);
+    const bool there[2] = {kept < kept_rows(args), kept + 8 < kept_rows(args)};
+    const auto place = [&](int i) { return reinterpret_cast<float2*>(out + i / 2 % 2 * 8 * D + i / 4 * 8); };
 #pragma unroll
-    for (int i = 0; i < S::HALF / 2; ++i) {
-      const int h = i / 2 % 2;
-      o[i] = out && resumes(args) && kept + 8 * h < kept_rows(args) ? out[(out_row + 8 * h) * D + group * S::HALF + fragment_column(thread, i)]
-                                                                    : 0.0f;
+    for (int i = 0; i < S::HALF / 2; i += 2) {
+      const float2 v = Elements::OUTPUT && resumes(args) && there[i / 2 % 2] ? *place(i) : float2{0.0f, 0.0f};
+      o[i] = v.x, o[i + 1] = v.y;
     }
-    Consumer<T, D, Elements> consumer{m, elements, group, thread, row, out != nullptr, o, s};
+    Consumer<T, D, Elements> consumer{m, elements, group, thread, row, o, s};
     float before[2] = {};
     const auto move_to_peak = [&](int k) {
-      if constexpr (Elements::RUNNING) consumer.rescale(k, before);
+      if constexpr (Elements::RUNNING)
+        if (!elements.fixed()) consumer.rescale(k, before);
     };
     const auto note_peak = [&] {
       if constexpr (Elements::RUNNING) before[0] = elements.peak[0], before[1] = elements.peak[1];
     };
     const auto follow_peak = [&](int k) {  // to that of the other warpgroup's tile
-      if constexpr (Elements::RUNNING) consumer.wait_peaks(k);
+      if constexpr (Elements::RUNNING)
+        if (!elements.fixed()) consumer.wait_peaks(k);
       note_peak();
       move_to_peak(k);
     };
     barrier_wait(m.kept_full, 0);
     int k = group;
     for (; k < count; k += 2) {
-      products_wait<0>();  // tile k - 2 is in O
-      pin(o);
-      if (k > 1) consumer.release(k - 2);
-      if (k > 0) follow_peak(k - 1);
-      consumer.start_products(k);
+      // O moves to a new peak only while no product is under way: otherwise the compiler has each product wait for the one before it.
+      if constexpr (Elements::RUNNING) {
+        products_wait<0>();  // tile k - 2 is in O
+        pin(o);
+        if (k > 1) consumer.release(k - 2);
+        if (k > 0) follow_peak(k - 1);
+        consumer.start_products(k);
+      } else {
+        consumer.start_products(k);
+        products_wait<1>();
+        pin(o);
+        if (k > 1) consumer.release(k - 2);
+      }
       if (k > 0) {
         consumer.wait_weights(k - 1);
         consumer.add(k - 1);
-        products_wait<1>();  // tile k's products
+        products_wait<Elements::OUTPUT ? 1 : 0>();  // tile k's products
       } else {
         products_wait<0>();
       }
@@ -435,13 +487,10 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
       pin(o);
     }
     elements.store(m.exchange, kept, group, thread, row, split);
-    if (out) {
+    if constexpr (Elements::OUTPUT) {
 #pragma unroll
-      for (int i = 0; i < S::HALF / 2; i += 2) {
-        const int h = i / 2 % 2;
-        if (kept + 8 * h < kept_rows(args))
-          *reinterpret_cast<float2*>(out + (out_row + 8 * h) * D + group * S::HALF + fragment_column(thread, i)) = {o[i], o[i + 1]};
-      }
+      for (int i = 0; i < S::HALF / 2; i += 2)
+        if (there[i / 2 % 2]) *place(i) = {o[i], o[i + 1]};
     }
   }
 }
@@ -482,6 +531,7 @@ __global__ void __launch_bounds__(256) combine_kernel(const Combine p) {
 
 #if defined(MK_EMULATE)
 TensorMap tensor_map(const void* base, int rows, int columns, int) {
+  if (uintptr_t(base) % 16 || columns * 2 % 16) throw std::runtime_error("emulated kernel: a tensor and its rows must lie on 16 bytes");
   return {static_cast<const uint16_t*>(base), rows, columns, TILE_STREAMED};
 }
 #else
@@ -529,15 +579,22 @@ void launch_fused(const void* kept, int kept_count, const void* streamed, int st
   MK_LAUNCH(kernel, grid, dim3(THREADS), bytes, static_cast<cudaStream_t>(stream), launch);
 }
 
-template <class Elements>
-void dispatch(const void* kept, int kept_count, const void* streamed, int streamed_count, int splits, const typename Elements::Args& args,
+template <template <bool, bool> class Elements, class Args>
+void dispatch(const void* kept, int kept_count, const void* streamed, int streamed_count, int splits, bool plain, const Args& args,
               int product, void* stream) {
-  const auto with_d = [&](auto* x) {
+  const auto with_elements = [&](auto* x, auto d) {
     using T = std::remove_pointer_t<decltype(x)>;
+    constexpr int D = decltype(d)::value;
+    const auto launch = !output(args) ? launch_fused<T, D, Elements<false, false>>
+                        : plain       ? launch_fused<T, D, Elements<true, true>>
+                                      : launch_fused<T, D, Elements<false, true>>;
+    launch(kept, kept_count, streamed, streamed_count, splits, args, product, stream);
+  };
+  const auto with_d = [&](auto* x) {
     switch (args.d) {
-      case 128: return launch_fused<T, 128, Elements>(kept, kept_count, streamed, streamed_count, splits, args, product, stream);
-      case 256: return launch_fused<T, 256, Elements>(kept, kept_count, streamed, streamed_count, splits, args, product, stream);
-      case 512: return launch_fused<T, 512, Elements>(kept, kept_count, streamed, streamed_count, splits, args, product, stream);
+      case 128: return with_elements(x, std::integral_constant<int, 128>{});
+      case 256: return with_elements(x, std::integral_constant<int, 256>{});
+      case 512: return with_elements(x, std::integral_constant<int, 512>{});
     }
     throw std::invalid_argument("d: expected 128, 256 or 512, got " + std::to_string(args.d));
   };
@@ -553,11 +610,11 @@ void dispatch(const void* kept, int kept_count, const void* streamed, int stream
 int fused_shared_bytes(int d) { return d == 128 ? Traits<bf16, 128>::BYTES : d == 256 ? Traits<bf16, 256>::BYTES : Traits<bf16, 512>::BYTES; }
 
 void fused_row(const FusedRow& p, int product, void* stream) {
-  dispatch<RowElements>(p.x, p.n, p.w, p.count, p.splits, p, product, stream);
+  dispatch<RowElements>(p.x, p.n, p.w, p.count, p.splits, p.form == IDENTITY && !p.uniform, p, product, stream);
 }
 
 void fused_class(const FusedClass& p, int product, void* stream) {
-  dispatch<ClassElements>(p.w, p.count, p.x, p.n, 1, p, product, stream);
+  dispatch<ClassElements>(p.w, p.count, p.x, p.n, 1, p.form == IDENTITY, p, product, stream);
 }
 
 void combine(const Combine& p, void* stream) {

@@ -19,6 +19,7 @@ struct FusedRow {
   const float* t;          // (), null for the identity
   const float* bias;       // (count padded) times log2 e, on 16 bytes; null for none
   const int64_t* labels;   // (n)
+  const float* reach;      // (n) what |z_ij| times log2 e cannot exceed; null where there is no such bound
   // One running state for each of `splits` parts of the classes; `resume`: go on from what they hold.
   float *peak, *total, *moment, *top;  // (splits, n); peak in units of log2
   float* u;                // (splits, n, d); null where not needed
@@ -29,8 +30,9 @@ struct FusedRow {
 
 // What one row is to the class pass, in place of eight vectors: (n padded, 8).
 struct alignas(32) Streamed {
-  float factor, scale, lse, softmax, uniform, threshold, inverse_scale;  // scale and lse times log2 e
+  float factor, scale, lse, softmax, uniform, inverse_scale;  // scale and lse times log2 e
   int own;  // its label, -1 for one that is not here
+  float threshold;
 };
 
 struct FusedClass {

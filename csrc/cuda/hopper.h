@@ -249,17 +249,20 @@ inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier* b) {
 
 inline void shared_written_fence() {}
 inline void consumers_meet() { emulate::meet(emulate::block().named[1], 256); }
-inline void products_fence() {}
+// These three are "aligned": a warp's threads execute them together, or none goes on.
+inline void products_fence() { emulate::meet_warp(); }
 inline void products_commit() {
   emulate::Thread& t = *emulate::block().current;
   t.groups.push_back(std::move(t.issued));
   t.issued.clear();
+  emulate::meet_warp();
 }
 template <int PENDING>
 void products_wait() {
   emulate::Thread& t = *emulate::block().current;
   for (; t.groups.size() > PENDING; t.groups.pop_front())
     for (const auto& product : t.groups.front()) product();
+  emulate::meet_warp();
 }
 template <int N>
 void pin(float (&)[N]) {}

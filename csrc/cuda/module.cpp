@@ -87,7 +87,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     mk::FusedRow p{};
     Fields fields(given);
     fields MK_FIELD(x) MK_FIELD(w) MK_FIELD(start) MK_FIELD(row_factor) MK_FIELD(scale) MK_FIELD(threshold) MK_FIELD(t) MK_FIELD(bias)
-        MK_FIELD(labels) MK_FIELD(peak) MK_FIELD(total) MK_FIELD(moment) MK_FIELD(top) MK_FIELD(u) MK_FIELD(gain) MK_FIELD(n)
+        MK_FIELD(labels) MK_FIELD(reach) MK_FIELD(peak) MK_FIELD(total) MK_FIELD(moment) MK_FIELD(top) MK_FIELD(u) MK_FIELD(gain) MK_FIELD(n)
             MK_FIELD(count) MK_FIELD(d) MK_FIELD(form) MK_FIELD(splits) MK_FIELD(uniform) MK_FIELD(resume)
                 .done();
     mk::fused_row(p, product, reinterpret_cast<void*>(stream));

@@ -79,6 +79,47 @@ class RowPass:
     kept: Tensor
 
 
+@dataclass
+class RowSums:
+    """The state of a row pass that moves over the classes a slab at a time; :meth:`start` to begin, :meth:`done` at the end. All acc.
+
+    Attributes:
+        peak: (N,) the highest logit so far, -inf before the first.
+        total: (N,) ``sum_{j != y} exp(z_ij - peak_i)``; when uniform, ``sum_{j != y} z_ij``.
+        moment, u: as in :class:`RowPass`, but with the weights that ``total`` sums.
+        top, class_factor: as in :class:`RowPass`.
+    """
+
+    peak: Tensor
+    total: Tensor
+    moment: Tensor
+    top: Tensor
+    u: Tensor
+    class_factor: Tensor
+
+    @classmethod
+    def start(cls, p: Problem, *, need_u: bool, need_moment: bool) -> RowSums:
+        n, d = p.x.shape
+
+        def new(*shape: int, fill: float = 0.0) -> Tensor:
+            return torch.full(shape, fill, dtype=p.acc, device=p.x.device)
+
+        moment, u = new(n if need_moment else 0), new(n if need_u else 0, d)
+        return cls(new(n, fill=-torch.inf), new(n), moment, new(n, fill=-torch.inf), u, new(p.w.shape[0] if p.normalize_weight else 0))
+
+    def done(self, *, uniform: bool, kept: Tensor | None = None) -> RowPass:
+        total = self.total
+        if not uniform:
+            share = 1 / total.masked_fill(total == 0, 1)
+            for sums, by in ((self.moment, share), (self.u, share[:, None])):
+                if sums.shape[0]:
+                    sums.mul_(by)
+            total = torch.where(total == 0, -torch.inf, total.log() + self.peak)
+        if kept is None:
+            kept = torch.empty(0, dtype=torch.uint8, device=total.device)
+        return RowPass(total, self.top, self.moment, self.u, self.class_factor, kept)
+
+
 @dataclass(frozen=True)
 class RowWeights:
     """The upstream of the class pass: each (N,) acc. With lambda the row pass's total,

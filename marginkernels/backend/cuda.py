@@ -7,9 +7,8 @@ waits for the GPU, and all runs on PyTorch's current stream, so that CUDA graphs
 
 **Never run on a GPU so far.** The sources compile for sm_80 and sm_90a without stack use, and `tests/test_cuda.py` runs the same sources
 and the loops below on a CPU, against the float64 reference, under an emulation that can show neither races nor speed. Before
-`proven` becomes True, on a GPU: ``make test-gpu``; ``compute-sanitizer --tool memcheck`` and ``--tool racecheck`` on
-``python -m marginkernels check --backend cuda``; two runs compared bit for bit; capture of a training step in a ``torch.cuda.CUDAGraph``;
-and the times of the slab, triton and cuda backends in one run.
+`proven` becomes True, on a GPU: ``make gpu-report``, whose steps are the small cases, compute-sanitizer (memcheck and racecheck) on them,
+bits that repeat, a training step in a ``torch.cuda.CUDAGraph``, all tests, and the times of every backend in one run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
-from .base import Backend, Problem, RowPass, RowWeights
+from .base import Backend, Problem, RowPass, RowSums, RowWeights
 
 try:
     _cuda = importlib.import_module("marginkernels._cuda")
@@ -90,119 +89,107 @@ class CudaBackend(Backend):
 
     @on_its_device
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
-        n, d = p.x.shape
-        c = p.w.shape[0]
-
-        def new(*shape: int, fill: float = 0.0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.float32, device=p.x.device)
-
-        peak, total, moment = new(n, fill=-torch.inf), new(n), new(n if need_moment else 0)
-        top, u = new(n, fill=-torch.inf), new(n if need_u else 0, d)
-        factor = new(c if p.normalize_weight else 0)
+        sums = RowSums.start(p, need_u=need_u, need_moment=need_moment)
         kept = torch.empty(workspace, dtype=torch.uint8, device=p.x.device)
-        slabs = Slabs(p, self.kernels, slab_width(n, c))
-        rows_by_slab(slabs, c, (peak, total, moment, top, u), factor, kept, uniform=uniform)
+        slabs = Slabs(p, self.kernels, slab_width(p.x.shape[0], p.w.shape[0]))
+        rows_by_slab(slabs, p.w.shape[0], sums, kept, uniform=uniform)
         if need_u:
-            u.mul_(1 / slabs.gain)
-        if not uniform:
-            share = 1 / total.masked_fill(total == 0, 1)
-            moment, u = (moment * share if need_moment else moment), (u.mul_(share[:, None]) if need_u else u)
-            total = torch.where(total == 0, -torch.inf, total.log() + peak)
-        return RowPass(total, top, moment, u, factor, kept)
+            sums.u.mul_(1 / slabs.gain)
+        return sums.done(uniform=uniform, kept=kept)
 
     @on_its_device
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        n, d = p.x.shape
-        c = p.w.shape[0]
+        n, c = p.x.shape[0], p.w.shape[0]
         slabs = Slabs(p, self.kernels, slab_width(n, c))
-        finish = Finish(slabs, row, class_factor, need_w, need_bias)
+        finish = Finish(slabs, row, class_factor, kept, -(-n // self.kernels.CHUNK), need_w=need_w, need_bias=need_bias)
         products, scratch = slabs.scratch()
-        v = torch.empty((slabs.width if need_w else 0, d), dtype=torch.float32, device=p.x.device)
-        chunks = -(-n // self.kernels.CHUNK)
-        parts = torch.empty((chunks if need_bias else 0, slabs.width), dtype=torch.float32, device=p.x.device)
         row, weights = finish.row, scratch if need_w else None
-        for _, start, stop in slabs.between(finish.from_kept(slabs, kept, v), c):
+        for _, start, stop in slabs.between(finish.first, c):
             w = slabs.centres(start, stop, class_factor, given=True)
             matrix_product(p.x, w.T, products[:, : stop - start])
             self.kernels.class_slab(
-                *slabs.launch, products=products.data_ptr(), weights=address(weights), bias_parts=address(parts),
+                *slabs.launch, products=products.data_ptr(), weights=address(weights), bias_parts=address(finish.parts),
                 lse=row.lse.data_ptr(), softmax=row.softmax.data_ptr(), uniform=address(row.uniform), gain=address(finish.gain),
                 bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start,
                 **slabs.rows(),
             )  # fmt: skip
             if need_w:
-                matrix_product(weights[:, : stop - start].T, p.x, v[: stop - start])
-            finish(start, stop, v, parts)
+                matrix_product(weights[:, : stop - start].T, p.x, finish.v[: stop - start])
+            finish(start, stop)
         return finish.dw, finish.db
 
 
-def rows_by_slab(slabs: Slabs, last: int, state: tuple[Tensor, ...], factor: Tensor, kept: Tensor, *, uniform: bool) -> None:
-    """The row pass over classes [0, ``last``).
-
-    Args:
-        state: running peak (N,), total (N,), moment (N,) or (0,), top (N,) and u (N, D) or (0, D), u times ``slabs.gain``; moved on.
-        factor: (C,) a_j, written; or (0,).
-        kept: (K,) uint8, filled with as many slabs' weights as it holds.
-    """
+def rows_by_slab(slabs: Slabs, last: int, sums: RowSums, kept: Tensor, *, uniform: bool) -> None:
+    """The row pass over classes [0, ``last``): moves ``sums`` on, its u times ``slabs.gain``, and fills ``kept`` (K,) uint8 with as many
+    slabs' weights as it holds."""
     p, kernels = slabs.p, slabs.kernels
     n = p.x.shape[0]
-    peak, total, moment, top, u = state
-    need_u = u.shape[0] > 0
-    decay, part = torch.empty_like(peak), torch.empty_like(u)
+    need_u = sums.u.shape[0] > 0
+    decay, part = torch.empty_like(sums.peak), torch.empty_like(sums.u)
     products, scratch = slabs.scratch()
     for index, start, stop in slabs.between(0, last):
-        w = slabs.centres(start, stop, factor, given=False)
+        w = slabs.centres(start, stop, sums.class_factor, given=False)
         weights, base = kept_slab(kept, index, n, slabs.width, p.x.dtype)
         if weights is None and need_u:
             weights = scratch
         matrix_product(p.x, w.T, products[:, : stop - start])
         kernels.row_slab(
             *slabs.launch, products=products.data_ptr(), weights=address(weights), decay=decay.data_ptr(), base=address(base),
-            peak=peak.data_ptr(), total=total.data_ptr(), moment=address(moment), top=top.data_ptr(),
+            peak=sums.peak.data_ptr(), total=sums.total.data_ptr(), moment=address(sums.moment), top=sums.top.data_ptr(),
             gain=slabs.gain, threads=ROW_THREADS[n < 256], uniform=uniform,
             bias=None if p.bias is None else p.bias[start:].data_ptr(), ld=slabs.width, start=start, count=stop - start, **slabs.rows(),
         )  # fmt: skip
         if need_u:
             matrix_product(weights[:, : stop - start], w, part)
-            torch.addcmul(part, u, decay[:, None], out=u)
+            torch.addcmul(part, sums.u, decay[:, None], out=sums.u)
 
 
 class Finish:
-    """The class pass's results, and its last step for each slab: the rows' own targets, the normalisation's Jacobian, one write.
+    """The class pass's results and scratch, and its last step for each slab: the rows' own targets, the norm's Jacobian, one write.
 
     Attributes:
         row: the upstream, contiguous.
         gain: () what weights are to be multiplied by, or None.
         dw, db: (C, D) in w's dtype and (C,) float32, or None where not needed.
+        v: (slab, D) gradients in the converted centres, without targets, times ``gain``; or (0, D).
+        parts: (``chunks``, slab) what adds up to db without targets; or (0, slab).
+        first: the first class that the weights kept by the row pass left to do.
     """
 
-    def __init__(self, slabs: Slabs, row: RowWeights, class_factor: Tensor, need_w: bool, need_bias: bool):
+    def __init__(self, slabs: Slabs, row: RowWeights, class_factor: Tensor, kept: Tensor, chunks: int, *, need_w: bool, need_bias: bool):
         p = slabs.p
+        (n, d), c = p.x.shape, p.w.shape[0]
         self.p, self.slabs, self.class_factor = p, slabs, class_factor
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=p.x.device)
+
         self.row = RowWeights(*(None if v is None else v.contiguous() for v in vars(row).values()))
         self.dw = torch.empty(p.w.shape, dtype=p.w.dtype, device=p.x.device) if need_w else None
-        self.db = torch.empty(p.w.shape[0], dtype=torch.float32, device=p.x.device) if need_bias else None
+        self.db = new(c) if need_bias else None
+        self.v = new(max(slabs.width, slab_width(n, c) if kept.numel() else 0) if need_w else 0, d)
+        self.parts = new(chunks if need_bias else 0, slabs.width)
         # Stable, so that the rows of one class are always added in the same order.
         self.sorted, self.order = torch.sort(p.labels, stable=True)
         self.gain = class_gain(p, self.row)
+        self.first = self._from_kept(kept)
 
-    def __call__(self, start: int, stop: int, v: Tensor, parts: Tensor | None, post: float = 1.0) -> None:
-        """``v`` (slab, D): gradients in the converted centres, without targets, times ``gain`` and ``post``; ``parts`` (chunks, at least
-        slab) adds up to db without targets."""
+    def __call__(self, start: int, stop: int, post: float = 1.0) -> None:
+        """``v``, times ``post`` besides, and ``parts`` hold classes [``start``, ``stop``)."""
         p, row, w = self.p, self.row, self.p.w[start:]
         self.slabs.kernels.finish(
-            DTYPES[w.dtype], *self.slabs.launch, v=address(v), gain=address(self.gain), post=post, x=p.x.data_ptr(),
+            DTYPES[w.dtype], *self.slabs.launch, v=address(self.v), gain=address(self.gain), post=post, x=p.x.data_ptr(),
             sorted=self.sorted.data_ptr(), order=self.order.data_ptr(), row_factor=p.row_factor.data_ptr(), target=row.target.data_ptr(),
             row_bias=address(row.bias), w=w.data_ptr(), stride=w.stride(0), factor=address(self.class_factor[start:]),
             dw=None if self.dw is None else self.dw[start:].data_ptr(), db=None if self.db is None else self.db[start:].data_ptr(),
-            bias_parts=address(parts), ld=0 if parts is None else parts.stride(0), chunks=0 if parts is None else parts.shape[0],
+            bias_parts=address(self.parts), ld=self.parts.shape[1], chunks=self.parts.shape[0],
             start=start, n=p.x.shape[0], count=stop - start, d=w.shape[1],
         )  # fmt: skip
 
-    def from_kept(self, slabs: Slabs, kept: Tensor, v: Tensor) -> int:
-        """Does those of ``slabs`` whose weights were kept, one product each, with ``v`` (width, D) as scratch; gives the first class left.
+    def _from_kept(self, kept: Tensor) -> int:
+        """Does the slabs whose weights were kept, one product each; gives the first class left.
 
         Weights were kept as exp(z) N'(c): enough for dw of the softmax alone, so nothing is done where more is asked for.
         """
@@ -210,15 +197,17 @@ class Finish:
         n, c = p.x.shape[0], p.w.shape[0]
         if self.dw is None or self.db is not None or row.uniform is not None:
             return 0
-        for index, start, stop in slabs.between(0, c):
-            weights, base = kept_slab(kept, index, n, slabs.width, p.x.dtype)
+        width = slab_width(n, c)
+        for index, start in enumerate(range(0, c, width)):
+            stop = min(start + width, c)
+            weights, base = kept_slab(kept, index, n, width, p.x.dtype)
             if weights is None:
                 return start
             share = row.softmax * p.row_factor * torch.exp(base - row.lse)
             if self.gain is not None:
                 share = share * self.gain
-            matrix_product(weights[:, : stop - start].T, (p.x * share[:, None]).to(p.x.dtype), v[: stop - start])
-            self(start, stop, v, None, slabs.gain)
+            matrix_product(weights[:, : stop - start].T, (p.x * share[:, None]).to(p.x.dtype), self.v[: stop - start])
+            self(start, stop, self.slabs.gain)
         return c
 
 
@@ -232,8 +221,8 @@ class Slabs:
 
     def __init__(self, p: Problem, kernels, width: int):
         self.p, self.kernels, self.width = p, kernels, width
-        # Centres that need neither norm nor conversion are taken as they are.
-        own = p.normalize_weight or p.w.dtype != p.x.dtype or p.w.stride(0) != p.w.shape[1]
+        # Centres that need neither norm nor conversion, and lie where tensor copies can take them, are taken as they are.
+        own = p.normalize_weight or p.w.dtype != p.x.dtype or p.w.stride(0) != p.w.shape[1] or p.w.data_ptr() % 16 != 0
         self.converted = torch.empty((width, p.w.shape[1]), dtype=p.x.dtype, device=p.x.device) if own else None
         stream = torch.cuda.current_stream(p.x.device).cuda_stream if p.x.device.type == "cuda" else 0
         self.launch = (DTYPES[p.x.dtype], stream)

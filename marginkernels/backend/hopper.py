@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forms
 from . import cuda
-from .base import Problem, RowPass, RowWeights
+from .base import Problem, RowPass, RowSums, RowWeights
 from .cuda import GROUP, CudaBackend, Finish, Slabs, address, on_its_device
 
 LOG2E = math.log2(math.e)
@@ -75,20 +76,20 @@ class HopperBackend(CudaBackend):
         moment, u = new(every if need_moment else 0, n), new(every if need_u else 0, n, d)
         kept = torch.empty(workspace, dtype=torch.uint8, device=p.x.device)
         if first:
-            own = [v[-1] if v.shape[0] else v for v in (peak, total, moment, top, u)]
-            for v, start in zip(own, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
+            own = RowSums(*(v[-1] if v.shape[0] else v for v in (peak, total, moment, top, u)), factor)
+            for v, start in ((own.peak, -torch.inf), (own.total, 0.0), (own.moment, 0.0), (own.top, -torch.inf), (own.u, 0.0)):
                 v.fill_(start)
-            cuda.rows_by_slab(Slabs(p, self.kernels, width), first, own, factor, kept, uniform=uniform)
+            cuda.rows_by_slab(Slabs(p, self.kernels, width), first, own, kept, uniform=uniform)
             for v in (peak, top):  # the fused kernels' logits are in units of log2
                 v[-1].mul_(LOG2E)
         state = {name: address(v) for name, v in (("peak", peak), ("total", total), ("top", top), ("moment", moment), ("u", u))}
         state |= {"gain": slabs.gain, "d": d, "uniform": uniform}
-        bias = self._bias(p)
+        bias, reach = self._bias(p), None if uniform else self._reach(p)
         for index, start, stop in slabs.between(first, c):
             w = slabs.centres(start, stop, factor, given=False)
             self.kernels.fused_row(
                 *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), start=start, count=stop - start, resume=index > 0, splits=splits,
-                bias=None if bias is None else bias[start:].data_ptr(), **slabs.rows(), **state,
+                bias=None if bias is None else bias[start:].data_ptr(), reach=address(reach), **slabs.rows(), **state,
             )  # fmt: skip
         out = RowPass(new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d), factor, kept)
         self.kernels.combine(
@@ -101,25 +102,19 @@ class HopperBackend(CudaBackend):
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        n, d = p.x.shape
-        c = p.w.shape[0]
+        (n, d), c = p.x.shape, p.w.shape[0]
         slabs = Slabs(p, self.kernels, slab_width(c, CLASS_SLAB_BYTES // (6 * d)))
-        finish = Finish(slabs, row, class_factor, need_w, need_bias)
-        # Where weights were kept, slabs are of the row pass's width.
-        narrow = Slabs(p, self.kernels, cuda.slab_width(n, c)) if kept.numel() else slabs
-        v = torch.empty((max(slabs.width, narrow.width) if need_w else 0, d), dtype=torch.float32, device=p.x.device)
-        first = finish.from_kept(narrow, kept, v) if kept.numel() else 0
-        parts = torch.empty((1 if need_bias else 0, slabs.width), dtype=torch.float32, device=p.x.device)
+        finish = Finish(slabs, row, class_factor, kept, 1, need_w=need_w, need_bias=need_bias)
         rows = self._streamed(p, finish.row)
         bias = self._bias(p)
-        for _, start, stop in slabs.between(first, c):
+        for _, start, stop in slabs.between(finish.first, c):
             w = slabs.centres(start, stop, class_factor, given=True)
             self.kernels.fused_class(
                 *slabs.launch, x=p.x.data_ptr(), w=w.data_ptr(), rows=rows.data_ptr(), t=address(p.t),
-                bias=None if bias is None else bias[start:].data_ptr(), gain=address(finish.gain), v=address(v), bias_sum=address(parts),
-                start=start, n=n, count=stop - start, d=d, form=p.form,
+                bias=None if bias is None else bias[start:].data_ptr(), gain=address(finish.gain), v=address(finish.v),
+                bias_sum=address(finish.parts), start=start, n=n, count=stop - start, d=d, form=p.form,
             )  # fmt: skip
-            finish(start, stop, v, parts)
+            finish(start, stop)
         return finish.dw, finish.db
 
     def _bias(self, p: Problem) -> Tensor | None:
@@ -127,6 +122,14 @@ class HopperBackend(CudaBackend):
         if p.bias is None:
             return None
         return F.pad(p.bias * LOG2E, (0, -p.bias.shape[0] % self.kernels.TILE_STREAMED))
+
+    def _reach(self, p: Problem) -> Tensor | None:
+        """(N,) what no logit exceeds either way, in units of log2 and with room for the centres' rounding; None where nothing bounds them.
+
+        Not for float16, which has no range for exponentials of such logits."""
+        if p.form != forms.IDENTITY or p.bias is not None or not p.normalize_weight or p.x.dtype != torch.bfloat16:
+            return None
+        return torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32) * p.row_factor * p.scale * (1.01 * LOG2E)
 
     def _streamed(self, p: Problem, row: RowWeights) -> Tensor:
         """(N and up to a tile more, 8) float32: csrc/cuda/fused.h's Streamed; rows past N weigh nothing."""
@@ -138,9 +141,9 @@ class HopperBackend(CudaBackend):
             row.lse * LOG2E,
             row.softmax,
             zero if row.uniform is None else row.uniform,
-            zero if p.threshold is None else p.threshold,
             1 / p.scale,
             own,
+            zero if p.threshold is None else p.threshold,
         )
         rows = F.pad(torch.stack(fields, 1), (0, 0, 0, -p.x.shape[0] % self.kernels.TILE_STREAMED))
         rows[p.x.shape[0] :, 2] = torch.inf

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import forms
-from .base import TINY, Backend, Problem, RowPass, RowWeights
+from .base import TINY, Backend, Problem, RowPass, RowSums, RowWeights
 
 #: Logits held at once; 4M float32 are 16 MB, small against any weight worth a slab.
 SLAB_ELEMENTS = 1 << 22
@@ -22,48 +22,36 @@ class SlabBackend(Backend):
     summary = note = "plain PyTorch, a slab of classes at a time: any device, library matrix products"
 
     def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
-        n, d = p.x.shape
-        c = p.w.shape[0]
-
-        def new(*shape: int, fill: float = 0.0) -> Tensor:
-            return torch.full(shape, fill, dtype=p.acc, device=p.x.device)
-
-        peak, total, moment = new(n, fill=-torch.inf), new(n), new(n if need_moment else 0)
-        top, u = new(n, fill=-torch.inf), new(n if need_u else 0, d)
-        factor = new(c if p.normalize_weight else 0)
-        for start, stop in slabs(n, c):
+        sums = RowSums.start(p, need_u=need_u, need_moment=need_moment)
+        for start, stop in slabs(p.x.shape[0], p.w.shape[0]):
             w, a = _centres(p, start, stop)
             if a is not None:
-                factor[start:stop] = a
+                sums.class_factor[start:stop] = a
             cos, own = _similarity(p, w, start, stop)
             logits = _logits(p, cos, start, stop)
             raw = logits if p.form == forms.IDENTITY else _logits(p, cos, start, stop, form=forms.IDENTITY)
-            top = torch.maximum(top, raw.masked_fill(own, -torch.inf).amax(1))
+            sums.top = torch.maximum(sums.top, raw.masked_fill(own, -torch.inf).amax(1))
             if uniform:
                 weight = torch.ones_like(logits).masked_fill_(own, 0)
-                total += (logits * weight).sum(1)
+                sums.total += (logits * weight).sum(1)
             else:
                 logits = logits.masked_fill(own, -torch.inf)
-                higher = torch.maximum(peak, logits.amax(1))
+                higher = torch.maximum(sums.peak, logits.amax(1))
                 base = higher.masked_fill(higher == -torch.inf, 0)
-                decay = torch.exp(peak - base)
+                decay = torch.exp(sums.peak - base)
                 weight = torch.exp(logits - base[:, None])
-                peak = higher
-                total = total * decay + weight.sum(1)
+                sums.peak = higher
+                sums.total = sums.total * decay + weight.sum(1)
                 if need_moment:
-                    moment *= decay
+                    sums.moment *= decay
                 if need_u:
-                    u *= decay[:, None]
+                    sums.u *= decay[:, None]
             if need_moment:
-                moment += (weight * forms.value(p.form, cos, p.threshold, p.t)).sum(1)
+                sums.moment += (weight * forms.value(p.form, cos, p.threshold, p.t)).sum(1)
             if need_u:
                 weight = weight * forms.slope(p.form, cos, p.threshold, p.t)
-                u += product(weight.to(p.x.dtype), w, p.acc)
-        if not uniform:
-            share = 1 / total.masked_fill(total == 0, 1)
-            moment, u = (moment * share if need_moment else moment), (u * share[:, None] if need_u else u)
-            total = torch.where(total == 0, -torch.inf, total.log() + peak)
-        return RowPass(total, top, moment, u, factor, torch.empty(0, dtype=torch.uint8, device=p.x.device))
+                sums.u += product(weight.to(p.x.dtype), w, p.acc)
+        return sums.done(uniform=uniform)
 
     def class_pass(
         self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool

@@ -121,8 +121,7 @@ class Memory {
 
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-// Fewer threads where one would have less than about half a millisecond to do: starting one costs little, but in a training step the other
-// cores are still spinning in the thread pool of whoever ran before.
+// Fewer threads where one would have less than about a tenth of a millisecond to do.
 int useful_threads(int threads, const Problem& p) {
   const double work = double(p.n) * double(p.d) * double(p.c);
   return static_cast<int>(std::max(1.0, std::min(double(threads), work / 4e6)));

@@ -1,6 +1,7 @@
-"""The two passes in C++, one fused kernel each: no N x C tensor, no slab of logits in memory, instruction set chosen at run time.
+"""The two passes in C++, one fused kernel each: logits stay in cache, but for a workspace; the instruction set is chosen at run time.
 
-The extension takes addresses, not tensors: it links nothing of torch. Its buffers and threads live for one call.
+The extension takes addresses, not tensors: it links nothing of torch. Its threads are the process's own OpenMP ones where PyTorch brought
+them, and its large buffers wait for the next step.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class Block {
   static void* fresh(int64_t room) {
     void* start = std::aligned_alloc(LARGE_PAGE, room);
 #if defined(__linux__)
-    if (start) madvise(start, room, MADV_HUGEPAGE);
+    // Large pages pay where they are used again. On virtual machines their first touch can cost more than that of small ones.
+    if (start && room <= MOST) madvise(start, room, MADV_HUGEPAGE);
 #endif
     return start;
   }

@@ -165,9 +165,10 @@ def test_strided_centres_and_crowded_classes():
         assert max(verify.relative_error(got[k], want[k]) for k in want) <= TOLERANCE[kind]
 
 
-def test_bits_repeat():
+@pytest.mark.parametrize("groups", [0, 3])
+def test_bits_repeat(groups):
     case = verify.Case.random(70, 64, 700, torch.bfloat16, weight_dtype=torch.float32)
-    first, again = (verify.run(case, mk.CurricularFace(), "triton") for _ in range(2))
+    first, again = (verify.run(case, mk.CurricularFace(), "triton", **workspace(case, groups)) for _ in range(2))
     assert all(torch.equal(again[k], v) for k, v in first.items())
 
 
@@ -286,12 +287,6 @@ def test_kept_weights_are_the_softmax():
     z[torch.arange(c) == p.labels[:, None]] = -torch.inf
     base = bases[:, :n].T.repeat_interleave(tiles.KEPT_STEP.value, 1)[:, :c] * tiles.LN2.value
     torch.testing.assert_close((weights[:c, :n] / r.class_factor[:, None]).T, (z - base).exp(), rtol=1e-4, atol=1e-6)
-
-
-def test_workspace_bits_repeat():
-    case = verify.Case.random(70, 64, 700, torch.bfloat16, weight_dtype=torch.float32)
-    first, again = (verify.run(case, mk.CurricularFace(), "triton", **workspace(case, 3)) for _ in range(2))
-    assert all(torch.equal(again[k], v) for k, v in first.items())
 
 
 @pytest.mark.parametrize("upstream", [1e-6, 65536.0])

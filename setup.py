@@ -16,8 +16,8 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-#: Instruction sets of the C++ kernels and the flags of each: what this compiler does not know is left out, what the processor does not
-#: know is never called.
+#: Instruction sets of the C++ kernels and their compiler flags. The build leaves out those that the compiler does not support; those that
+#: the processor does not support are never called.
 LEVELS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
@@ -38,7 +38,7 @@ def run(*command: str) -> None:
 
 
 def ninja_build(folder: Path, compiler: str, rules: str, objects: dict[Path, tuple[Path, str]], link: tuple[Path, str]) -> None:
-    """Compile ``objects`` (object -> source, flags) and link them to ``link`` (output, flags), as many at once as there are cores."""
+    """Compile ``objects`` (object -> source, flags) and link them to ``link`` (output, flags), in parallel."""
     try:
         import ninja
 
@@ -71,7 +71,7 @@ rule link
 
 
 def build_cpu(target: Path, folder: Path) -> None:
-    """marginkernels._cpu: one object for each instruction set, a driver and the rows' arithmetic for any processor, and the binding."""
+    """marginkernels._cpu: one object per instruction set, the driver and the O(N D) row math for any processor, and the binding."""
     import pybind11
 
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
@@ -80,7 +80,7 @@ def build_cpu(target: Path, folder: Path) -> None:
 
 
 def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_flags: str, extra: str = "") -> None:
-    """The kernels and the driver, and ``front`` (a file of csrc/cpu) with flags of its own; ``extra`` flags go to every step."""
+    """The kernels, the driver and ``front`` (a file of csrc/cpu, compiled with ``front_flags``); ``extra`` flags go to every step."""
     if os.name != "posix":
         raise CannotBuild("the kernels are written for GCC and Clang on Linux and macOS")
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
@@ -88,12 +88,12 @@ def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_f
         raise CannotBuild("no C++ compiler: none of c++, g++ and clang++ is on the PATH")
     source = HERE / "csrc" / "cpu"
     known = {level: flags for level, flags in LEVELS.items() if understands(compiler, flags)} if is_x86() else {}
-    # Multiply-adds may be fused; GCC's own vector headers trip its warning about uninitialised values.
+    # Multiply-adds may be fused. GCC's vector headers trigger its own warnings about uninitialized values.
     kernel = f"-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
     files = {
         "level_plain.cpp": kernel,
-        "rows.cpp": f"-pthread -Wno-psabi {extra}",
+        "row_math.cpp": f"-pthread -Wno-psabi {extra}",
         "driver.cpp": f"{defines} -pthread {extra}",
         front: f"{front_flags} {extra}",
     }
@@ -112,7 +112,7 @@ def is_x86() -> bool:
 
 
 def understands(compiler: str, flags: str) -> bool:
-    """Whether ``compiler`` knows the instruction set ``flags`` and its intrinsics."""
+    """Whether ``compiler`` supports the instruction set ``flags`` and its intrinsics."""
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.cpp"
         probe.write_text("#include <immintrin.h>\n")
@@ -127,7 +127,7 @@ rule compile
   deps = gcc
 rule link
   command = $cxx -shared -cudart static -Xlinker -s $in $flags -o $out"""
-#: What the CUDA kernels are compiled for unless TORCH_CUDA_ARCH_LIST says otherwise; later GPUs compile the PTX when they load it.
+#: What the CUDA kernels are compiled for unless TORCH_CUDA_ARCH_LIST is set; later GPUs compile the PTX at load time.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -148,18 +148,18 @@ def build_cuda(target: Path, folder: Path) -> None:
         raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: the kernels need compute capability 8.0 or later, got {asked!r}")
     general = " ".join(f"'-gencode=arch=compute_{n},code={f'[sm_{n},compute_{n}]' if ptx else f'sm_{n}'}'" for n, ptx in wanted.items())
     source = HERE / "csrc" / "cuda"
-    objects = {folder / "slab.o": (source / "slab.cu", general)}
-    # Warpgroup products exist on 9.0 alone, under a name of its own that takes no PTX to later GPUs.
+    objects = {folder / "generic.o": (source / "generic.cu", general)}
+    # Warpgroup products exist on 9.0 only, as the architecture 9.0a, whose PTX does not run on later GPUs.
     if "90" in wanted:
-        objects[folder / "fused.o"] = (source / "fused.cu", "-gencode=arch=compute_90a,code=sm_90a")
+        objects[folder / "hopper.o"] = (source / "hopper.cu", "-gencode=arch=compute_90a,code=sm_90a")
     defines = f"-DMK_MODULE={target.name.partition('.')[0]} {'-DMK_FUSED' if '90' in wanted else ''}"
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
     objects[folder / "module.o"] = (source / "module.cpp", f"{includes} {defines}")
-    # In a toolkit installed by pip the libraries lie where nvcc does not look.
+    # In a toolkit that pip installed, the libraries are where nvcc does not look.
     ninja_build(folder, nvcc, NVCC_RULES, objects, (target, f"-L'{Path(nvcc).resolve().parents[1] / 'lib'}'"))
 
 
-#: What builds each extension: (where it goes, a folder for its objects) -> nothing, or CannotBuild.
+#: The function that builds each extension, from its path and a folder for its objects; raises CannotBuild.
 BUILDERS = {"marginkernels._cpu": build_cpu, "marginkernels._cuda": build_cuda}
 
 
@@ -177,7 +177,7 @@ class BuildOptional(build_ext):
             print(f"warning: {ext.name} is left out: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: what was built, or why it was not, to where the sources are."""
+        """For an editable install: copies what was built, or the reason why it was not, to the sources."""
         package = HERE / "marginkernels"
         for ext in self.extensions:
             built = Path(self.build_lib).resolve() / self.get_ext_filename(ext.name)
@@ -188,23 +188,23 @@ class BuildOptional(build_ext):
                     shutil.copy2(file, package)
 
 
-class BuildCheck(Command):
-    """csrc/cpu/check.cpp with the kernels, as a program to run under sanitizers: tests/test_sanitizers.py."""
+class BuildSelftest(Command):
+    """csrc/cpu/selftest.cpp with the kernels, as a program to run under sanitizers: tests/backends/test_sanitizers.py."""
 
     user_options = [("output=", None, "the program"), ("flags=", None, "flags of every step")]  # noqa: RUF012
 
     def initialize_options(self) -> None:
-        self.output, self.flags = "build/check", ""
+        self.output, self.flags = "build/selftest", ""
 
     def finalize_options(self) -> None:
         pass
 
     def run(self) -> None:
         target = Path(self.output).resolve()
-        compile_cpu(target, target.parent / "objects", "check.cpp", "", "", self.flags)
+        compile_cpu(target, target.parent / "objects", "selftest.cpp", "", "", self.flags)
 
 
 setup(
     ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": BuildOptional, "build_check": BuildCheck},
+    cmdclass={"build_ext": BuildOptional, "build_selftest": BuildSelftest},
 )

@@ -6,13 +6,13 @@ import argparse
 import importlib
 import sys
 
-#: Name -> what it does. Each is a module beside this one (of the same name, unless below) with ``add_arguments(parser)`` and
-#: ``run(args) -> exit status``; only the one that is asked for is imported.
+#: Name -> what it does. Each command is a module of this package (of the same name, unless ``MODULES`` says otherwise) with
+#: ``add_arguments(parser)`` and ``run(args) -> exit status``. Only the module of the given command is imported.
 COMMANDS = {
     "run": "time every provider on the cases of a preset and write the records",
-    "plot": "draw the pictures of record files",
+    "plot": "draw the plots of record files",
     "report": "write RESULTS.md from record files",
-    "compare": "fail where a new record file is slower than an old one, in ratio to a peer",
+    "compare": "fail where a new record file is slower than an old one, relative to the peers",
     "resources": "registers, stack and shared memory of the compiled kernels",
     "peers": "list every provider, and why one cannot run here",
 }
@@ -21,7 +21,7 @@ MODULES = {"peers": "listing"}
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of the fused heads beside their peers.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of the fused heads and their peers.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,14 +15,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """One head on one shape. ``dtype`` is the embeddings' and the products'; class centres are float32 throughout."""
+    """One head and one shape. ``dtype`` is that of the embeddings and the products; class centers are always float32."""
 
     head: str
     N: int
     D: int
     C: int
     dtype: str
-    train: bool = False  # time the optimizer step as well
+    train: bool = False  # also time the optimizer step
 
     def __str__(self) -> str:
         return f"{self.head} {self.dtype} N={self.N:,} D={self.D:,} C={self.C:,}"
@@ -34,7 +36,7 @@ class Case:
         return PHASES if self.train else PHASES[:2]
 
     def flop(self, phase: str) -> int:
-        """The accounting of ``tflops``: 2NDC for forward, 8NDC for a step."""
+        """Useful floating-point operations, as ``tflops`` counts them: 2NDC for forward, 8NDC for a step."""
         return (2 if phase == "forward" else 8) * self.product
 
     def gradient_bytes(self) -> int:
@@ -43,8 +45,16 @@ class Case:
     as_dict = asdict
 
 
-def _sweep(cs, ns, ds, dtypes, heads=("arcface",), train=False) -> list[Case]:
-    return [Case(head, n, d, c, dtype, train) for head in heads for c in cs for n in ns for d in ds for dtype in dtypes]
+def _sweep(
+    cs: Iterable[int],
+    ns: Iterable[int],
+    ds: Iterable[int],
+    dtypes: Iterable[str],
+    heads: Iterable[str] = ("arcface",),
+    train: bool = False,
+) -> list[Case]:
+    """Every combination."""
+    return [Case(head, n, d, c, dtype, train) for head, c, n, d, dtype in itertools.product(heads, cs, ns, ds, dtypes)]
 
 
 BOTH = tuple(DTYPES)
@@ -60,7 +70,7 @@ def _cpu_quick() -> list[Case]:
 
 
 def _cpu_full() -> list[Case]:
-    """Ordered by size, so that a provider too slow for a case is known from a smaller one."""
+    """Ordered by size, so that the time of a smaller case tells which providers would be too slow for a larger one."""
     return [
         *_sweep([1_000], [32], [512], BOTH),
         *_sweep([10_000], [256], [512], BOTH, ["arcface", "normface"]),
@@ -72,7 +82,7 @@ def _cpu_full() -> list[Case]:
 
 
 def _cuda_quick() -> list[Case]:
-    """The claims first: a report with a time limit may not reach the end."""
+    """The most important cases come first, because a run with a time limit may not reach the end."""
     return [
         *_sweep([1_000_000], [512, 1024, 4096], [512], ["bf16"]),
         *_sweep([10_000_000], [512], [512], ["bf16"]),
@@ -95,7 +105,7 @@ PRESETS = {("cpu", "quick"): _cpu_quick, ("cpu", "full"): _cpu_full, ("cuda", "q
 
 
 def preset(device: str, name: str) -> list[Case]:
-    """The cases of a preset; a case listed twice is timed once, with the optimizer step if either asks for it."""
+    """The cases of a preset. A case that is listed twice is timed once, with the optimizer step if either entry has it."""
     found: dict[tuple, Case] = {}
     for case in PRESETS[device, name]():
         key = (case.head, case.N, case.D, case.C, case.dtype)
@@ -105,7 +115,7 @@ def preset(device: str, name: str) -> list[Case]:
 
 
 def inputs(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, D) in the case's dtype, w (C, D) float32 and labels (N,): as in training, every other row lies near its class centre."""
+    """x (N, D) in the case's dtype, w (C, D) float32 and labels (N,). As in training, every other row lies near its class center."""
     g = torch.Generator(device).manual_seed(seed)
     w = torch.empty(case.C, case.D, device=device).normal_(std=0.1, generator=g)
     labels = torch.randint(case.C, (case.N,), generator=g, device=device)

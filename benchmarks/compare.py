@@ -1,27 +1,29 @@
-"""``python -m benchmarks compare BASE NEW``: has one of ours become slower, in ratio to peers timed in the same run?
+"""``python -m benchmarks compare BASE NEW``: has one of our backends become slower, relative to peers timed in the same run?
 
-Two runs may be on machines of different speed or load, so times are never compared across them: in each file our median is divided by a
-peer's of the same case, and the quotients are compared. Where several peers were timed in both, the median of the changes counts,
-so that one disturbed peer decides nothing.
+The two runs may come from machines of different speed or load, so times are never compared across files. In each file our median time is
+divided by that of a peer on the same case, and these ratios are compared. Where several peers were timed in both files, the median of the
+changes counts, so that one disturbed peer does not decide the result.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+from collections.abc import Sequence
 
 from .records import Records, is_ours, timed
 
 LIMIT = 0.10
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("base", metavar="BASE", help="record file to hold on to")
-    parser.add_argument("new", metavar="NEW", help="record file to judge")
-    parser.add_argument("--peer", help="compare with this peer alone")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="regression that fails, 0.10 is 10%% (default)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="record file to compare with")
+    parser.add_argument("new", metavar="NEW", help="record file to check")
+    parser.add_argument("--peer", help="compare relative to this peer only")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="slowdown that counts as a regression, 0.10 for 10%% (default)")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     changes, lost = compare(Records.read(args.base), Records.read(args.new), args.peer)
     worse = {k: v for k, v in changes.items() if v > 1 + args.limit}
     for (provider, *case), change in sorted(changes.items(), key=lambda item: -item[1]):
@@ -30,15 +32,19 @@ def run(args) -> int:
     for (provider, *case), status in lost.items():
         print(f"  LOST   {provider}  {_text(case)}  {status}")
     if not changes and not lost:
-        print("nothing to compare: the files share no case that one of ours and a peer did in both")
+        print("nothing to compare: no case was timed for one of our backends and a peer in both files")
         return 1
     print(f"{len(changes)} compared, {len(worse)} slower by more than {args.limit:.0%}, {len(lost)} lost")
     return 1 if worse or lost else 0
 
 
 def compare(base: Records, new: Records, peer: str | None = None) -> tuple[dict[tuple, float], dict[tuple, str]]:
-    """Changes of our time in ratio to the peers', above 1 is slower, by (provider, *case); and what had a figure in ``base``, was tried in
-    ``new`` and has none there, by the same key."""
+    """Compare the providers of this package in two record files.
+
+    Returns:
+        Both by (provider, *case): the change of our time relative to the peers, above 1 where it is slower; and the status of what was
+        timed in ``base`` and tried in ``new`` but has no time there.
+    """
     changes, lost = {}, {}
     for key in base.cases.keys() & new.cases.keys():
         before, after = timed(base.cases[key]), timed(new.cases[key])
@@ -54,6 +60,6 @@ def compare(base: Records, new: Records, peer: str | None = None) -> tuple[dict[
     return changes, lost
 
 
-def _text(case) -> str:
+def _text(case: Sequence) -> str:
     head, dtype, phase, n, d, c = case
     return f"{head} {dtype} {phase} N={n:,} D={d:,} C={c:,}"

@@ -1,4 +1,4 @@
-"""Where and with what a record was taken; nothing that names the machine or its folders."""
+"""The machine and the versions that a record was taken with, without host names or folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .measure import Device, copy_bandwidth
 from .peers import providers
 from .worker import without_folders
 
-#: What decides the speed of a product on an x86 core, in the order in which it is listed.
+#: The instruction sets that determine the speed of matrix products on x86, in the order in which they are listed.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
@@ -37,7 +37,7 @@ def describe(kind: str) -> dict:
         "triton": _version("triton"),
         "marginkernels": marginkernels.__version__,
         "commit": commit(),
-        "load": round(os.getloadavg()[0], 1),  # what else the machine was doing
+        "load": round(os.getloadavg()[0], 1),  # what else the machine was busy with
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "copy_gb_s": round(copy_bandwidth(Device(kind)) / 1e9, 1),
         "memory_method": "torch.cuda.max_memory_allocated" if kind == "cuda" else "resident high-water mark of the process",
@@ -52,7 +52,7 @@ def describe(kind: str) -> dict:
             "cuda": torch.version.cuda,
         }
     found["providers"] = {
-        p.name: {"note": p.note, "version": p.version(), "unavailable": without_folders(p.unavailable(kind) or "") or None}
+        p.name: {"note": p.note, "version": p.version(), "unavailable": without_folders(p.unavailable_reason(kind) or "") or None}
         for p in providers().values()
         if not getattr(p, "variant", "")
     }
@@ -81,14 +81,14 @@ def _version(module: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Short hash of the checkout, with ``+`` where tracked sources differ from it; None outside a checkout."""
+    """Short commit hash of the checkout, with ``+`` appended where tracked sources differ from it; None outside a checkout."""
     root = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # A change of the measured code, not of the figures or the words about them.
+        # Only changes of the measured code count, not of the records or the report.
         sources = ("../marginkernels", "../csrc", ".", ":!results", ":!RESULTS.md")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")

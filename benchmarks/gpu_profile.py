@@ -1,13 +1,14 @@
-"""``python -m benchmarks.gpu_profile``: where the GPU's time goes in a step of each of our backends, by kernel."""
+"""``python -m benchmarks.gpu_profile``: the GPU time of a step by kernel, for each backend of this package."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+from torch import Tensor
 
 from .cases import Case, inputs
-from .peers import providers
+from .peers import Work, providers
 
 CASE = Case("arcface", 1024, 512, 1_000_000, "bf16")
 STEPS = 3
@@ -19,12 +20,12 @@ def main() -> int:
     w.requires_grad_()
     status = 0
     for name, provider in providers().items():
-        reason = provider.unavailable("cuda") or provider.refuses(CASE, "cuda")
+        reason = provider.unavailable_reason("cuda") or provider.unsupported_reason(CASE, "cuda")
         if not provider.ours or reason is not None:
             continue
         try:
             _profile(name, provider.build(CASE, w), x, labels)
-        except Exception as error:  # the next backend's profile is worth having all the same
+        except Exception as error:  # go on with the next backend
             print(f"## {name}: {type(error).__name__}: {error}", flush=True)
             status = 1
         x.grad = w.grad = None
@@ -32,8 +33,8 @@ def main() -> int:
     return status
 
 
-def _profile(name: str, work, x, labels) -> None:
-    def step():
+def _profile(name: str, work: Work, x: Tensor, labels: Tensor) -> None:
+    def step() -> None:
         x.grad = work.weight.grad = None
         work.loss(x, labels).backward()
         torch.cuda.synchronize()

@@ -1,7 +1,8 @@
 """``make gpu-report OUT=DIR``: build, GPU tests, sanitizers, benchmarks and profile of one GPU, each within its own time limit.
 
-Every step runs in a process group of its own and adds to a file; one that fails, hangs or cannot run here leaves its reason in
-``summary.md`` and the next goes on. A step whose limit no longer fits into ``--seconds`` is left for another call (``STEPS="NAME ..."``).
+Every step runs in its own process group and appends to a log file. If a step fails, hangs or cannot run here, the reason goes to
+``summary.md`` and the next step runs. A step whose time limit exceeds what is left of ``--seconds`` is skipped; run it in another call
+(``STEPS="NAME ..."``).
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-#: Where CUDA's own tools lie where they are not on the path.
+#: Where to look for CUDA's tools that are not on the PATH.
 CUDA_BIN = Path("/usr/local/cuda/bin")
-#: Files in OUT, summary.md among them.
+#: The most files in OUT, including summary.md.
 MOST_FILES = 8
-#: Seconds of one call.
+#: Default time limit of one call, in seconds.
 SECONDS = 540
 
 
 @dataclass(frozen=True)
 class Step:
-    """``command`` gives the words to run, given OUT; ``missing`` the reason why it cannot run here, or None. Steps may share a ``file``."""
+    """One step of the report.
+
+    Attributes:
+        seconds: its time limit.
+        file: the log in OUT that its output is appended to; steps may share one.
+        command: OUT -> the command line to run.
+        missing: () -> why it cannot run here, or None.
+    """
 
     name: str
     seconds: int
@@ -47,7 +55,7 @@ def no_gpu() -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """The path of one of CUDA's tools, or None."""
+    """The path of a CUDA tool, or None."""
     return shutil.which(name) or shutil.which(name, path=str(CUDA_BIN))
 
 
@@ -56,7 +64,7 @@ def no_sanitizer() -> str | None:
 
 
 def make(target: str) -> list[str]:
-    """The target by itself: a build that failed has said so, and what needs no build goes on."""
+    """Make one target without its prerequisite ``build``: a failed build is reported by its own step, and must not stop the others."""
     return ["make", target, f"PYTHON={sys.executable}", *(["--old-file=build"] if target != "build" else [])]
 
 
@@ -79,7 +87,7 @@ def benchmark(out: Path) -> list[str]:
 
 
 def workspace(out: Path) -> list[str]:
-    """Each of our backends with and without what the row pass may keep for the class pass, in one run."""
+    """Each backend of this package with and without a workspace (what the row pass saves for the class pass), in one run."""
     from .peers import providers
 
     names = [name for name, provider in providers().items() if provider.ours]
@@ -89,7 +97,7 @@ def workspace(out: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks", "run", "--device", "cuda", "--providers", ",".join(chosen), *cases, "--json", path]
 
 
-#: What must be right first, then what is measured.
+#: Correctness first, then measurements.
 STEPS = (
     Step("build", 130, "tests.txt", lambda out: make("build"), no_gpu),
     Step("small", 60, "tests.txt", small, no_gpu),
@@ -105,7 +113,7 @@ STEPS = (
 
 
 def run_step(step: Step, out: Path) -> tuple[str, float]:
-    """Outcome and seconds."""
+    """Run one step; its outcome in words and the seconds that it took."""
     reason = step.missing()
     if reason is not None:
         return f"skipped: {reason}", 0.0
@@ -122,16 +130,16 @@ def run_step(step: Step, out: Path) -> tuple[str, float]:
             code = child.wait(step.seconds)
             outcome = "ok" if code == 0 else f"failed: exit status {code}"
         except subprocess.TimeoutExpired:
-            outcome = f"ended at its limit of {step.seconds} s; what it had written stands"
+            outcome = f"stopped at its limit of {step.seconds} s; its output so far is in the log"
         finally:
-            with contextlib.suppress(ProcessLookupError):  # what it started and left behind
+            with contextlib.suppress(ProcessLookupError):  # also the processes that it left behind
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     return outcome, time.monotonic() - start
 
 
 def report(out: Path, steps: tuple[Step, ...] = STEPS, seconds: float = SECONDS) -> dict[str, str]:
-    """Run the steps; step -> outcome. Writes ``summary.md`` after each, so that it is there whatever happens."""
+    """Run the steps; gives step -> outcome. ``summary.md`` is rewritten after each step, so that it is complete up to any interruption."""
     out.mkdir(parents=True, exist_ok=True)
     for step in steps:
         (out / step.file).unlink(missing_ok=True)
@@ -142,7 +150,7 @@ def report(out: Path, steps: tuple[Step, ...] = STEPS, seconds: float = SECONDS)
         if step.seconds <= end - time.monotonic():
             outcome, took = run_step(step, out)
         else:
-            outcome, took = f"skipped: its {step.seconds} s do not fit into what is left of {seconds:.0f}", 0.0
+            outcome, took = f"skipped: its limit of {step.seconds} s exceeds what is left of {seconds:.0f} s", 0.0
         outcomes[step.name] = outcome
         file = step.file if (out / step.file).exists() else ""
         rows.append(f"| {step.name} | {outcome} | {took:.0f} | {file} |")
@@ -164,9 +172,11 @@ def _machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"at most {MOST_FILES} files go here")
-    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="only these, in the usual order")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="start no step that may take longer than what is left of these")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"output folder; at most {MOST_FILES} files")
+    parser.add_argument("--steps", nargs="+", choices=[step.name for step in STEPS], help="run only these steps, in the usual order")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="total time limit; a step whose own limit exceeds what is left is skipped"
+    )
     args = parser.parse_args()
     steps = tuple(step for step in STEPS if not args.steps or step.name in args.steps)
     outcomes = report(args.out.resolve(), steps, args.seconds)

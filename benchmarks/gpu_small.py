@@ -1,4 +1,7 @@
-"""``python -m benchmarks.gpu_small [BACKEND ...]``: GPU backends on a few small ragged cases, for compute-sanitizer; seconds without it."""
+"""``python -m benchmarks.gpu_small [BACKEND ...]``: check the GPU backends on a few small ragged cases.
+
+Meant to run under compute-sanitizer; takes seconds without it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import sys
 
 import torch
 
-from marginkernels import verify
+from marginkernels import testing
 from marginkernels.backend import FUSED
 
-#: (N, D, C): one tile and less, ragged in every direction, several tiles.
+#: (N, D, C): less than one tile, about one tile, several tiles; ragged in every dimension.
 SHAPES = [(7, 40, 65), (33, 128, 517), (130, 512, 1100)]
 HEADS = ("arcface", "curricularface", "softmax")
-#: A backend whose kernels hang is ended after so many seconds.
+#: Time limit of one backend in seconds, in case its kernels hang.
 SECONDS = 25
 
 
 def main(names: list[str]) -> int:
-    """Every backend in a process of its own: an error on a GPU spoils the process that it happens in."""
+    """Check each backend in its own process, because a GPU error makes the process unusable."""
     if len(names) == 1:
         return check(names[0])
     return max((alone(name) for name in names or _here()), default=0)
@@ -28,26 +31,26 @@ def alone(name: str) -> int:
     try:
         return int(subprocess.run([sys.executable, "-m", "benchmarks.gpu_small", name], timeout=SECONDS).returncode != 0)
     except subprocess.TimeoutExpired:
-        print(f"{name}: ended after {SECONDS} s", flush=True)
+        print(f"{name}: stopped after {SECONDS} s", flush=True)
         return 1
 
 
 def _here() -> list[str]:
-    return [name for name, b in FUSED.items() if "cuda" in b.device_types and b.unavailable() is None]
+    return [name for name, b in FUSED.items() if "cuda" in b.device_types and b.unavailable_reason() is None]
 
 
 def check(name: str) -> int:
-    """1 if a case is wrong, 0 if none is."""
+    """Check one backend in this process; 1 if any case is wrong, else 0."""
     worst = 0
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            if FUSED[name].refuses("cuda", dtype, dtype, shape[1]) is not None:
+            if FUSED[name].unsupported_reason("cuda", dtype, dtype, shape[1]) is not None:
                 continue
-            kept = 0.6 * FUSED[name].workspace_bytes(shape[0], shape[2], dtype, 1 << 30) / 2**20
-            for head, mb in [(head, 0.0) for head in HEADS] + [(HEADS[0], kept)] * (kept > 0):
-                case = verify.Case.random(*shape, dtype, device="cuda")
-                found = max(verify.errors(case, verify.HEADS[head](shape[2]), name, workspace_mb=mb).values())
-                good = found <= verify.TOLERANCE[dtype]
+            saved = 0.6 * FUSED[name].workspace_bytes(shape[0], shape[2], dtype, 1 << 30) / 2**20
+            for head, mb in [(head, 0.0) for head in HEADS] + [(HEADS[0], saved)] * (saved > 0):
+                case = testing.Case.random(*shape, dtype, device="cuda")
+                found = max(testing.errors(case, testing.HEADS[head](shape[2]), name, workspace_mb=mb).values())
+                good = found <= testing.TOLERANCE[dtype]
                 worst |= not good
                 what = f"{name} {head} {dtype} {shape}{' with a workspace' if mb else ''}"
                 print(f"{what}: {found:.2e} {'ok' if good else 'WRONG'}", flush=True)

@@ -1,4 +1,4 @@
-"""The heads that are timed: for us a margin, for everybody else the target logit as a formula on (N,) cosines."""
+"""The heads that are timed: a margin for this package, and a formula of the target logit for the peers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ SCALE = 64.0
 
 @dataclass(frozen=True)
 class Head:
-    """``target``: cosines of the own class (N,) to target logits before the scale (N,), in any float dtype."""
+    """One head.
+
+    Attributes:
+        margin: makes the margin of this package.
+        target: target cosines (N,) -> target logits before the scale (N,), in any float dtype.
+    """
 
     name: str
     margin: Callable[[], mk.Margin]

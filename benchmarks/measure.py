@@ -1,4 +1,4 @@
-"""Clocks and memory of one process, on a CPU or a GPU."""
+"""Time and peak memory of calls in this process, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 from marginkernels.backend.cpu import release_memory
 
-#: Larger than any L2 cache of today.
+#: Larger than the L2 cache of any current GPU.
 FLUSH_BYTES = 256 << 20
-#: Side of the square matrices whose product stands for the machine's peak.
+#: Side of the square matrices whose product is taken as the machine's peak rate.
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 class Device:
-    """Times calls and watches memory. ``milliseconds`` returns the time of one call; its result lives until the clock has stopped."""
+    """Times calls and measures their peak memory on device ``kind``, ``cpu`` or ``cuda``."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -32,6 +32,7 @@ class Device:
             torch.cuda.synchronize()
 
     def milliseconds(self, call: Callable[[], object]) -> float:
+        """The time of one call. Its result is freed after the clock has stopped."""
         if self.kind == "cpu":
             start = time.perf_counter()
             result = call()
@@ -49,7 +50,7 @@ class Device:
         return start.elapsed_time(stop)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Highest memory during ``call``, less what was in use before it."""
+        """Peak memory during ``call``, minus the memory in use before it."""
         gc.collect()
         if self.kind == "cuda":
             torch.cuda.synchronize()
@@ -58,9 +59,9 @@ class Device:
             call()
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
-        # Pages that the allocator keeps would hide what the call needs.
+        # Freed pages that the allocator has not returned would hide what the call needs.
         _trim()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         call()
         return _status("VmHWM") - before
@@ -82,7 +83,13 @@ def _trim() -> None:
 
 @dataclass
 class Series:
-    """Samples of one thing, in milliseconds, and how many more are wanted."""
+    """Samples of one measurement, in milliseconds.
+
+    Attributes:
+        call: takes one sample.
+        budget_ms: sampling stops when the samples add up to this,
+        least, most: but not before ``least`` samples, and never after ``most``.
+    """
 
     call: Callable[[], float]
     budget_ms: float
@@ -95,14 +102,14 @@ class Series:
         return len(self.ms) >= self.most or (len(self.ms) >= self.least and sum(self.ms) >= self.budget_ms)
 
     def percentile(self, p: float) -> float:
-        """Linear between the samples, as numpy does."""
+        """The ``p``-th percentile, interpolated linearly as in numpy."""
         if len(self.ms) == 1:
             return self.ms[0]
         return statistics.quantiles(self.ms, n=100, method="inclusive")[round(p) - 1]
 
 
 def in_turn(series: dict[str, Series], failed: Callable[[str, Exception], None] = lambda *_: None) -> None:
-    """Sample everything round after round until each is done; the order rotates. What raises is reported and left out from there on."""
+    """Sample all series in rounds until each is done, in rotating order. A series that raises is reported to ``failed`` and dropped."""
     pending = dict(series)
     shift = 0
     enabled = gc.isenabled()
@@ -127,9 +134,9 @@ def in_turn(series: dict[str, Series], failed: Callable[[str, Exception], None] 
 
 
 def matrix_product(device: Device, dtype: torch.dtype) -> tuple[Callable[[], float], float]:
-    """A large square product: a call that gives its time in ms, and its floating-point operations."""
+    """A large square matrix product: a call that gives its time in ms, and its number of floating-point operations."""
     side = PEAK_SIDE[device.kind]
-    # Random, because a GPU multiplies constants at a higher clock.
+    # Random values, because a GPU draws less power and clocks higher on constant ones.
     a = torch.randn(side, side, device=device.kind, dtype=dtype)
     b = torch.randn(side, side, device=device.kind, dtype=dtype)
     out = torch.empty(side, side, device=device.kind, dtype=dtype)
@@ -137,7 +144,7 @@ def matrix_product(device: Device, dtype: torch.dtype) -> tuple[Callable[[], flo
 
 
 def copy_bandwidth(device: Device) -> float:
-    """Bytes a second, read and written, of the best of several large copies."""
+    """Bytes per second, read plus written, of the fastest of several large copies."""
     source = torch.ones((1 << 30 if device.kind == "cuda" else 1 << 28), dtype=torch.uint8, device=device.kind)
     target = torch.empty_like(source)
     best = min(device.milliseconds(lambda: target.copy_(source)) for _ in range(5))

@@ -1,15 +1,17 @@
-"""``python -m benchmarks plot``: the pictures of a record file."""
+"""``python -m benchmarks plot``: the plots of a record file."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .records import RESULTS, Records, committed, is_ours
 
 WIDTH = 10.0
-#: Ours are warm and heavy, peers cool and light; a provider keeps its colour in every picture.
-COLOURS = {
+#: Backends of this package have warm colors, peers cool ones. A provider has the same color in every plot.
+COLORS = {
     "marginkernels-hopper": "#d62728",
     "marginkernels-hopper+workspace": "#ff7f0e",
     "marginkernels-cuda": "#a4161a",
@@ -19,7 +21,7 @@ COLOURS = {
     "marginkernels-cpu": "#d62728",
     "marginkernels-cpu+workspace": "#ff7f0e",
     "marginkernels-cpu-recompute": "#f4a259",
-    "marginkernels-slab": "#bc6c25",
+    "marginkernels-torch": "#bc6c25",
     "eager": "#4c566a",
     "torch.compile": "#1f77b4",
     "pytorch-metric-learning": "#17a398",
@@ -30,7 +32,7 @@ COLOURS = {
     "quack": "#0b3c5d",
 }
 
-#: Beside ours in the roofline, where all would be too many.
+#: The peers in the roofline plot, where all of them would be too many.
 SHOWN_PEERS = ("torch.compile", "eager")
 
 
@@ -40,12 +42,12 @@ class Picture:
     what: str
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default: beside each record file)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the plots (default: next to each record file)")
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +63,7 @@ def run(args) -> int:
 
 
 def pictures(found: Records, out: Path = RESULTS) -> list[Picture]:
-    """Those that the file has enough points for."""
+    """The plots that the file has enough points for."""
     stem = Path(found.name).stem
     kinds = []
     if _sweep(found, "C"):
@@ -74,8 +76,11 @@ def pictures(found: Records, out: Path = RESULTS) -> list[Picture]:
 
 
 def _sweep(found: Records, axis: str, phase: str = "step") -> tuple[dict, dict[str, list[dict]]] | None:
-    """The group of cases that differ in ``axis`` alone and have the most values of it, three at least: what they share, and their
-    records by dtype."""
+    """The largest group of cases that differ only in ``axis``, with at least three values of it.
+
+    Returns:
+        What the cases have in common, and their records by dtype; None if there is no such group.
+    """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     fixed = [a for a in ("N", "D", "C") if a != axis]
     for r in found.records:
@@ -91,7 +96,7 @@ def _sweep(found: Records, axis: str, phase: str = "step") -> tuple[dict, dict[s
 def _style(provider: str) -> dict:
     ours = is_ours(provider)
     return {
-        "color": COLOURS.get(provider, "#999999"),
+        "color": COLORS.get(provider, "#999999"),
         "linewidth": 2.4 if ours else 1.4,
         "marker": "o" if ours else "s",
         "markersize": 6 if ours else 4,
@@ -99,10 +104,10 @@ def _style(provider: str) -> dict:
     }
 
 
-def _lines(ax, records: list[dict], axis: str, value: str) -> None:
-    """A line for each provider; a cross at the upper edge where it has no figure."""
+def _lines(ax: Any, records: list[dict], axis: str, value: str) -> None:
+    """Draw a line for each provider, and a cross at the upper edge where it was not timed."""
     missing: dict[float, list[str]] = {}
-    for provider in sorted({r["provider"] for r in records}, key=lambda name: list(COLOURS).index(name) if name in COLOURS else 99):
+    for provider in sorted({r["provider"] for r in records}, key=lambda name: list(COLORS).index(name) if name in COLORS else 99):
         mine = sorted((r for r in records if r["provider"] == provider), key=lambda r: r[axis])
         good = [r for r in mine if r["status"] == "ok"]
         if good:
@@ -112,14 +117,14 @@ def _lines(ax, records: list[dict], axis: str, value: str) -> None:
                 missing.setdefault(r[axis], []).append(provider)
     for at, names in missing.items():
         for i, name in enumerate(names):
-            colour = COLOURS.get(name, "#999999")
-            ax.plot([at], [0.98 - 0.045 * i], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False, zorder=4)
+            color = COLORS.get(name, "#999999")
+            ax.plot([at], [0.98 - 0.045 * i], "x", color=color, transform=ax.get_xaxis_transform(), clip_on=False, zorder=4)
     ax.grid(True, which="major", alpha=0.35)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _log_axis(axis, steps: tuple[int, ...] = (1,)) -> None:
-    """Plain numbers at ``steps`` times each power of ten."""
+def _log_axis(axis: Any, steps: tuple[int, ...] = (1,)) -> None:
+    """Label a logarithmic axis with plain numbers, at ``steps`` times each power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
@@ -127,14 +132,15 @@ def _log_axis(axis, steps: tuple[int, ...] = (1,)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _plain(v: float, _=None) -> str:
+def _plain(v: float, _: object = None) -> str:
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if v >= size:
             return f"{v / size:g}{letter}"
     return f"{v:g}"
 
 
-def _panels(rows: int, found: Records, groups: dict, title: str):
+def _panels(rows: int, found: Records, groups: dict, title: str) -> tuple[Any, Any]:
+    """A figure with ``rows`` rows of axes and one column per dtype."""
     import matplotlib.pyplot as plt
 
     size = (WIDTH, 3.7 * rows if rows > 1 else 4.6)
@@ -145,12 +151,12 @@ def _panels(rows: int, found: Records, groups: dict, title: str):
     return figure, axes
 
 
-def _legend(figure, axes, crosses: bool) -> None:
+def _legend(figure: Any, axes: Any, crosses: bool) -> None:
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if crosses:
         import matplotlib.lines
 
-        handles["no figure there (see RESULTS.md)"] = matplotlib.lines.Line2D([], [], color="#555555", marker="x", linestyle="")
+        handles["not timed (see RESULTS.md)"] = matplotlib.lines.Line2D([], [], color="#555555", marker="x", linestyle="")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
@@ -158,14 +164,14 @@ def _crossed(groups: dict) -> bool:
     return any(r["status"] != "ok" for records in groups.values() for r in records)
 
 
-def draw_classes(found: Records):
+def draw_classes(found: Records) -> Any:
     shared, groups = _sweep(found, "C")
     title = f"{shared['head']}, N={shared['N']:,}, D={shared['D']:,}: one step (forward and backward) against the number of classes C"
     figure, axes = _panels(2, found, groups, title)
     for column, records in enumerate(groups.values()):
         time, memory = axes[:, column]
         _lines(time, records, "C", "ms_p50")
-        # Below a megabyte the measure is noise; log axes want no zero.
+        # Below a megabyte the measurement is noise, and a log axis has no zero.
         _lines(memory, [r | {"peak_mb": max(1.0, r["peak_mb"])} if r["status"] == "ok" else r for r in records], "C", "peak_mb")
         time.loglog()
         memory.loglog()
@@ -178,7 +184,7 @@ def draw_classes(found: Records):
     return figure
 
 
-def draw_batch(found: Records):
+def draw_batch(found: Records) -> Any:
     shared, groups = _sweep(found, "N")
     title = f"{shared['head']}, D={shared['D']:,}, C={shared['C']:,}: useful TFLOP/s of a step (8NDC) against the batch size N"
     figure, axes = _panels(1, found, groups, title)
@@ -198,21 +204,21 @@ def draw_batch(found: Records):
 
 
 def intensity(r: dict) -> float:
-    """Useful operations for each byte that any implementation must move: centres read in each pass, their gradient written, the
-    embeddings and their gradient (float32 centres)."""
+    """Useful operations per byte that any implementation must move: the class centers (float32), read in both passes; their gradient,
+    written once; the embeddings and their gradient."""
     item = 4 if r["dtype"] == "fp32" else 2
     return 8 * r["N"] * r["D"] * r["C"] / (12 * r["C"] * r["D"] + 3 * item * r["N"] * r["D"])
 
 
-def draw_roofline(found: Records):
-    """Ours in full, two peers hollow; the largest D."""
+def draw_roofline(found: Records) -> Any:
+    """Backends of this package with filled markers, two peers with hollow ones, at the largest D."""
     import numpy as np
 
     steps = [r for r in found.records if r["phase"] == "step" and r["status"] == "ok" and r["head"] == "arcface"]
     largest = max(r["D"] for r in steps)
     groups = {dtype: [r for r in steps if r["dtype"] == dtype and r["D"] == largest] for dtype in ("fp32", "bf16")}
     groups = {dtype: records for dtype, records in groups.items() if records}
-    figure, axes = _panels(1, found, groups, f"Roofline of a step, D={largest:,}: useful TFLOP/s (8NDC) under what the machine allows")
+    figure, axes = _panels(1, found, groups, f"Roofline of a step, D={largest:,}: useful TFLOP/s (8NDC) below the limits of the machine")
     bandwidth = found.environment["copy_gb_s"] / 1e3  # TB/s
     for ax, records in zip(axes[0], groups.values(), strict=True):
         peak = max(r["mm_tflops"] for r in records)
@@ -226,27 +232,27 @@ def draw_roofline(found: Records):
         for r in records:
             if not is_ours(r["provider"]) and r["provider"] not in SHOWN_PEERS:
                 continue
-            colour = COLOURS.get(r["provider"], "#999999")
+            color = COLORS.get(r["provider"], "#999999")
             ax.plot(
                 intensity(r),
                 r["tflops"],
                 marker="o^sDv"[min(sizes.index(r["C"]), 4)],
                 markersize=7,
-                markerfacecolor=colour if is_ours(r["provider"]) else "none",
-                markeredgecolor=colour,
+                markerfacecolor=color if is_ours(r["provider"]) else "none",
+                markeredgecolor=color,
                 linestyle="",
             )
         for name in dict.fromkeys(r["provider"] for r in records):
-            colour = COLOURS.get(name, "#999999")
+            color = COLORS.get(name, "#999999")
             if is_ours(name) or name in SHOWN_PEERS:
-                ax.plot([], [], "o", color=colour, markerfacecolor=colour if is_ours(name) else "none", label=name)
+                ax.plot([], [], "o", color=color, markerfacecolor=color if is_ours(name) else "none", label=name)
         for i, c in enumerate(sizes):
             ax.plot([], [], "o^sDv"[min(i, 4)], color="#777777", markerfacecolor="none", label=f"C={c:,}")
         ax.loglog()
         _log_axis(ax.xaxis)
         _log_axis(ax.yaxis, (1, 2, 5))
         ax.set_ylim(top=3 * peak)
-        ax.set_xlabel("useful FLOP per byte that must move, about 2N/3")
+        ax.set_xlabel("useful FLOP per byte that must be moved, about 2N/3")
         ax.grid(True, which="major", alpha=0.35)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("TFLOP/s (8NDC)")

@@ -1,4 +1,4 @@
-"""Record files: reading, and the questions that pictures, tables and comparisons ask of them."""
+"""Record files: reading them, and the lookups that plots, tables and comparisons share."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "marginkernels-"
+#: Providers by the names that older record files have -> their names today. Record files are never rewritten, so readers translate.
+RENAMED = {"marginkernels-slab": "marginkernels-torch"}  # the plain PyTorch backend, until version 0.1
 
 Key = tuple[str, str, str, int, int, int]  # head, dtype, phase, N, D, C
 
 
 @dataclass
 class Records:
-    """One file. ``cases`` maps head, dtype, phase, N, D, C to provider -> record; each record knows its ``line`` in the file."""
+    """One record file.
+
+    Attributes:
+        records: each with its ``line`` in the file.
+        cases: (head, dtype, phase, N, D, C) -> provider -> record.
+    """
 
     name: str
     environment: dict
     records: list[dict]
     cases: dict[Key, dict[str, dict]] = field(default_factory=lambda: defaultdict(dict))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for r in self.records:
             self.cases[r["head"], r["dtype"], r["phase"], r["N"], r["D"], r["C"]][r["provider"]] = r
 
     @classmethod
     def read(cls, path: Path | str) -> Records:
+        """Read a file, with provider names as they are today (see ``RENAMED``)."""
         path = Path(path)
         text = path.read_text()
         loaded = json.loads(text)
         lines = [i for i, line in enumerate(text.splitlines(), 1) if line.lstrip().startswith('{"provider"')]
-        if len(lines) == len(loaded["records"]):  # a file that was reformatted has lost its line numbers
+        if len(lines) == len(loaded["records"]):  # else the file was reformatted, and has no line numbers
             loaded["records"] = [r | {"line": line} for r, line in zip(loaded["records"], lines, strict=True)]
-        return cls(path.name, loaded["environment"], loaded["records"])
+        environment, records = loaded["environment"], [r | {"provider": today(r["provider"])} for r in loaded["records"]]
+        environment["providers"] = {today(name): about for name, about in environment["providers"].items()}
+        return cls(path.name, environment, records)
 
     def providers(self) -> list[str]:
-        """Ours first, then the peers, each in the order in which they appear."""
+        """The backends of this package first, then the peers, each in order of appearance."""
         names = list(dict.fromkeys(r["provider"] for r in self.records))
         return sorted(names, key=lambda name: not is_ours(name))
 
@@ -50,21 +60,31 @@ class Records:
         return f"{e['cpu']}, {e['threads']} threads ({features})"
 
 
+def today(provider: str) -> str:
+    """A provider's current name."""
+    return RENAMED.get(provider, provider)
+
+
 def is_ours(provider: str) -> bool:
+    """Whether it is a backend of this package."""
     return provider.startswith(OURS)
 
 
 def timed(case: dict[str, dict]) -> dict[str, dict]:
-    """Those of a case that have a figure."""
+    """The records of a case that have a time."""
     return {name: r for name, r in case.items() if r["status"] == "ok"}
 
 
 def fastest(case: dict[str, dict], ours: bool | None = None) -> dict | None:
-    """The record with the smallest median, among ours, the peers, or all (None); None where nothing was timed."""
+    """The record with the smallest median, or None where nothing was timed.
+
+    Args:
+        ours: among the backends of this package (True), the peers (False) or all (None).
+    """
     candidates = [r for name, r in timed(case).items() if ours is None or is_ours(name) == ours]
     return min(candidates, key=lambda r: r["ms_p50"], default=None)
 
 
 def committed() -> list[Path]:
-    """The record files of ``run`` in ``results``; what else lies there has no environment block."""
+    """The record files of ``run`` in ``results``. Other files there have no environment block."""
     return [path for path in sorted(RESULTS.glob("*.json")) if "environment" in json.loads(path.read_text())]

@@ -1,9 +1,8 @@
 """``python -m benchmarks resources``: registers, stack and shared memory of every compiled kernel, without a GPU.
 
-A collector is a module beside this one with ``unavailable() -> why not, or None`` and ``collect(archs) -> records``. A record has
-``kernel``,
-``backend``, ``arch``, ``registers`` and ``stack_bytes`` a thread and ``shared_bytes`` a program; it may have ``shared_limit``, and
-``explained``: why its stack does no harm.
+A collector is a module of this package with ``unavailable_reason() -> why it cannot run here, or None`` and ``collect(archs) -> records``.
+A record has ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`` per thread and ``shared_bytes`` per program. It may have
+``shared_limit``, and ``explained``: why its use of the stack is acceptable.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ COLLECTORS = {"triton": "resources_triton", "cuda": "resources_cuda"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], metavar="SM", help="architectures, such as sm_80 sm_90 sm_100")
-    parser.add_argument("--only", nargs="+", choices=sorted(COLLECTORS), help="the collectors to ask; all that can run by default")
-    parser.add_argument("--dims", nargs="+", type=int, help="embedding dimensions of the Triton kernels; the whole table by default")
+    parser.add_argument("--only", nargs="+", choices=sorted(COLLECTORS), help="collectors to run; by default all that can run here")
+    parser.add_argument("--dims", nargs="+", type=int, help="embedding dimensions of the Triton kernels; all by default")
     parser.add_argument("--json", type=Path, help="write the records here")
 
 
@@ -30,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
         if args.only and name not in args.only:
             continue
         collector = importlib.import_module(f"benchmarks.{module}")
-        reason = collector.unavailable()
+        reason = collector.unavailable_reason()
         if reason:
-            print(f"{name}: left out, {reason}")
+            print(f"{name}: skipped, {reason}")
             if args.only:
                 return 1
             continue
@@ -42,19 +41,19 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"schema": "marginkernels.resources/1", "records": records}, indent=1) + "\n")
     found = faults(records)
-    print("\n".join(found) if found else f"{len(records)} kernels, no unexplained stack")
+    print("\n".join(found) if found else f"{len(records)} kernels, no unexplained use of the stack")
     return 1 if found or not records else 0
 
 
 def faults(records: list[dict]) -> list[str]:
-    """What must not be: a stack that nobody explained, more shared memory than there is."""
+    """Kernels that use the stack without an explanation, or more shared memory than there is."""
     found = []
     for r in records:
         name = f"{r['backend']} {r['arch']} {r['kernel']}"
         if r["stack_bytes"] > 0 and not r.get("explained"):
             found.append(f"{name}: {r['stack_bytes']} bytes of stack, unexplained")
         if r["shared_bytes"] > r.get("shared_limit", r["shared_bytes"]):
-            found.append(f"{name}: {r['shared_bytes']} bytes of shared memory, {r['shared_limit']} at most")
+            found.append(f"{name}: {r['shared_bytes']} bytes of shared memory, at most {r['shared_limit']} available")
     return found
 
 

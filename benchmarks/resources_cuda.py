@@ -1,4 +1,4 @@
-"""What each CUDA C++ kernel takes of a GPU, as nvcc reports it; needs nvcc, but neither a GPU nor the built extension."""
+"""The GPU resources of each CUDA C++ kernel, as nvcc reports them; needs nvcc, but neither a GPU nor the built extension."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-#: Which sources are compiled for an architecture: the fused kernels use instructions of 9.0 alone.
-FILES = {"sm_80": ("slab.cu",), "sm_90": ("slab.cu", "fused.cu")}
+#: The sources of each architecture: the fused kernels use instructions that exist on 9.0 only.
+FILES = {"sm_80": ("generic.cu",), "sm_90": ("generic.cu", "hopper.cu")}
 
 
-def unavailable() -> str | None:
+def unavailable_reason() -> str | None:
     """Why nothing can be collected here, or None."""
     missing = [name for name in ("nvcc", "c++filt") if not shutil.which(name)]
     return f"no {' and no '.join(missing)} on the PATH" if missing else None
@@ -25,9 +25,9 @@ def compile_source(source: str, arch: str, folder: Path = SOURCES) -> str:
     """nvcc's report on ``source`` in ``folder`` for ``arch`` ("sm_80"; "sm_90" stands for sm_90a where the source needs it).
 
     Raises:
-        RuntimeError: with the compiler's words where it fails.
+        RuntimeError: with the compiler's message if it fails.
     """
-    number = arch.removeprefix("sm_") + ("a" if source == "fused.cu" else "")
+    number = arch.removeprefix("sm_") + ("a" if source == "hopper.cu" else "")
     with tempfile.TemporaryDirectory() as scratch:
         command = ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas=-v", "-c"]
         done = subprocess.run([*command, str(folder / source), "-o", f"{scratch}/out.o"], capture_output=True, text=True)
@@ -37,8 +37,8 @@ def compile_source(source: str, arch: str, folder: Path = SOURCES) -> str:
 
 
 def parse(report: str) -> list[dict]:
-    """One record for each kernel of an nvcc report: ``kernel``, ``registers`` a thread, ``stack_bytes`` and ``spill_bytes`` a thread,
-    ``shared_bytes`` a block (without what a launch asks for besides)."""
+    """One record for each kernel of an nvcc report: ``kernel``, ``registers``, ``stack_bytes`` and ``spill_bytes`` per thread,
+    ``shared_bytes`` per block (static; without the dynamic shared memory of a launch)."""
     blocks = report.split("Compiling entry function '")[1:]
     names = subprocess.run(["c++filt"], input="\n".join(b.split("'")[0] for b in blocks), capture_output=True, text=True, check=True)
     records = []
@@ -47,13 +47,15 @@ def parse(report: str) -> list[dict]:
             int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups()
         )
         shared = re.search(r"(\d+) bytes smem", block)
-        records.append({
-            "kernel": readable(name),
-            "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
-            "stack_bytes": stack,
-            "spill_bytes": stores + loads,
-            "shared_bytes": int(shared.group(1)) if shared else 0,
-        })  # fmt: skip
+        records.append(
+            {
+                "kernel": readable(name),
+                "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
+                "stack_bytes": stack,
+                "spill_bytes": stores + loads,
+                "shared_bytes": int(shared.group(1)) if shared else 0,
+            }
+        )
     return records
 
 
@@ -67,15 +69,15 @@ def readable(name: str) -> str:
 
 def collect(archs: Iterable[str]) -> list[dict]:
     """Records of :func:`parse` for every kernel and architecture of ``archs`` that there are sources for, each with ``backend`` and
-    ``arch``. Where the extension is built, the shared memory that launches of the fused kernels ask for is added."""
+    ``arch``. If the extension is built, the dynamic shared memory of the fused kernels is added."""
     try:
         dynamic = importlib.import_module("marginkernels._cuda").fused_shared_bytes
     except (ImportError, AttributeError):
         dynamic = None
     records = []
     for arch in archs:
-        for source in FILES.get(arch.removesuffix("a"), ("slab.cu",)):
-            backend = "hopper" if source == "fused.cu" else "cuda"
+        for source in FILES.get(arch.removesuffix("a"), ("generic.cu",)):
+            backend = "hopper" if source == "hopper.cu" else "cuda"
             records += [{"backend": backend, "arch": arch, **r} for r in parse(compile_source(source, arch.removesuffix("a")))]
     for record in records:
         if dynamic and record["kernel"].startswith("fused_kernel"):

@@ -1,7 +1,8 @@
-"""``python -m benchmarks run``: a process per case, the records of all in one file."""
+"""``python -m benchmarks run``: one process per case, all records in one file."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -19,27 +21,27 @@ from .cases import DTYPES, Case, preset
 from .heads import HEADS
 from .peers import Provider, providers
 
-#: Sampling seconds of each provider and phase.
+#: Sampling time of each provider and phase, in seconds.
 SECONDS = {"quick": 0.4, "full": 0.6}
-#: A step that would take longer than this, by a smaller case of the same provider, is not run.
+#: A provider whose step would take more seconds than this, as estimated from its smaller cases, is not run.
 LONGEST_STEP = {("cpu", "quick"): 8.0, ("cpu", "full"): 30.0, ("cuda", "quick"): 5.0, ("cuda", "full"): 30.0}
-#: A case that hangs is ended after so many seconds.
+#: Time limit of one case in seconds, in case it hangs.
 CASE_SECONDS = {"cpu": 1200, "cuda": 300}
-#: Of the memory that is free, how much a case on a CPU may take.
+#: The share of the free memory that a case on a CPU may use.
 MEMORY_SHARE = 0.9
-#: NDC below which a step's time says nothing about a larger one.
+#: Below this NDC, the time of a step does not predict that of a larger case.
 TELLING = 10**9
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--preset", choices=tuple(SECONDS), default="quick", help="quick: minutes; full: what is committed")
-    parser.add_argument("--json", required=True, metavar="PATH", help="where the records go; written anew after each case")
-    parser.add_argument("--providers", metavar="NAME,...", help="only these (see `peers`)")
+    parser.add_argument("--preset", choices=tuple(SECONDS), default="quick", help="quick: takes minutes; full: the committed records")
+    parser.add_argument("--json", required=True, metavar="PATH", help="output file; rewritten after each case")
+    parser.add_argument("--providers", metavar="NAME,...", help="run only these (see `peers`)")
     shape = "HEAD,DTYPE,N,D,C"
-    parser.add_argument("--case", action="append", type=_case, metavar=shape, help="this case, not the preset's; may be given again")
-    parser.add_argument("--train", action="store_true", help="time the optimizer step in every case too")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case after this")
+    parser.add_argument("--case", action="append", type=_case, metavar=shape, help="run this case instead of the preset; may be repeated")
+    parser.add_argument("--train", action="store_true", help="also time the optimizer step, in every case")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case after this time")
 
 
 def _case(text: str) -> Case:
@@ -49,7 +51,7 @@ def _case(text: str) -> Case:
     return Case(head, *map(int, sizes), dtype)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     from .environment import describe
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -64,7 +66,7 @@ def run(args) -> int:
     cases = args.case or preset(args.device, args.preset)
     if args.train:
         cases = [Case(**(case.as_dict() | {"train": True})) for case in cases]
-    able = [known[name] for name in known if name in chosen and known[name].unavailable(args.device) is None]
+    able = [known[name] for name in known if name in chosen and known[name].unavailable_reason(args.device) is None]
     results = {"environment": describe(args.device) | {"preset": "custom" if args.case else args.preset}, "records": []}
     path = Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def run(args) -> int:
     with tqdm(cases, unit="case", dynamic_ncols=True) as bar:
         for case in bar:
             if args.time_limit and time.monotonic() - started > args.time_limit:
-                bar.write(f"time limit: {case} and what follows was not run")
+                bar.write(f"time limit: {case} and the cases after it were not run")
                 results["environment"]["stopped_before"] = str(case)
                 break
             bar.set_description(str(case))
@@ -85,7 +87,7 @@ def run(args) -> int:
 
 
 def write(path: Path, results: dict) -> None:
-    """One record a line; whole or not at all."""
+    """Write one record per line. The file is replaced atomically."""
     lines = ",\n".join("  " + json.dumps(r) for r in results["records"])
     environment = json.dumps(results["environment"], indent=1).replace("\n", "\n ")
     text = f'{{\n "environment": {environment},\n "records": [\n{lines}\n ]\n}}\n'
@@ -94,14 +96,14 @@ def write(path: Path, results: dict) -> None:
     os.replace(part, path)
 
 
-def run_case(case: Case, device: str, able: list[Provider], earlier: list[dict], preset_name: str, bar) -> list[dict]:
-    """The records of one case, unsupported and refused ones included."""
+def run_case(case: Case, device: str, able: list[Provider], earlier: list[dict], preset_name: str, bar: Any) -> list[dict]:
+    """The records of one case, including those of providers that do not support it or were not run."""
     from .worker import _record
 
     available = psutil.virtual_memory().available if device == "cpu" else None
     records, names = [], []
     for provider in able:
-        reason = provider.refuses(case, device)
+        reason = provider.unsupported_reason(case, device)
         if reason is not None:
             if not provider.ours:
                 records += [_record(case, provider, phase, status="unsupported", reason=reason) for phase in case.phases]
@@ -111,7 +113,7 @@ def run_case(case: Case, device: str, able: list[Provider], earlier: list[dict],
             reason = f"not run: about {seconds:.0f} s a step by its smaller cases"
             records += [_record(case, provider, phase, status="too slow", reason=reason) for phase in case.phases]
             continue
-        # Centres, their gradient, momentum where it is timed, and what the judge holds beside them.
+        # Centers, their gradient, momentum where it is timed, and what the float64 reference needs.
         needed = provider.expected_bytes(case) + (3 if case.train else 2) * case.C * case.D * 4 + (1 << 30)
         if available is not None and needed > MEMORY_SHARE * available:
             reason = f"not run: needs about {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB free"
@@ -124,7 +126,7 @@ def run_case(case: Case, device: str, able: list[Provider], earlier: list[dict],
         found, died, how = _spawn(job, CASE_SECONDS[device], bar)
         if died is None:
             return records + found
-        # The one that brought the process down has its verdict; the others start again without it.
+        # Record the failure of the provider that killed the process, and start again without it.
         culprits = [died] if died in names else list(names)
         status = "oom" if "signal 9" in how else "failed"
         by_name = {p.name: p for p in able}
@@ -134,7 +136,7 @@ def run_case(case: Case, device: str, able: list[Provider], earlier: list[dict],
 
 
 def expected_seconds(earlier: list[dict], provider: str, case: Case) -> float | None:
-    """Of one step, in proportion to NDC, by the largest case of the same head and dtype that was timed; None where there is none."""
+    """Estimated time of one step, scaled by NDC from the largest timed case of the same head and dtype; None where there is none."""
     wanted = (provider, case.head, case.dtype, "step", "ok")
     same = [r for r in earlier if (r["provider"], r["head"], r["dtype"], r["phase"], r["status"]) == wanted]
     known = [(r["N"] * r["D"] * r["C"], r["ms_p50"]) for r in same if r["N"] * r["D"] * r["C"] >= TELLING]
@@ -144,8 +146,12 @@ def expected_seconds(earlier: list[dict], provider: str, case: Case) -> float | 
     return 1e-3 * ms * max(1.0, case.product / product)
 
 
-def _spawn(job: dict, limit: float, bar) -> tuple[list[dict], str | None, str]:
-    """Run the worker; its records, and where it did not end well who was running and how it ended."""
+def _spawn(job: dict, limit: float, bar: Any) -> tuple[list[dict], str | None, str]:
+    """Run the worker.
+
+    Returns:
+        Its records; and, where it did not end well, the provider that was running and how the process ended (else None and "").
+    """
     from .worker import EVENT, without_folders
 
     records, running = [], None
@@ -183,7 +189,7 @@ def _spawn(job: dict, limit: float, bar) -> tuple[list[dict], str | None, str]:
         errors.seek(0)
         last = without_folders(([line.strip() for line in errors.read().splitlines() if line.strip()] or [""])[-1])
     if expired:
-        how = f"ended after {limit:.0f} s"
+        how = f"stopped after {limit:.0f} s"
     else:
         how = f"ended by signal {-code}" if code < 0 else f"ended with status {code}: {last}"[:160]
     return [], running or "nothing", how

@@ -1,9 +1,9 @@
-"""Memory and exchanged bytes of a class-parallel head against ranks and classes: ``python -m benchmarks.scaling``.
+"""``python -m benchmarks.scaling``: memory and communication of a class-parallel head by number of ranks and classes.
 
-Measured on Gloo ranks of this machine's CPU: the peak resident memory of the fullest rank, above what it held before the head was
-made, over two SGD steps; and the bytes that one rank receives in a step, as the collectives count them. Beside them what the planner
-says of the same.
-Further sizes are the planner's alone. Writes ``scaling.json`` and ``scaling.md``.
+Measured on Gloo ranks on this machine's CPU: the peak resident memory of the rank with the most, above what it used before the head was
+made, over two SGD steps; and the bytes that one rank receives in a step, as counted by the collectives. The planner's figures are listed
+next to them. Larger sizes are planned only. Writes ``scaling.json`` and ``scaling.md``; with ``--render`` nothing is measured, and
+``scaling.md`` is rewritten from the existing record.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import marginkernels as mk
-from marginkernels import optim, plan
+from marginkernels import optim
 from marginkernels.backend.cpu import release_memory
-from marginkernels.backend.slab import SLAB_ELEMENTS
-from marginkernels.distributed import collectives
+from marginkernels.cli import plan
+from marginkernels.core.numerics import CHUNK_ELEMENTS
+from marginkernels.distributed import _collectives as collectives
 
 DIM, BATCH = 128, 32
 MEASURED = [(ranks, classes, rate) for rate in (1.0, 0.1) for classes in (200_000, 800_000) for ranks in (1, 2, 4)]
-#: The planner's own lines: GPUs and million classes, each with and without sampling; everything else is the planner's default.
+#: GPUs and million classes of the planned rows, each with and without sampling; everything else is the planner's default.
 PLANNED = [(1, 1), (8, 1), (8, 10), (8, 30), (16, 30), (64, 30), (64, 100)]
 RATES = (1.0, 0.1)
 
 
 def resident(name: str) -> int:
-    """A line of Linux's ``/proc/self/status`` in bytes."""
+    """A field of Linux's ``/proc/self/status`` in bytes."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
@@ -54,7 +55,7 @@ def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str
         ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as refs:
-            refs.write("5")  # the peak counts from here
+            refs.write("5")  # resets the peak
         head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate, workspace_mb=0)
         optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
         step(head, optimizer, classes)
@@ -62,7 +63,7 @@ def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str
         step(head, optimizer, classes)
         return {"peak_bytes": resident("VmHWM") - before, "received": collectives.received(head.shard.group)}
 
-    run(1000, 0.5)  # what the first steps leave behind
+    run(1000, 0.5)  # warm-up: allocations of the first steps that stay
     found = [run(*case) for case in cases]
     Path(folder, str(rank)).write_text(json.dumps(found))
     dist.barrier()
@@ -93,10 +94,11 @@ def measure() -> list[dict]:
 
 
 def arguments(gpus: int, millions: int, rate: float) -> argparse.Namespace:
+    """The planner's arguments for one planned row."""
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
-    asked = {"classes": millions * 1_000_000, "gpus": gpus, "sample-rate": rate, "reserve": 0}
-    return parser.parse_args([f"--{name}={value}" for name, value in asked.items()])
+    options = {"classes": millions * 1_000_000, "gpus": gpus, "sample-rate": rate, "reserve": 0}
+    return parser.parse_args([f"--{name}={value}" for name, value in options.items()])
 
 
 def planned() -> list[dict]:
@@ -104,9 +106,10 @@ def planned() -> list[dict]:
 
 
 def markdown(measured: list[dict], plans: list[dict]) -> str:
+    """Both tables. Sums over a plan's parts do not depend on their names, so that older records can be rendered too."""
     lines = [
         f"Measured on CPU ranks (D = {DIM}, {BATCH} rows on each, float32, SGD with momentum). In brackets the planner's figure, which",
-        f"allows up to {6 * 4 * SLAB_ELEMENTS / 1e6:.0f} MB for the slabs that the plain PyTorch backend needs and kernels do not:",
+        f"includes up to {6 * 4 * CHUNK_ELEMENTS / 1e6:.0f} MB for the chunks of logits that the plain PyTorch backend needs:",
         "",
         "| classes | sample rate | ranks | peak memory of a rank, MB | received by a rank in a step, kB |",
         "|---:|---:|---:|---:|---:|",
@@ -119,8 +122,9 @@ def markdown(measured: list[dict], plans: list[dict]) -> str:
     a = arguments(*PLANNED[0], 1.0)
     lines += [
         "",
-        f"Planned (D = {a.dim}, {a.batch} rows on each GPU, {a.weight} centres, {a.embedding} embeddings, {a.optimizer}, without the "
-        f"backbone); the time assumes {a.rate:g} TFLOP/s, {a.bandwidth:g} GB/s of memory and {a.link:g} GB/s of link, nothing overlapping:",
+        f"Planned (D = {a.dim}, {a.batch} rows on each GPU, {a.weight} centers, {a.embedding} embeddings, {a.optimizer}, without the "
+        f"backbone); the time assumes {a.rate:g} TFLOP/s, {a.bandwidth:g} GB/s of memory bandwidth and {a.link:g} GB/s of link bandwidth, "
+        "without overlap:",
         "",
         "| classes | GPUs | sample rate | memory of a GPU, GB | received by a GPU in a step, MB | TFLOP of a GPU | step, ms |",
         "|---:|---:|---:|---:|---:|---:|---:|",
@@ -137,7 +141,13 @@ def markdown(measured: list[dict], plans: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling", help="folder (default: %(default)s)")
+    parser.add_argument("--render", action="store_true", help="measure nothing, and write scaling.md from the scaling.json in the folder")
     args = parser.parse_args()
+    if args.render:
+        record = json.loads((args.out / "scaling.json").read_text())
+        (args.out / "scaling.md").write_text(markdown(record["measured"], record["planned"]))
+        print(args.out / "scaling.md")
+        return
     measured, plans = measure(), planned()
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "marginkernels": mk.__version__, "cpu_count": os.cpu_count()}

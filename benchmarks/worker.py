@@ -1,7 +1,7 @@
-"""One case in a process of its own: ``python -m benchmarks.worker``, the case on standard input, events on standard output.
+"""``python -m benchmarks.worker``: run one case in this process; the case comes on standard input, events go to standard output.
 
-An event is a line that begins with ``EVENT`` and goes on as JSON: ``{"running": provider}`` before anything of a provider runs, so that
-whoever started this process knows which one killed it, and ``{"record": {...}}`` for each finished figure.
+An event is a line of ``EVENT`` followed by JSON: ``{"running": provider}`` before a provider runs, so that the parent process knows which
+provider killed this one, and ``{"record": {...}}`` for each finished measurement.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ import re
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from marginkernels import verify
+from marginkernels import testing
 
 from .cases import DTYPES, Case, inputs
 from .measure import Device, Series, in_turn, matrix_product
 from .peers import Provider, Work, providers
-from .reference import expected
+from .reference import Expected, expected
 
 EVENT = "EVENT "
-#: A step beyond this has one sample of each phase instead of three, and no peak memory of forward alone.
+#: A slower step is sampled once per phase instead of three times, and has no peak memory of the forward phase.
 SLOW_MS = 8_000.0
-#: The tolerance of each output is ``verify.TOLERANCE``, or eager's own error in that output and dtype times this where that is larger.
+#: The tolerance of each output is ``testing.TOLERANCE``, or eager's error in that output and dtype times this, whichever is larger.
 OVER_EAGER = 3.0
-#: Errors after which a process can use its GPU no more.
+#: Errors after which a process can no longer use its GPU.
 STICKY = ("illegal memory access", "illegal instruction", "misaligned address", "device-side assert", "launch failure")
 
 
-def emit(**event) -> None:
+def emit(**event: object) -> None:
     print(EVENT + json.dumps(event), flush=True)
 
 
 def without_folders(text: str) -> str:
-    """Paths down to their last part: records are for others to read."""
+    """``text`` with paths reduced to their last part, because records are published."""
     return re.sub(r"(?:/[^\s/:'\"()]+)+/", "", text)
 
 
 def reason_of(error: Exception) -> tuple[str, str]:
-    """Status and one line of reason."""
+    """The status of a record, and the reason in one line."""
     text = without_folders(" ".join(str(error).split()))
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in text or "can't allocate memory" in text:
         return "oom", text[:160]
@@ -50,29 +52,38 @@ def reason_of(error: Exception) -> tuple[str, str]:
 
 
 class Runner:
-    """One provider on one case."""
+    """One provider on one case. ``optimizers`` is shared by all runners of a case: id of a weight -> its optimizer."""
 
-    def __init__(self, provider: Provider, case: Case, device: Device, x, w, labels, optimizers):
+    def __init__(
+        self,
+        provider: Provider,
+        case: Case,
+        device: Device,
+        x: Tensor,
+        w: Tensor,
+        labels: Tensor,
+        optimizers: dict[int, torch.optim.Optimizer],
+    ):
         self.provider, self.case, self.device = provider, case, device
         self.x, self.labels = x, labels
         self.work: Work = provider.build(case, w)
         self._optimizers = optimizers
 
-    def forward(self):
+    def forward(self) -> Tensor:
         return self.work.loss(self.x, self.labels)
 
-    def step(self):
+    def step(self) -> Tensor:
         loss = self.forward()
         loss.backward()
         return loss
 
-    def train(self):
+    def train(self) -> None:
         self.step()
         self._optimizer().step()
 
-    def _optimizer(self):
-        """One for each weight, so that providers that share the centres share the momentum. At rate 0 the same work is done and the
-        centres stay as they are."""
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """One for each weight, so that providers that share the centers also share the momentum. The learning rate is 0: the work is the
+        same, and the centers do not change."""
         weight = self.work.weight
         if id(weight) not in self._optimizers:
             self._optimizers[id(weight)] = torch.optim.SGD([weight], lr=0.0, momentum=0.9, weight_decay=5e-4, fused=weight.is_cuda)
@@ -89,7 +100,7 @@ class Runner:
             self.release()
 
     def peak_mb(self, phase: str) -> float:
-        """Beyond inputs and, where the phase makes them, gradients."""
+        """Peak memory beyond the inputs and, in phases that produce them, the gradients."""
         try:
             peak = self.device.peak_bytes(getattr(self, phase))
             made = 0 if self.x.grad is None else self.case.gradient_bytes()
@@ -98,8 +109,8 @@ class Runner:
             self.release()
 
 
-def check(runner: Runner, want) -> tuple[dict[str, float], float]:
-    """Errors of the provider on the very case that is timed, and the seconds that its first step took."""
+def check(runner: Runner, want: Expected) -> tuple[dict[str, float], float]:
+    """Errors of the provider on the same case that is timed, and the seconds that its first step took."""
     start = time.perf_counter()
     loss = runner.step()
     runner.device.synchronize()
@@ -110,29 +121,29 @@ def check(runner: Runner, want) -> tuple[dict[str, float], float]:
 
 
 def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: int | None) -> None:
-    """Emit a record for every phase of each of ``names``, which all can do the case.
+    """Emit a record for every phase of each provider of ``names``, all of which support the case.
 
     Args:
-        seconds: wanted sampling time of each provider and phase.
-        memory_bytes: how much this process may allocate; what goes beyond is out of memory. None for no limit.
+        seconds: sampling time of each provider and phase.
+        memory_bytes: how much this process may allocate; allocations beyond it fail as out of memory. None for no limit.
     """
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     device = Device(kind)
     known = providers()
     x, w, labels = inputs(case, kind)
-    judges = dict.fromkeys((False, True))
+    references: dict[bool, Expected | None] = {False: None, True: None}  # by whether the target gradient is detached
     x.requires_grad_()
     w.requires_grad_()
     optimizers: dict = {}
     runners: dict[str, Runner] = {}
     checks: dict[str, dict] = {}
     slow: set[str] = set()
-    tolerance = dict.fromkeys(("loss", "dx", "dw_own", "dw_rest"), verify.TOLERANCE[DTYPES[case.dtype]])
+    tolerance = dict.fromkeys(("loss", "dx", "dw_own", "dw_rest"), testing.TOLERANCE[DTYPES[case.dtype]])
 
     def fail(name: str, status: str, reason: str) -> None:
         if kind == "cuda" and any(text in reason for text in STICKY):
-            emit(running=name)  # whoever started this process goes on without it
+            emit(running=name)  # the parent process goes on without this provider
             print(reason, file=sys.stderr, flush=True)
             os._exit(70)
         runners.pop(name, None)
@@ -146,24 +157,26 @@ def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: i
         emit(running=name)
         detached = case.head in known[name].detached_heads
         try:
-            if judges[detached] is None:
-                judges[detached] = expected(x, w, labels, case.head, detached)
+            want = references[detached]
+            if want is None:
+                want = references[detached] = expected(x, w, labels, case.head, detached)
             runners[name] = Runner(known[name], case, device, x, w, labels, optimizers)
-            errors, first = check(runners[name], judges[detached])
+            errors, first = check(runners[name], want)
         except Exception as error:
             x.grad = w.grad = None
             fail(name, *reason_of(error))
             continue
         if name == "eager":
             tolerance = {k: max(v, OVER_EAGER * errors[k]) for k, v in tolerance.items()}
-        # The output nearest to, or furthest beyond, what is tolerated; NaN is beyond everything.
+        # The output with the largest error relative to its tolerance; NaN counts as infinite.
         worst = max(errors, key=lambda k: errors[k] / tolerance[k] if errors[k] == errors[k] else float("inf"))
         checks[name] = {"error": errors[worst], "error_in": worst, "tolerance": tolerance[worst]}
         if not errors[worst] <= tolerance[worst]:
-            fail(name, "failed check", f"relative error {errors[worst]:.2e} in {worst}, tolerated {tolerance[worst]:.2e}")
+            fail(name, "failed check", f"relative error {errors[worst]:.2e} in {worst}, tolerance {tolerance[worst]:.2e}")
         elif first * 1e3 > SLOW_MS:
             slow.add(name)
-    del judges
+    references.clear()
+    want = None
     gc.collect()
 
     peaks: dict[tuple[str, str], float] = {}
@@ -171,14 +184,14 @@ def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: i
     for name, runner in list(runners.items()):
         emit(running=name)
         try:
-            for phase in reversed(case.phases):  # the first step of all was the warm-up of a slow one
+            for phase in reversed(case.phases):  # a slow provider was warmed up by its check
                 if name not in slow:
                     runner.milliseconds(phase)
                 start = time.perf_counter()
                 if phase != "forward" or name not in slow:
                     peaks[name, phase] = runner.peak_mb(phase)
                 if 1e3 * (time.perf_counter() - start) <= SLOW_MS and phase != "forward":
-                    slow.discard(name)  # compiling was most of it
+                    slow.discard(name)  # its check was slow because it compiled
         except Exception as error:
             fail(name, *reason_of(error))
             continue
@@ -222,7 +235,7 @@ def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: i
             )
 
 
-def _record(case: Case, provider: Provider, phase: str, *, status: str = "ok", reason: str | None = None, **figures) -> dict:
+def _record(case: Case, provider: Provider, phase: str, *, status: str = "ok", reason: str | None = None, **figures: Any) -> dict:
     record = {
         "provider": provider.name,
         "head": case.head,
@@ -239,8 +252,8 @@ def _record(case: Case, provider: Provider, phase: str, *, status: str = "ok", r
     return record | {name: _rounded(figures.get(name)) for name in names} | {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def _rounded(v):
-    """Five digits are more than a clock knows; JSON has no NaN."""
+def _rounded(v: Any) -> Any:
+    """Floats to five significant digits, and None for NaN and infinity, which JSON does not have."""
     if isinstance(v, float):
         return float(f"{v:.5g}") if v == v and abs(v) != float("inf") else None
     return v

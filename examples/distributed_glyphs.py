@@ -1,10 +1,10 @@
-"""Class-parallel training on rendered glyphs: one backbone a rank under DDP, the class centres divided over the ranks.
+"""Class-parallel training on rendered glyphs: the backbone is replicated with DDP, the class centers are divided over the ranks.
 
     python examples/distributed_glyphs.py                                        # one process, no process group
     torchrun --nproc-per-node 2 examples/distributed_glyphs.py                    # two CPU ranks (Gloo), or two GPUs (NCCL)
     torchrun --nproc-per-node 2 examples/distributed_glyphs.py --sample-rate 0.1  # a tenth of the classes in each step
 
-A run that was stopped goes on from its last checkpoint, also on another number of ranks: start it again with the same ``--folder``.
+To resume a stopped run from its last checkpoint, also on another number of ranks, start it again with the same ``--folder``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,19 +25,19 @@ from marginkernels.demo import data
 from marginkernels.demo.evaluate import verify_pairs
 from marginkernels.demo.model import GlyphNet
 from marginkernels.demo.train import augment, embed
-from marginkernels.distributed import export_centres, latest, load, save
+from marginkernels.distributed import export_centers, latest, load, save
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample-rate", type=float, default=1.0)
-    parser.add_argument("--log-q", action="store_true", help="correct the logits of drawn classes for the chance of being drawn")
+    parser.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes that take part in a step")
+    parser.add_argument("--log-q", action="store_true", help="correct the logits of drawn classes for their probability of being drawn")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=256, help="rows of all ranks together")
+    parser.add_argument("--batch", type=int, default=256, help="batch size over all ranks")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--identities", type=int, default=None, help="draw this many at random (default: all)")
+    parser.add_argument("--identities", type=int, default=None, help="use only this many, drawn at random (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/distributed"))
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args()
@@ -71,11 +72,11 @@ def main() -> None:
         log_q=args.log_q,
         device=device,
     )
-    # One optimizer for both: of a sampled head it moves the drawn rows, of the backbone everything.
+    # One optimizer for both: it updates all of the backbone, and with sampling only the drawn rows of the head.
     optimizer = optim.AdamW([*model.parameters(), *head.parameters()], lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.2)
 
-    def extra(step: int) -> dict:
+    def extra(step: int) -> dict[str, Any]:
         return {"net": net.state_dict(), "schedule": schedule.state_dict(), "step": step}
 
     step = 0
@@ -88,7 +89,7 @@ def main() -> None:
             print(f"resumed from {path}", flush=True)
     loss = torch.tensor(float("nan"))
     while step < args.steps:
-        # Of the step alone: the same rows on any number of ranks, resumed or not.
+        # Depends only on the step, so that the rows are the same on any number of ranks, also in a resumed run.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         chosen = torch.randint(len(labels), (args.batch,), generator=generator).tensor_split(ranks)[rank].to(device)
         embeddings = model(augment(images[chosen], generator))
@@ -102,11 +103,11 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.4f}, top-1 {head.stats['top1'].item():.3f}", flush=True)
         if step % args.save_every == 0 or step == args.steps:
             save(args.folder / f"step-{step}", head, optimizer, extra(step))
-    export_centres(head, args.folder / "centres.npy")
+    export_centers(head, args.folder / "centers.npy")
     if rank == 0:
         found = verify_pairs(embed(net, torch.from_numpy(test.images).to(device)), torch.from_numpy(test.identities).to(device))
         rates = {f"TAR@FAR={far:g}": found.tar(far) for far in (1e-2, 1e-3, 1e-4)}
-        asked = {
+        settings = {
             "ranks": ranks,
             "steps": args.steps,
             "batch": args.batch,
@@ -115,7 +116,7 @@ def main() -> None:
             "seed": args.seed,
         }
         about = {"identities": classes, "verified_on": len(test.characters), "loss": loss.item()}
-        (args.folder / "result.json").write_text(json.dumps({**asked, **about, **rates}))
+        (args.folder / "result.json").write_text(json.dumps({**settings, **about, **rates}))
         print(f"{classes} identities, verified on {len(test.characters)} others:", ", ".join(f"{k} {v:.4f}" for k, v in rates.items()))
     if group is not None:
         dist.destroy_process_group()

@@ -1,12 +1,70 @@
-"""Margin-softmax heads for huge identity counts, fused: normalise, product, margin, softmax and cross-entropy without the logits."""
+"""Margin-softmax heads for huge identity counts, fused: normalize, product, margin, softmax and cross-entropy without the logits."""
 
-from . import optim
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import _deprecated, optim
+from ._version import __version__
 from .backend import backends
-from .center import CenterLoss
-from .functional import head_losses, margin_cross_entropy
+from .center_loss import CenterLoss
+from .core.labels import raise_pending_label_errors
 from .head import MarginHead
-from .margins import *  # noqa: F403
-from .margins import __all__ as _margins
+from .loss import head_losses, margin_cross_entropy
+from .margins import (
+    AdaCos,
+    Annealing,
+    ArcFace,
+    BatchInfo,
+    CombinedMargin,
+    CosFace,
+    CurricularFace,
+    L2Softmax,
+    Margin,
+    MVSoftmax,
+    NonTarget,
+    NormFace,
+    Softmax,
+    SphereFace,
+)
 
-__version__ = "0.1.0"
-__all__ = ["CenterLoss", "MarginHead", "backends", "head_losses", "margin_cross_entropy", "optim", *_margins]
+__all__ = [
+    "AdaCos",
+    "Annealing",
+    "ArcFace",
+    "BatchInfo",
+    "CenterLoss",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "L2Softmax",
+    "MVSoftmax",
+    "Margin",
+    "MarginHead",
+    "NonTarget",
+    "NormFace",
+    "Softmax",
+    "SphereFace",
+    "__version__",
+    "backends",
+    "head_losses",
+    "margin_cross_entropy",
+    "optim",
+    "raise_pending_label_errors",
+]
+
+#: Parts that are loaded on first use.
+_LAZY = ("distributed", "testing")
+
+_deprecated.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    return _deprecated.attribute(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

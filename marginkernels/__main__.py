@@ -1,4 +1,4 @@
-"""The command line: ``python -m marginkernels doctor | demo | check | plan | tune``."""
+"""The command line: ``python -m marginkernels doctor | verify | plan | tune | demo``."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from . import _deprecated
+
 #: Each command's module, which defines ``add_arguments(parser)`` and ``run(args) -> exit status``; only the one asked for is imported.
 COMMANDS = {
-    "doctor": ("doctor", "what this machine has, and which backends can run on it"),
+    "doctor": ("cli.doctor", "what this machine has, and which backends can run on it"),
+    "verify": ("cli.verify", "compare every backend with the float64 reference on this machine"),
+    "plan": ("cli.plan", "memory and time of a head at a given size"),
+    "tune": ("cli.tune", "time tiles of the Triton kernels around the heuristics' choice, on request and on a GPU"),
     "demo": ("demo", "train a small network with a margin head on rendered glyphs, and report"),
-    "check": ("check", "compare every backend with the float64 reference on this machine"),
-    "plan": ("plan", "memory and time of a head at a given size"),
-    "tune": ("backend.triton.tune", "time tiles of the Triton kernels around the table's, on request and on a GPU"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in _deprecated.COMMANDS:
+        new = _deprecated.COMMANDS[argv[0]]
+        print(f"marginkernels: the command {argv[0]} is deprecated and goes with the next release; use {new}", file=sys.stderr)
+        argv[0] = new
     parser = argparse.ArgumentParser(prog="python -m marginkernels", description="Fused margin-softmax heads.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, summary) in COMMANDS.items():

@@ -1,23 +1,26 @@
-"""The heads as modules: class centres, margin and state in one place."""
+"""The heads as modules: class centers, margin and state in one place."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checks import FLOATS, check_reduction, positive
-from .functional import head_losses, reduce
-from .margins import Margin
+from .core.numerics import reduce_losses
+from .core.validation import FLOATS, check_reduction, positive
+from .loss import LossOptions, local_head_losses
+from .margins import Margin, check_margin
+from .retrieval import best, nearest
 from .sampling import Sampler
-from .topk import best, nearest
 
-#: Standard deviation of the class centres at the start, as in insightface.
+#: Standard deviation of the class centers at the start, as in insightface.
 INIT_STD = 0.01
 
 
 class MarginHead(nn.Module):
-    """A classification head: class centres ``weight`` (C, D), a margin, and the loss of both, never holding the N x C logits.
+    """A classification head: class centers ``weight`` (C, D), a margin, and the loss of both, never holding the N x C logits.
 
     Args:
         embedding_dim: D.
@@ -45,7 +48,7 @@ class MarginHead(nn.Module):
         - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
           in them, never the head.
-        - The class centres drawn at the start do not depend on the number of ranks.
+        - The class centers drawn at the start do not depend on the number of ranks.
         - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks.
         - Gradients accumulate over backward passes as ever; divide each loss by how many there are, and have DDP wait for the last
           (``no_sync``). For float16 use :class:`marginkernels.distributed.GradScaler`, so that all ranks skip the same steps.
@@ -55,7 +58,7 @@ class MarginHead(nn.Module):
         bias: (C,) Parameter or None.
         class_start: the class that the first row of ``weight`` stands for.
         stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
-            class centre), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
+            class center), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
             margin's own state (AdaCos's ``s``, CurricularFace's ``t``, SphereFace's ``iteration``).
 
     Raises:
@@ -85,8 +88,7 @@ class MarginHead(nn.Module):
         super().__init__()
         self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.num_classes = positive("num_classes", num_classes)
-        if not isinstance(margin, Margin):
-            raise TypeError(f"margin: expected an instance of mk.Margin such as mk.ArcFace(), got {margin!r}")
+        check_margin(margin)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         check_reduction(reduction)
@@ -104,19 +106,19 @@ class MarginHead(nn.Module):
             raise ValueError("log_q: expected False where every class takes part (sample_rate = 1), got True")
         self.shard = None
         if process_group is not None:
-            from .distributed.shard import Shard
+            from .distributed._shard import Shard
 
             self.shard = Shard(self.num_classes, process_group, batch_size)
             facts = {
                 "embedding_dim": embedding_dim,
                 "num_classes": num_classes,
-                "margin": repr(margin),
+                "margin": margin.fingerprint(),
                 "bias": bool(bias),
                 "dtype": str(dtype),
             }
             facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
             facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q}
-            self.shard.agree(**facts)
+            self.shard.assert_same_on_all_ranks(**facts)
         elif batch_size is not None:
             raise ValueError(f"batch_size: expected None without a process_group, got {batch_size!r}")
         held = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
@@ -136,8 +138,8 @@ class MarginHead(nn.Module):
             for p in self.margin.parameters():
                 self.shard.sum_gradients(p)
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._join()  # a copied parameter has lost its hooks
 
     @property
@@ -146,7 +148,7 @@ class MarginHead(nn.Module):
         return 0 if self.shard is None else self.shard.start
 
     def reset_parameters(self) -> None:
-        """Draw the class centres anew and set the bias to 0. With a process group every rank must call it."""
+        """Draw the class centers anew and set the bias to 0. With a process group every rank must call it."""
         if self.shard is None:
             nn.init.normal_(self.weight, std=INIT_STD)
         else:
@@ -155,26 +157,23 @@ class MarginHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        losses, valid, self.stats = head_losses(
+        losses, valid, self.stats = local_head_losses(
             embeddings,
             self.weight,
             labels,
-            margin=self.margin,
-            bias=self.bias,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            backend=self.backend,
-            workspace_mb=self.workspace_mb,
+            self.margin,
+            self.bias,
+            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self.workspace_mb),
             shard=self.shard,
             sampler=self.sampler if self.training else None,
         )
         if self.shard is not None and self.reduction == "none":
             return self.shard.own_rows(losses, embeddings.shape[0])
-        return reduce(losses, valid, self.reduction)
+        return reduce_losses(losses, valid, self.reduction)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-        """The k classes nearest to each embedding, streamed over the class centres.
+        """The k classes nearest to each embedding, streamed over the class centers.
 
         Args:
             embeddings: (N, D).
@@ -182,7 +181,7 @@ class MarginHead(nn.Module):
 
         Returns:
             scores (N, k) falling, in float32 (float64 for float64), and classes (N, k) int64. A score is what training compares
-            before scale and margin: the cosine for cosine heads, ``x . w_j`` on the sides that the margin does not normalise;
+            before scale and margin: the cosine for cosine heads, ``x . w_j`` on the sides that the margin does not normalize;
             with a bias, the logit without margin. Among equal scores the lower class comes first.
 
         Raises:
@@ -194,7 +193,7 @@ class MarginHead(nn.Module):
         scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.shard is not None:  # a plain state dict of the whole head: take this rank's rows
             for name in ("weight", "bias"):
                 whole = state_dict.get(prefix + name)

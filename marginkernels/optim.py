@@ -1,40 +1,44 @@
-"""SGD with momentum and AdamW that leave rows without a gradient alone, for heads that sample their classes.
+"""SGD with momentum and AdamW with row-sparse updates, for heads that sample their classes.
 
-A parameter whose gradient is a sparse tensor of rows is updated in those rows only; every other row keeps its bits, in its values and in
-its momentum. So decay is lazy: a row decays in the steps in which it takes part, and in AdamW's bias correction each row counts its own
-steps. With a dense gradient every row takes part, and the optimizers are ``torch.optim.SGD`` and ``torch.optim.AdamW``: backbone and
-head may share one.
+If the gradient of a parameter is a sparse tensor of rows, only these rows are updated. The values and the optimizer state of all other
+rows do not change by a bit. So weight decay is lazy: a row decays only in steps that update it, and AdamW's bias correction counts the
+steps of each row separately. With a dense gradient every row is updated, as by ``torch.optim.SGD`` and ``torch.optim.AdamW``; so the
+backbone and the head may share one optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .checks import check_number
+from .core.validation import check_number
 
-#: Numbers updated at once: 64 MB of float32, so that a step's temporaries are small beside any weight worth the name.
-SLAB_ELEMENTS = 1 << 24
+#: Elements updated at once: 64 MB of float32, so that the temporaries of a step are small compared with the weight.
+CHUNK_ELEMENTS = 1 << 24
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-def _slabs(v: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension of ``v``."""
-    width = max(1, SLAB_ELEMENTS * v.shape[0] // max(v.numel(), 1))
+def _chunks(v: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of ``v``, of about ``CHUNK_ELEMENTS`` elements each."""
+    width = max(1, CHUNK_ELEMENTS * v.shape[0] // max(v.numel(), 1))
     return (slice(start, start + width) for start in range(0, v.shape[0], width))
 
 
 class _RowOptimizer(torch.optim.Optimizer):
-    def __init__(self, params: Iterable, defaults: dict):
+    """Base of the optimizers: dense gradients in chunks, sparse ones row by row."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any]):
         super().__init__(params, defaults)
         for group in self.param_groups:
             check_number("lr", group["lr"], 0.0, None)
             check_number("weight_decay", group["weight_decay"], 0.0, None)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every parameter that has a gradient; gives what ``closure``, which computes the loss anew, gives."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. ``closure`` computes the loss again; its result is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -47,18 +51,18 @@ class _RowOptimizer(torch.optim.Optimizer):
                 if not state:
                     self._start(p, state, group)
                 if p.grad.is_sparse:
-                    g = p.grad.coalesce()  # costs nothing where one backward pass made it
+                    g = p.grad.coalesce()  # does nothing to the gradient of a single backward pass
                     self._update_rows(p, g.indices()[0], g.values(), state, group)
                 elif p.ndim == 0:
                     self._update(p, p.grad, state, group)
                 else:
-                    for part in _slabs(p):
+                    for part in _chunks(p):
                         self._update(p[part], p.grad[part], {name: v[part] for name, v in state.items()}, group)
         return loss
 
-    def _update_rows(self, p: Tensor, index: Tensor, g: Tensor, state: dict, group: dict) -> None:
-        """Update rows ``index`` of ``p`` and of its state, as a small parameter of their own."""
-        for part in _slabs(g):
+    def _update_rows(self, p: Tensor, index: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Update the rows ``index`` of ``p`` and of its state: copy them out, update the copies, copy them back."""
+        for part in _chunks(g):
             here = index[part]
             rows, values = p.index_select(0, here), {name: v.index_select(0, here) for name, v in state.items()}
             self._update(rows, g[part], values, group)
@@ -66,12 +70,12 @@ class _RowOptimizer(torch.optim.Optimizer):
             for name, v in values.items():
                 state[name].index_copy_(0, here, v)
 
-    def _start(self, p: Tensor, state: dict, group: dict) -> None:
-        """Make the state of a parameter: tensors with as many rows, all updated row by row."""
+    def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Create the state of a parameter: tensors with as many rows as ``p``, so that they can be updated by row."""
         raise NotImplementedError
 
-    def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
-        """One step of ``p`` in place, with its gradient ``g`` and state."""
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Update ``p`` and its state in place, with gradient ``g``."""
         raise NotImplementedError
 
 
@@ -79,24 +83,24 @@ class SGD(_RowOptimizer):
     """SGD with momentum: ``m <- momentum m + g + weight_decay p; p <- p - lr m`` (``- lr (g + momentum m)`` with ``nesterov``).
 
     Args:
-        params: parameters or groups of them, as for ``torch.optim.SGD``.
-        lr, momentum, weight_decay, nesterov: as there.
+        params: parameters or parameter groups.
+        lr, momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False):
+    def __init__(self, params: Params, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False):
         check_number("momentum", momentum, 0.0, None)
         if nesterov and not momentum:
             raise ValueError("momentum: expected a number > 0 for nesterov=True, got 0")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
-    def _start(self, p: Tensor, state: dict, group: dict) -> None:
+    def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["momentum"]:
             state["momentum_buffer"] = torch.zeros_like(p)
 
-    def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["weight_decay"]:
             g = g.add(p, alpha=group["weight_decay"])
         if group["momentum"]:
@@ -106,11 +110,11 @@ class SGD(_RowOptimizer):
 
 
 class AdamW(_RowOptimizer):
-    """AdamW: ``p <- p - lr weight_decay p - lr m^ / (sqrt(v^) + eps)``, with each row's moments and step count its own.
+    """AdamW: ``p <- p - lr weight_decay p - lr m^ / (sqrt(v^) + eps)``, with moments and a step count for each row.
 
     Args:
-        params: parameters or groups of them, as for ``torch.optim.AdamW``.
-        lr, betas, eps, weight_decay: as there.
+        params: parameters or parameter groups.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -118,7 +122,7 @@ class AdamW(_RowOptimizer):
 
     def __init__(
         self,
-        params: Iterable,
+        params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -129,12 +133,12 @@ class AdamW(_RowOptimizer):
         check_number("eps", eps, 0.0, None)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _start(self, p: Tensor, state: dict, group: dict) -> None:
+    def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["step"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1), dtype=torch.float32, device=p.device)
         state["exp_avg"] = torch.zeros_like(p)
         state["exp_avg_sq"] = torch.zeros_like(p)
 
-    def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
         steps = state["step"].add_(1)
         p.mul_(1 - group["lr"] * group["weight_decay"])

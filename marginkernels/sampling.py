@@ -1,43 +1,46 @@
-"""A step over part of the classes: those of the batch, and others drawn uniformly (An et al., Partial FC, CVPR 2022)."""
+"""Class sampling: a step over the classes of the batch and others drawn uniformly (Partial FC, An et al., CVPR 2022)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number
+from .core.validation import check_number
 
 
 class Sampler(nn.Module):
-    """Draws the classes of a step on the device, without waiting for it.
+    """Draws the classes of a step on the device, without synchronizing with it.
 
-    The number drawn is fixed by shapes alone: ``max(round(rate C), min(N, C))`` of the C classes here, so there is room for every class in
-    the batch. Those come first; the rest are the classes with the smallest hashes of (seed, step, class). A hash needs no generator
-    object: its whole state is the two integers below, it is the same under ``torch.compile`` and in CUDA graphs, and any number of
-    ranks goes on from it.
+    The number of drawn classes depends on shapes only: ``max(round(rate C), min(N, C))`` of the C classes here, which is enough for every
+    class of the batch. These are always drawn; the others are the classes with the smallest hashes of (seed, step, class). A hash needs no
+    generator object: its state is the two integers below. So draws are the same under ``torch.compile`` and in CUDA graphs, and a run can
+    resume on another number of ranks.
 
     Args:
-        rate: share of the classes that take part, in (0, 1].
-        seed: any integer.
-        log_q: add ``-log q`` to the logit of a drawn class, q being its chance of being drawn, so that the sum of exponentials over the
-            drawn classes estimates the sum over all of them without bias.
+        rate: share of the classes that take part in a step, in (0, 1].
+        seed: any integer of 64 bits.
+        log_q: add ``-log q`` to the logit of a drawn class, where q is its probability of being drawn. The sum of exponentials over the
+            drawn classes is then an unbiased estimate of that over all classes.
 
     Buffers (in ``state_dict``):
-        seed, draws: () int64, the seed and how many steps have been drawn.
+        seed, draws: () int64, the seed and the number of draws so far.
     """
+
+    seed: Tensor
+    draws: Tensor
 
     def __init__(self, rate: float, seed: int = 0, log_q: bool = False):
         super().__init__()
-        check_number("sample_rate", rate, 0.0, 1.0)
-        if rate == 0:
-            raise ValueError("sample_rate: expected a number in (0, 1], got 0")
+        check_number("sample_rate", rate, 0.0, 1.0, open_low=True)
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"sample_seed: expected an integer of 64 bits, got {seed!r}")
         self.rate = float(rate)
         self.log_q = bool(log_q)
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.tensor(0))
-        self.index: Tensor | None = None  # of the last draw
+        self.index: Tensor | None = None  # the classes of the last draw
 
     def count(self, rows: int, num_classes: int) -> int:
         """How many of ``num_classes`` classes take part in a step with ``rows`` rows."""
@@ -46,15 +49,16 @@ class Sampler(nn.Module):
     def forward(
         self, weight: Tensor, bias: Tensor | None, labels: Tensor, first_class: int = 0
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Draw, and give the step's classes as a small problem of their own.
+        """Draw classes, and gather their centers and biases.
 
         Args:
-            weight: (C, D) centres here; bias: (C,) or None. Their gradients are sparse tensors of the drawn rows.
+            weight: (C, D) the centers of the classes here. Its gradient is a sparse tensor of the drawn rows.
+            bias: (C,) or None; its gradient is sparse too.
             labels: (N,) in [0, C), or -1 for a row whose class is not here.
-            first_class: the number of the first class here among all ranks'.
+            first_class: the number of the first class here, among the classes of all ranks.
 
         Returns:
-            the drawn centres (K, D), biases (K,) or None, labels counted within the drawn classes (N,), and log-q corrections (K,) or None.
+            The drawn centers (K, D), biases (K,) or None, labels as indices into the drawn classes (N,), log-q corrections (K,) or None.
         """
         with torch.no_grad():
             k = self.count(labels.shape[0], weight.shape[0])
@@ -68,9 +72,9 @@ class Sampler(nn.Module):
         return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
 
     def mark(self, p: Tensor) -> None:
-        """Hook behind the accumulation of ``p.grad``: note that it is coalesced where it holds the last draw's rows and no others.
+        """Post-accumulate hook of ``p.grad``: mark the gradient as coalesced if its rows are exactly those of the last draw.
 
-        Autograd takes the tensor over without that note, and finding out anew would sort the rows and wait for the device.
+        Autograd loses this mark, and ``coalesce()`` would have to sort the rows and wait for the device.
         """
         g = p.grad
         if g is not None and g.is_sparse and self.index is not None:
@@ -83,15 +87,20 @@ class Sampler(nn.Module):
 
 
 def count(rate: float, rows: int, num_classes: int) -> int:
+    """How many of ``num_classes`` classes are drawn in a step with ``rows`` rows."""
     return min(num_classes, max(round(rate * num_classes), rows))
 
 
 @torch.library.custom_op("marginkernels::draw", mutates_args=())
 def draw_op(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_classes: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``k`` of ``num_classes`` classes, among them those of ``labels`` (N,): their rising numbers (k,) int64, whether each is one of the
-    labels' (k,) bool, and the labels as places among them (N,), -1 where the label is -1."""
+    """Draw ``k`` of ``num_classes`` classes, among them all those of ``labels`` (N,).
+
+    Returns:
+        The drawn classes in ascending order (k,) int64, whether each is a label (k,) bool, and the labels as indices into the drawn classes
+        (N,), -1 where the label is -1.
+    """
     key = _hash(torch.arange(first_class, first_class + num_classes, device=labels.device), _hash(step.view(1), _hash(seed.view(1), 0)))
-    key = torch.cat([key, key.new_zeros(1)])  # one more place, for the rows whose class is not here
+    key = torch.cat([key, key.new_zeros(1)])  # one more entry, for rows whose class is not here
     key[torch.where(labels < 0, num_classes, labels)] = -1
     index = torch.topk(key[:num_classes], k, largest=False, sorted=False).indices.sort().values
     place = torch.searchsorted(index, labels)
@@ -99,12 +108,12 @@ def draw_op(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_cl
 
 
 @draw_op.register_fake
-def _(seed, step, labels, first_class, num_classes, k):
+def _(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_classes: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return labels.new_empty(k), labels.new_empty(k, dtype=torch.bool), torch.empty_like(labels)
 
 
 def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
-    """(...) int64 in [0, 2^63): SplitMix64's finaliser of counter and key (Steele et al. 2014); int64 arithmetic wraps as it needs."""
+    """(...) int64 in [0, 2^63): the finalizer of SplitMix64 (Steele et al. 2014) of counter and key, in wrapping int64 arithmetic."""
     z = counter * -0x61C8864680B583EB
     z += key
     z ^= (z >> 30) & ((1 << 34) - 1)
@@ -115,20 +124,21 @@ def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
     return z & ((1 << 63) - 1)
 
 
-@torch.compiler.disable  # compiled graphs have no sparse gradients
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled graphs do not support sparse gradients
 def gathered(v: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of ``v``; the gradient of ``v`` is a coalesced sparse tensor of those rows. ``index`` rises."""
-    return _Gathered.apply(v, index)
+    """Rows ``index`` (ascending) of ``v``; the gradient of ``v`` is a coalesced sparse tensor of these rows."""
+    rows: Tensor = _Gathered.apply(v, index)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, v, index):
+    def forward(ctx: Any, v: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.shape = v.shape
         return v.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return torch.sparse_coo_tensor(index[None], g, ctx.shape, is_coalesced=True, check_invariants=False), None

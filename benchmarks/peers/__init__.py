@@ -1,4 +1,4 @@
-"""The registry of providers: ours, one per fused backend, and the peers, each on the same work or with the reason why not."""
+"""The registry of providers: the fused backends of this package, and the peers. Each does the same work, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEERS: tuple[Provider, ...] = (
 
 
 def providers() -> dict[str, Provider]:
-    """Every provider by name. Eager comes first: its own error widens the tolerance of the others."""
+    """Every provider by name. Eager comes first, because its error can widen the tolerance of the others."""
     return {p.name: p for p in (*PEERS, *ours())}
 
 

@@ -1,4 +1,4 @@
-"""Apple's Cut Cross-Entropy in its exact mode: its gradient filter would drop nearly all of a million small probabilities."""
+"""Apple's Cut Cross-Entropy in its exact mode: with a million classes its gradient filter would drop nearly all probabilities."""
 
 from __future__ import annotations
 

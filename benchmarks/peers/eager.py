@@ -1,4 +1,4 @@
-"""The head as one writes it in plain PyTorch, run as it is and through torch.compile."""
+"""The head in plain PyTorch, eager and through torch.compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Provider, Work, unit_sides
 
 
 def eager_loss(head: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """x, w, labels -> mean loss: normalise, product in ``dtype``, the rest in float32."""
+    """(x, w, labels) -> mean loss: normalize, multiply in ``dtype``, everything else in float32."""
     target = HEADS[head].target
 
     def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -44,10 +44,10 @@ class CompiledEager(Provider):
     note = "the same function through torch.compile (static shapes, default mode)"
     logit_copies, weight_copies = 3.0, 1.5
 
-    def unavailable(self, device: str) -> str | None:
+    def unavailable_reason(self, device: str) -> str | None:
         if device == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             return "needs a C++ compiler"
-        return super().unavailable(device)
+        return super().unavailable_reason(device)
 
     def build(self, case: Case, w: Tensor) -> Work:
         run = torch.compile(eager_loss(case.head, DTYPES[case.dtype]), dynamic=False)

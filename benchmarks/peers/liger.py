@@ -1,4 +1,4 @@
-"""Liger's fused linear cross-entropy, with the gradient of the centres accumulated in float32."""
+"""Liger's fused linear cross-entropy, with the gradient of the class centers accumulated in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytorch-metric-learning: its own losses and weight layout, under autocast for bf16 (which is how it keeps float32 centres)."""
+"""pytorch-metric-learning: its losses and weight layout, under autocast for bf16, so that the class centers stay float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MetricLearning(Provider):
     name = "pytorch-metric-learning"
     note = "ArcFaceLoss, CosFaceLoss, NormalizedSoftmaxLoss"
     package = "pytorch-metric-learning"
-    logit_copies, weight_copies = 7.0, 5.2  # one of them its own copy of the centres
+    logit_copies, weight_copies = 7.0, 5.2  # one of them is its own copy of the centers
 
     def build(self, case: Case, w: Tensor) -> Work:
         from pytorch_metric_learning import losses
@@ -38,4 +38,4 @@ class MetricLearning(Provider):
 
 
 def _leave(weight: Tensor) -> None:
-    """The centres are given, so they need no initial draw."""
+    """Skip the random initialization: the class centers are given."""

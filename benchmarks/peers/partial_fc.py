@@ -1,10 +1,12 @@
-"""The operations that insightface's PartialFC_V2 performs at sample rate 1 on one rank, written anew without a process group.
+"""The operations that insightface's PartialFC_V2 performs at sample rate 1 on one rank, reimplemented without a process group.
 
-Normalise both sides, product in the low precision, clamp, arccos and cos of the whole matrix without gradient, then a softmax and its
-gradient by hand. Its target gradient is therefore that of the unchanged cosine (dT/dcos = 1), and it is compared with that.
+Normalize both sides, multiply in low precision, clamp, take arccos and cos of the whole matrix without gradient, then softmax and its
+gradient by hand. The target gradient is therefore that of the unchanged cosine (dT/dcos = 1), and so is the reference it is compared with.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +21,14 @@ class _HandCrossEntropy(torch.autograd.Function):
     """Mean of -log p_y with p floored at 1e-30; overwrites ``logits`` (N, C) with the probabilities."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         logits.sub_(logits.amax(1, keepdim=True)).exp_()
         logits.div_(logits.sum(1, keepdim=True))
         ctx.save_for_backward(logits, labels)
         return -logits.gather(1, labels[:, None]).clamp_min(1e-30).log().mean()
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         p, labels = ctx.saved_tensors
         one_hot = torch.zeros_like(p).scatter_(1, labels[:, None], 1)
         return p.sub_(one_hot).div_(p.shape[0]).mul_(upstream), None
@@ -39,8 +41,8 @@ class PartialFC(Provider):
     detached_heads = ("arcface",)
     logit_copies, weight_copies = 6.0, 4.3
 
-    def refuses(self, case: Case, device: str) -> str | None:
-        return "always has a margin" if case.head not in self.heads else super().refuses(case, device)
+    def unsupported_reason(self, case: Case, device: str) -> str | None:
+        return "always has a margin" if case.head not in self.heads else super().unsupported_reason(case, device)
 
     def build(self, case: Case, w: Tensor) -> Work:
         def loss(x: Tensor, labels: Tensor) -> Tensor:

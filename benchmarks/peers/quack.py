@@ -21,16 +21,16 @@ class Quack(Provider):
     dtypes = ("bf16",)
     logit_copies, weight_copies = 0.5, 4.0
 
-    def unavailable(self, device: str) -> str | None:
-        reason = super().unavailable(device)
+    def unavailable_reason(self, device: str) -> str | None:
+        reason = super().unavailable_reason(device)
         if reason is None and torch.cuda.get_device_capability()[0] < 9:
             reason = "needs a GPU of compute capability 9.0 or later"
         return reason
 
-    def refuses(self, case: Case, device: str) -> str | None:
+    def unsupported_reason(self, case: Case, device: str) -> str | None:
         if case.N % 8 or case.D % 8 or case.C % 8:
             return "needs N, D and C divisible by 8"
-        return super().refuses(case, device)
+        return super().unsupported_reason(case, device)
 
     def build(self, case: Case, w: Tensor) -> Work:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy

@@ -1,4 +1,4 @@
-"""torch.nn.functional.linear_cross_entropy with its own default chunking (PyTorch 2.13 and later)."""
+"""torch.nn.functional.linear_cross_entropy with its default chunking (PyTorch 2.13 and later)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class TorchLinearCrossEntropy(Provider):
     heads = ("normface",)
     logit_copies, weight_copies = 0.5, 4.0
 
-    def unavailable(self, device: str) -> str | None:
+    def unavailable_reason(self, device: str) -> str | None:
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"needs torch >= 2.13, this is {torch.__version__}"
-        return super().unavailable(device)
+        return super().unavailable_reason(device)
 
     def build(self, case: Case, w: Tensor) -> Work:
         options = torch.nn.LinearCrossEntropyOptions()

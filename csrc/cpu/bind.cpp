@@ -1,15 +1,15 @@
-// The Python module marginkernels._cpu. It knows nothing of torch: tensors come as addresses, so a build outlives any torch release.
+// The Python module marginkernels._cpu. It is independent of torch: tensors are passed as addresses, so one build works with every torch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "driver.h"
 #include "pool.h"
-#include "rows.h"
+#include "row_math.h"
 #include "threads.h"
 
 namespace py = pybind11;
-using Address = uintptr_t;  // of a buffer that the caller keeps alive; 0 where there is none
+using Address = uintptr_t;  // of a buffer that the caller keeps alive; 0 for none
 
 namespace {
 
@@ -18,75 +18,101 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-mk::Problem make_problem(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride, Address row_factor,
-                         Address bias, Address labels, Address scale, Address threshold, float t, int form, bool normalize_weight) {
-  return {n, d, c, at<void>(x), x_dtype, at<void>(w), w_dtype, w_stride, at<float>(row_factor), at<float>(bias), at<int64_t>(labels),
-          at<float>(scale), at<float>(threshold), t, form, normalize_weight};
+mk::PassInputs make_pass_inputs(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride,
+                                Address row_factor, Address bias, Address labels, Address scale, Address threshold, Address t,
+                                int non_target, bool normalize_weight) {
+  mk::PassInputs p{};
+  p.n = n, p.d = d, p.c = c;
+  p.x = at<void>(x), p.x_dtype = x_dtype;
+  p.w = at<void>(w), p.w_dtype = w_dtype, p.w_stride = w_stride;
+  p.row_factor = at<float>(row_factor);
+  p.bias = at<float>(bias);
+  p.labels = at<int64_t>(labels);
+  p.scale = at<float>(scale);
+  p.threshold = at<float>(threshold);
+  p.t = at<float>(t);
+  p.non_target = non_target;
+  p.normalize_weight = normalize_weight;
+  return p;
 }
 
-void row_pass(const mk::Problem& p, const std::string& level, int threads, bool uniform, Address total, Address top, Address moment, Address u,
-              Address class_factor, Address kept, int64_t kept_bytes) {
+mk::HeadInputs make_head_inputs(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride,
+                                Address labels, bool normalize_embedding, bool normalize_weight) {
+  mk::HeadInputs p{};
+  p.n = n, p.d = d, p.c = c;
+  p.x = at<void>(x), p.x_dtype = x_dtype;
+  p.w = at<void>(w), p.w_dtype = w_dtype, p.w_stride = w_stride;
+  p.labels = at<int64_t>(labels);
+  p.normalize_embedding = normalize_embedding;
+  p.normalize_weight = normalize_weight;
+  return p;
+}
+
+void row_pass(const mk::PassInputs& p, const std::string& level, int threads, bool logit_sum, Address value, Address max_logit, Address cos,
+              Address center, Address class_factor, Address saved, int64_t saved_bytes) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
+  const mk::RowOutput out{at<float>(value),        at<float>(max_logit), at<float>(cos), at<float>(center),
+                          at<float>(class_factor), at<char>(saved),      saved_bytes};
   py::gil_scoped_release released;
-  mk::row_pass(k, p, threads, uniform, {at<float>(total), at<float>(top), at<float>(moment), at<float>(u), at<float>(class_factor),
-                                       at<char>(kept), kept_bytes});
+  mk::row_pass(k, p, threads, logit_sum, out);
 }
 
-void class_pass(const mk::Problem& p, const std::string& level, int threads, Address lse, Address softmax, Address uniform, Address target,
-                Address bias, Address class_factor, Address kept, int64_t kept_bytes, Address dw, Address db) {
+void class_pass(const mk::PassInputs& p, const std::string& level, int threads, Address lse, Address d_lse, Address d_logit_sum,
+                Address d_target_cos, Address d_target_bias, Address class_factor, Address saved, int64_t saved_bytes, Address d_weight,
+                Address d_bias) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
+  const mk::ClassInput in{at<float>(lse),  at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias),
+                          at<char>(saved), saved_bytes};
   py::gil_scoped_release released;
-  mk::class_pass(k, p, threads, {at<float>(lse), at<float>(softmax), at<float>(uniform), at<float>(target), at<float>(bias), at<char>(kept), kept_bytes},
-                 at<float>(class_factor), at<void>(dw), at<float>(db));
+  mk::class_pass(k, p, threads, in, at<float>(class_factor), at<void>(d_weight), at<float>(d_bias));
 }
 
-mk::RowsProblem make_rows_problem(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride,
-                                  Address labels, bool normalize_embedding, bool normalize_weight) {
-  return {n, d, c, at<void>(x), x_dtype, at<void>(w), w_dtype, w_stride, at<int64_t>(labels), normalize_embedding, normalize_weight};
+void prepare_inputs(const mk::HeadInputs& p, int threads, Address x, Address row_factor, Address target_similarity, Address target_cos) {
+  py::gil_scoped_release released;
+  mk::prepare_inputs(p, threads, at<void>(x), at<float>(row_factor), at<double>(target_similarity), at<double>(target_cos));
 }
 
-void rows(const mk::RowsProblem& p, int threads, Address prepared, Address row_factor, Address similarity, Address cosine) {
+void row_gradient(const mk::HeadInputs& p, int threads, Address mean_center, Address d_lse, Address d_target_cos, Address dx) {
   py::gil_scoped_release released;
-  mk::prepare_rows(p, threads, at<void>(prepared), at<float>(row_factor), at<double>(similarity), at<double>(cosine));
-}
-
-void row_gradient(const mk::RowsProblem& p, int threads, Address u, Address softmax, Address target, Address dx) {
-  py::gil_scoped_release released;
-  mk::row_gradient(p, threads, at<float>(u), at<float>(softmax), at<float>(target), at<void>(dx));
+  mk::row_gradient(p, threads, at<float>(mean_center), at<float>(d_lse), at<float>(d_target_cos), at<void>(dx));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
-  mk::openmp_pool();  // from now on forks are noticed
-  py::class_<mk::Problem>(m, "Problem")
-      .def(py::init(&make_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "row_factor"_a,
-           "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "form"_a, "normalize_weight"_a);
-  py::class_<mk::RowsProblem>(m, "RowsProblem")
-      .def(py::init(&make_rows_problem), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a, "labels"_a,
-           "normalize_embedding"_a, "normalize_weight"_a);
+  mk::openmp_pool();  // registers the handler that notices a fork
+  py::class_<mk::PassInputs>(m, "PassInputs")
+      .def(py::init(&make_pass_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
+           "row_factor"_a, "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "non_target"_a, "normalize_weight"_a);
+  py::class_<mk::HeadInputs>(m, "HeadInputs")
+      .def(py::init(&make_head_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
+           "labels"_a, "normalize_embedding"_a, "normalize_weight"_a);
   py::class_<mk::Block>(m, "Block", py::buffer_protocol())
       .def(py::init<int64_t>(), "bytes"_a)
-      .def_static("waiting", &mk::Block::waiting)
-      .def_static("drop", &mk::Block::drop)
+      .def_static("cached", &mk::Block::cached)
+      .def_static("release", &mk::Block::release)
       .def_buffer([](mk::Block& b) {
         return py::buffer_info(b.start(), 1, py::format_descriptor<uint8_t>::format(), 1, {b.bytes()}, {int64_t(1)});
       });
-  m.def("rows", &rows, "problem"_a, py::kw_only(), "threads"_a, "prepared"_a, "row_factor"_a, "similarity"_a, "cosine"_a);
-  m.def("row_gradient", &row_gradient, "problem"_a, py::kw_only(), "threads"_a, "u"_a, "softmax"_a, "target"_a, "dx"_a);
-  m.def("row_pass", &row_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "uniform"_a, "total"_a, "top"_a, "moment"_a, "u"_a,
-        "class_factor"_a, "kept"_a, "kept_bytes"_a);
-  m.def("class_pass", &class_pass, "problem"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "softmax"_a, "uniform"_a, "target"_a,
-        "bias"_a, "class_factor"_a, "kept"_a, "kept_bytes"_a, "dw"_a, "db"_a);
+  m.def("prepare_inputs", &prepare_inputs, "inputs"_a, py::kw_only(), "threads"_a, "x"_a, "row_factor"_a, "target_similarity"_a,
+        "target_cos"_a);
+  m.def("row_gradient", &row_gradient, "inputs"_a, py::kw_only(), "threads"_a, "mean_center"_a, "d_lse"_a, "d_target_cos"_a, "dx"_a);
+  m.def("row_pass", &row_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "logit_sum"_a, "value"_a, "max_logit"_a, "cos"_a,
+        "center"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a);
+  m.def("class_pass", &class_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "d_lse"_a, "d_logit_sum"_a, "d_target_cos"_a,
+        "d_target_bias"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const mk::Kernels* k : mk::levels()) names.push_back(k->name);
     return names;
   });
-  m.def("kept_panel", [](int x_dtype, const std::string& level) {
-    const mk::KeptPanel panel = mk::kept_panel(mk::choose(x_dtype, level));
-    return std::tuple(panel.bytes, panel.rows, panel.classes);
-  }, "x_dtype"_a, "level"_a);
+  m.def(
+      "saved_panel",
+      [](int x_dtype, const std::string& level) {
+        const mk::SavedPanel panel = mk::saved_panel(mk::choose(x_dtype, level));
+        return std::tuple(panel.bytes, panel.rows, panel.classes);
+      },
+      "x_dtype"_a, "level"_a);
   m.def("level_for", [](int x_dtype) { return mk::choose(x_dtype, "").name; }, "x_dtype"_a);
 }

@@ -21,7 +21,7 @@
 #include <unistd.h>
 #endif
 
-#include "../forms.h"
+#include "../scalar.h"
 #include "threads.h"
 
 namespace mk {
@@ -56,7 +56,7 @@ extern const Kernels kernels;
 namespace {
 
 #if MK_X86
-// Tiles need the kernel's leave, once per process.
+// The operating system must grant the use of AMX tiles, once per process.
 bool amx_allowed() {
 #if defined(__linux__)
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -71,7 +71,7 @@ struct Features {
   bool avx2, avx512, bf16, amx;
 };
 
-// Asked of the processor itself where an older compiler's __builtin_cpu_supports does not know the name.
+// AMX is read from cpuid: an older compiler's __builtin_cpu_supports does not know the name.
 Features features() {
   Features f{};
   __builtin_cpu_init();
@@ -85,7 +85,7 @@ Features features() {
 }
 #endif
 
-// One block of memory, in large pages where it is large.
+// One allocation that is handed out piece by piece; in large pages if it is large.
 class Memory {
  public:
   explicit Memory(int64_t bytes) {
@@ -107,7 +107,7 @@ class Memory {
   T* take(int64_t count) {
     T* out = reinterpret_cast<T*>(at_);
     at_ += padded<T>(count);
-    if (at_ > end_) throw std::logic_error("marginkernels: a buffer was counted too small");
+    if (at_ > end_) throw std::logic_error("marginkernels: a buffer size was underestimated");
     return out;
   }
   template <class T>
@@ -121,25 +121,26 @@ class Memory {
 
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
-// Fewer threads where one would have less than about a tenth of a millisecond to do.
-int useful_threads(int threads, const Problem& p) {
+// Fewer threads where each would have less than about 0.1 ms of work.
+int useful_threads(int threads, const PassInputs& p) {
   const double work = double(p.n) * double(p.d) * double(p.c);
   return static_cast<int>(std::max(1.0, std::min(double(threads), work / 4e6)));
 }
 
-int64_t padded_rows(const Problem& p) { return round_up(p.n, PANEL); }
+int64_t padded_rows(const PassInputs& p) { return round_up(p.n, PANEL); }
 
-int64_t kept_slabs(const Problem& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.kept); }
+int64_t saved_chunks(const PassInputs& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.saved); }
 
-constexpr int ROW_VECTORS = 12;
+constexpr int ROW_VECTORS = 13;  // of Rows, in the class pass
 
-int64_t rows_bytes(const Problem& p, const Layout& l, bool across) {
+int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
   const int64_t n = padded_rows(p);
-  return Memory::padded<uint32_t>(n * l.along) + (across ? Memory::padded<uint32_t>(n * l.across) : 0) + ROW_VECTORS * Memory::padded<float>(n);
+  return Memory::padded<uint32_t>(n * l.along) + (across ? Memory::padded<uint32_t>(n * l.across) : 0) +
+         ROW_VECTORS * Memory::padded<float>(n);
 }
 
-// The rows packed, and their vectors; padding is 0, with no target.
-Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInput* in, bool need_across, Memory& memory) {
+// Packs the rows and fills their vectors. Padded rows are 0 and have no target.
+Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory) {
   const int64_t n = padded_rows(p);
   Rows r{};
   uint32_t* along = memory.take<uint32_t>(n * l.along);
@@ -155,7 +156,7 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
     std::fill(v, v + n, 0.0f);
     return v;
   };
-  r.factor = vector(), r.slope = vector(), r.scale = vector(), r.threshold = vector();
+  r.factor = vector(), r.slope = vector(), r.scale = vector(), r.threshold = vector(), r.t = vector();
   r.label = memory.take<int32_t>(n);
   std::fill(r.label, r.label + n, -1);
   for (int64_t i = 0; i < p.n; ++i) {
@@ -164,19 +165,20 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
     r.scale[i] = float(scale);
     r.slope[i] = float(scale * p.row_factor[i]);
     r.threshold[i] = p.threshold ? p.threshold[i] : 0.0f;
+    r.t[i] = p.t ? p.t[i] : 0.0f;
     if (p.labels[i] >= 0 && p.labels[i] < p.c) r.label[i] = static_cast<int32_t>(p.labels[i]);
   }
   if (!in) return r;
-  r.lse = vector(), r.softmax = vector(), r.uniform = vector(), r.target = vector();
-  r.share = vector(), r.uniform_share = vector(), r.bias = vector();
-  double most = 0;
+  r.lse = vector(), r.d_lse = vector(), r.d_logit_sum = vector(), r.d_target_cos = vector();
+  r.bias_d_lse = vector(), r.bias_d_logit_sum = vector(), r.d_target_bias = vector();
+  double largest = 0;
   for (int64_t i = 0; i < p.n; ++i)
-    for (const float* v : {in->softmax, in->uniform, in->target})
-      if (v && std::isfinite(v[i])) most = std::max(most, std::fabs(double(v[i])));
+    for (const float* v : {in->d_lse, in->d_logit_sum, in->d_target_cos})
+      if (v && std::isfinite(v[i])) largest = std::max(largest, std::fabs(double(v[i])));
   int exponent = 0;
-  std::frexp(most, &exponent);
-  r.unit = float(std::ldexp(1.0, exponent = std::clamp(exponent, -120, 120)));
-  const double over = std::ldexp(1.0, -exponent);
+  std::frexp(largest, &exponent);
+  r.pow2 = float(std::ldexp(1.0, exponent = std::clamp(exponent, -120, 120)));
+  const double inverse = std::ldexp(1.0, -exponent);
   for (int64_t i = 0; i < n; ++i) {
     if (i >= p.n) {
       r.lse[i] = INFINITY;  // p = 0
@@ -185,22 +187,22 @@ Rows make_rows(const Kernels& k, const Problem& p, const Layout& l, const RowInp
     const double lse = double(in->lse[i]) * 1.44269504088896340736;
     r.lse[i] = float(lse);
     const double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0, f = p.row_factor[i];
-    const double softmax = in->softmax[i] * lost * over, uniform = in->uniform ? in->uniform[i] * over : 0.0;
-    r.softmax[i] = float(softmax * f);
-    r.uniform[i] = float(uniform * f);
-    r.target[i] = float(in->target[i] * over * f);
-    r.share[i] = float(softmax / p.scale[i]);
-    r.uniform_share[i] = float(uniform / p.scale[i]);
-    r.bias[i] = in->bias ? float(in->bias[i] * over) : 0.0f;
+    const double d_lse = in->d_lse[i] * lost * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
+    r.d_lse[i] = float(d_lse * f);
+    r.d_logit_sum[i] = float(d_logit_sum * f);
+    r.d_target_cos[i] = float(in->d_target_cos[i] * inverse * f);
+    r.bias_d_lse[i] = float(d_lse / p.scale[i]);
+    r.bias_d_logit_sum[i] = float(d_logit_sum / p.scale[i]);
+    r.d_target_bias[i] = in->d_target_bias ? float(in->d_target_bias[i] * inverse) : 0.0f;
   }
   return r;
 }
 
-// Into how many ranges of classes the row pass is cut: enough that the tasks fill the threads evenly, no more, since each holds a U.
-int64_t class_parts(int threads, int64_t blocks, int64_t slabs) {
+// The number of class ranges in the row pass: enough that the tasks fill the threads evenly, and no more, since each task has its own U.
+int64_t class_parts(int threads, int64_t blocks, int64_t chunks) {
   int64_t best = 1;
   double best_use = 0;
-  for (int64_t parts = 1; parts <= std::min<int64_t>(threads, slabs); ++parts) {
+  for (int64_t parts = 1; parts <= std::min<int64_t>(threads, chunks); ++parts) {
     const int64_t tasks = parts * blocks;
     const double use = double(tasks) / double(round_up(tasks, threads));
     if (use > best_use + 0.02) best = parts, best_use = use;
@@ -236,22 +238,22 @@ const Kernels& choose(int x_dtype, const std::string& level) {
     if (!(k->dtypes >> x_dtype & 1)) continue;
     if (level.empty() || level == k->name) found = k;
   }
-  if (!found) throw std::invalid_argument("level: this machine has none '" + level + "' for this dtype");
+  if (!found) throw std::invalid_argument("level: this machine has no '" + level + "' for this dtype");
   return *found;
 }
 
-KeptPanel kept_panel(const Kernels& k) {
+SavedPanel saved_panel(const Kernels& k) {
   const Layout l = k.layout(1);
-  return {l.kept, PANEL, l.classes};
+  return {l.saved, PANEL, l.classes};
 }
 
-void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, const RowOutput& out) {
+void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum, const RowOutput& out) {
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
-  const int64_t blocks = (p.n + l.rows - 1) / l.rows, slabs = (p.c + l.classes - 1) / l.classes;
-  const int64_t parts = class_parts(threads, blocks, slabs), tasks = blocks * parts;
+  const int64_t blocks = (p.n + l.rows - 1) / l.rows, chunks = (p.c + l.classes - 1) / l.classes;
+  const int64_t parts = class_parts(threads, blocks, chunks), tasks = blocks * parts;
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
-  const int64_t rows = std::min<int64_t>(l.rows, padded_rows(p)), u_size = out.u ? rows * l.ldn : 0;
+  const int64_t rows = std::min<int64_t>(l.rows, padded_rows(p)), u_size = out.center ? rows * l.ldn : 0;
   const int64_t state = 2 * Memory::padded<float>(rows) + 2 * Memory::padded<double>(rows) + Memory::padded<float>(u_size);
   Memory memory(rows_bytes(p, l, false) + tasks * state + threads * Memory::padded<uint32_t>(l.row_scratch));
   const Rows r = make_rows(k, p, l, nullptr, false, memory);
@@ -262,78 +264,79 @@ void row_pass(const Kernels& k, const Problem& p, int threads, bool uniform, con
     RowTask& t = all[i];
     t.first_row = block * l.rows;
     t.last_row = std::min(p.n, t.first_row + l.rows);
-    t.first_class = slabs * part / parts * l.classes;
-    t.last_class = std::min(p.c, slabs * (part + 1) / parts * l.classes);
-    t.uniform = uniform, t.need_u = out.u, t.need_moment = out.moment;
+    t.first_class = chunks * part / parts * l.classes;
+    t.last_class = std::min(p.c, chunks * (part + 1) / parts * l.classes);
+    t.logit_sum = logit_sum, t.need_center = out.center, t.need_cos = out.cos;
     t.class_factor = block == 0 ? out.class_factor : nullptr;
-    t.peak = memory.take<float>(rows), t.top = memory.take<float>(rows);
-    t.total = memory.take<double>(rows), t.moment = memory.take<double>(rows);
+    t.running_max = memory.take<float>(rows), t.max_logit = memory.take<float>(rows);
+    t.total = memory.take<double>(rows), t.cos_sum = memory.take<double>(rows);
     t.u = memory.take<float>(u_size);
-    t.kept = out.kept, t.kept_slabs = uniform ? 0 : kept_slabs(p, l, out.kept_bytes);
+    t.saved = out.saved, t.saved_chunks = logit_sum ? 0 : saved_chunks(p, l, out.saved_bytes);
   }
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.row_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
     RowTask& t = all[i];
     t.scratch = scratch[thread];
-    std::fill(t.peak, t.peak + rows, -INFINITY);
-    std::fill(t.top, t.top + rows, -INFINITY);
+    std::fill(t.running_max, t.running_max + rows, -INFINITY);
+    std::fill(t.max_logit, t.max_logit + rows, -INFINITY);
     std::fill(t.total, t.total + rows, 0.0);
-    std::fill(t.moment, t.moment + rows, 0.0);
+    std::fill(t.cos_sum, t.cos_sum + rows, 0.0);
     std::fill(t.u, t.u + u_size, 0.0f);
     k.row_task(p, r, t);
   });
 
-  // The parts of each row, always in the same order.
+  // Merge the parts of each row, always in the same order.
   const auto exp = [](float z) { return std::exp2(z); };
   for (int64_t i = 0; i < p.n; ++i) {
     const RowTask* part = &all[i / l.rows * parts];
     const int64_t at = i % l.rows;
-    float peak = part->peak[at], top = part->top[at];
-    double total = part->total[at], moment = part->moment[at];
+    float running_max = part->running_max[at], max_logit = part->max_logit[at];
+    double total = part->total[at], cos_sum = part->cos_sum[at];
     float* u = part->u + at * l.ldn;
     for (int64_t q = 1; q < parts; ++q) {
       const RowTask& other = part[q];
-      Merge<float> m{peak, 1.0f, 1.0f};
-      if (!uniform) m = merge(peak, other.peak[at], exp);
-      peak = m.peak;
-      top = std::max(top, other.top[at]);
+      Merge<float> m{running_max, 1.0f, 1.0f};
+      if (!logit_sum) m = merge(running_max, other.running_max[at], exp);
+      running_max = m.max;
+      max_logit = std::max(max_logit, other.max_logit[at]);
       total = total * m.first + other.total[at] * m.second;
-      moment = moment * m.first + other.moment[at] * m.second;
-      if (out.u) {
+      cos_sum = cos_sum * m.first + other.cos_sum[at] * m.second;
+      if (out.center) {
         const float* more = other.u + at * l.ldn;
         for (int64_t j = 0; j < p.d; ++j) u[j] = u[j] * m.first + more[j] * m.second;
       }
     }
-    const double share = uniform || total == 0 ? 1.0 : 1.0 / total;
-    out.total[i] = float(uniform ? total : total == 0 ? -INFINITY : (peak + std::log2(total)) * 0.69314718055994530942);
-    out.top[i] = (p.form == IDENTITY ? peak : top) * LN2;
-    if (out.moment) out.moment[i] = float(moment * share);
-    if (out.u) {
-      for (int64_t j = 0; j < p.d; ++j) out.u[i * p.d + j] = u[j] * float(share);
+    const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
+    out.value[i] = float(logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * 0.69314718055994530942);
+    if (out.max_logit) out.max_logit[i] = (p.non_target == IDENTITY ? running_max : max_logit) * LN2;
+    if (out.cos) out.cos[i] = float(cos_sum * inverse);
+    if (out.center) {
+      for (int64_t j = 0; j < p.d; ++j) out.center[i * p.d + j] = u[j] * float(inverse);
     }
   }
 }
 
-void class_pass(const Kernels& k, const Problem& p, int threads, const RowInput& in, const float* class_factor, void* dw, float* db) {
+void class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
+                float* d_bias) {
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
-  // A few tasks to a thread, so that one that is held up does not hold up the rest; each class's own result is the same whatever the cut.
-  const int64_t slabs = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(slabs, 16 * threads);
+  // Several tasks per thread, so that a delayed thread does not delay the others. The result of a class does not depend on the partition.
+  const int64_t chunks = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
   const Rows r = make_rows(k, p, l, &in, true, memory);
-  // With a sum of plain logits, or a gradient of the bias, a hard form's weights need more than what was kept.
-  const bool use_kept = p.form == IDENTITY || (!in.uniform && !db);
+  // For a hard transform the saved weights already contain N'(c): d_logit_sum and d_bias need more than that.
+  const bool use_saved = p.non_target == IDENTITY || (!in.d_logit_sum && !d_bias);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.class_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
     ClassTask t{};
-    t.first_class = slabs * i / tasks * l.classes;
-    t.last_class = std::min(p.c, slabs * (i + 1) / tasks * l.classes);
+    t.first_class = chunks * i / tasks * l.classes;
+    t.last_class = std::min(p.c, chunks * (i + 1) / tasks * l.classes);
     t.class_factor = class_factor;
-    t.dw = dw, t.db = db;
-    t.kept = in.kept, t.kept_slabs = use_kept ? kept_slabs(p, l, in.kept_bytes) : 0;
+    t.d_weight = d_weight, t.d_bias = d_bias;
+    t.saved = in.saved, t.saved_chunks = use_saved ? saved_chunks(p, l, in.saved_bytes) : 0;
     t.scratch = scratch[thread];
     k.class_task(p, r, t);
   });

@@ -1,38 +1,41 @@
-// The two passes over all rows and classes: memory, threads and the order in which parts are put together.
+// The two passes over all rows and classes: memory, threads, and the order in which partial results are combined.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "interface.h"
 
 namespace mk {
 
+// The results of the row pass, as RowPassOutput in marginkernels/core/types.py. max_logit, cos and center may be null.
 struct RowOutput {
-  float *total, *top, *moment, *u, *class_factor;  // as RowPass in marginkernels/backend/base.py; moment and u may be null
-  char* kept;                                      // of kept_bytes, filled with as many slabs as it holds
-  int64_t kept_bytes;
+  float *value, *max_logit, *cos, *center, *class_factor;
+  char* saved;  // of saved_bytes; filled with as many chunks as fit
+  int64_t saved_bytes;
 };
 
-struct RowInput {  // as RowWeights there
-  const float *lse, *softmax, *uniform, *target, *bias;
-  const char* kept;
-  int64_t kept_bytes;
+// The upstream gradient, as Upstream there, and the workspace that the row pass filled. d_logit_sum and d_target_bias may be null.
+struct ClassInput {
+  const float *lse, *d_lse, *d_logit_sum, *d_target_cos, *d_target_bias;
+  const char* saved;
+  int64_t saved_bytes;
 };
 
-// What a panel of `rows` rows of a slab of `classes` classes leaves to the class pass.
-struct KeptPanel {
+// The bytes that a panel of `rows` rows saves for the class pass per chunk of `classes` classes.
+struct SavedPanel {
   int64_t bytes, rows, classes;
 };
-KeptPanel kept_panel(const Kernels&);
+SavedPanel saved_panel(const Kernels&);
 
-// The instruction sets that this machine can run, worst first; the build leaves out what the compiler cannot make.
+// The instruction sets that this machine can run, worst first. The build leaves out those that the compiler does not support.
 std::vector<const Kernels*> levels();
 
-// The best of them, or the named one, for products of `x_dtype`; throws std::invalid_argument where there is none.
+// The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);
 
-void row_pass(const Kernels&, const Problem&, int threads, bool uniform, const RowOutput&);
-void class_pass(const Kernels&, const Problem&, int threads, const RowInput&, const float* class_factor, void* dw, float* db);
+void row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&);
+void class_pass(const Kernels&, const PassInputs&, int threads, const ClassInput&, const float* class_factor, void* d_weight,
+                float* d_bias);
 
 }  // namespace mk

@@ -1,33 +1,34 @@
 // The two passes over one block of rows and one range of classes, for one instruction set. A level_*.cpp includes this after defining
 //
-//   MK_NAMESPACE    its namespace: everything here is internal to it, so that the linker can never merge code of two instruction sets
+//   MK_NAMESPACE    its namespace; everything here is internal to it, so that the linker can never merge code of two instruction sets
 //   MK_WIDTH        floats in a vector
 //   MK_MR           rows of a register tile, which is MK_MR x 2 vectors
-//   MK_PAIRS        0: products of float32; 1: products of bfloat16 pairs
+//   MK_PAIRS        0: float32 products; 1: products of bfloat16 pairs
 //   MK_TILES        1: products on AMX tiles
-//   MK_SPLIT        1: float32 numbers as sums of bfloat16 ones, so that AMX's bfloat16 products give float32's
+//   MK_SPLIT        1: each float32 number split into a sum of bfloat16 numbers, so that AMX bfloat16 products reach float32 accuracy
 //
-// Rows are the fastest index of every tile of logits: then the epilogues, the running maximum included, are plain vertical arithmetic.
+// Rows are the fastest index of every tile of logits, so that the epilogues, including the running maximum, are plain vertical arithmetic.
 //
-// The operands of the products, in units of 32 bits: a float, or two bfloat16 that are neighbours along the summed index. Which two are
-// neighbours is free where both operands agree: along D they are d and d + 1 (d + 16 with planes), along the rows i and i + 16, along the
-// classes j and j + 1.
+// The operands of the products are stored in units of 32 bits: a float, or two bfloat16 that are neighbors along the summed index. Any pair
+// may be neighbors as long as both operands agree: along D they are d and d + 1 (d + 16 with planes), along the rows i and i + 16, along
+// the classes j and j + 1.
 //
 //   along   [panel of 32 rows][k/16][plane][16][32]   rows, summed over D; packed once
 //   across  [row unit][plane][ldn]                    rows, summed over rows; packed once
-//   centres [k/16][plane][classes][16]                a slab of normalised centres, summed over D
-//   values  [class unit][plane][ldn]                  the same slab, summed over classes
+//   centers [k/16][plane][classes][16]                a chunk of normalized class centers, summed over D
+//   values  [class unit][plane][ldn]                  the same chunk, summed over classes
 //   tile    [classes][32 rows]                        raw products
-//   weights [class unit][plane][32 rows]              the weights of the row pass; without planes in the tile's place
+//   weights [class unit][plane][32 rows]              the weights of the row pass; without planes they overwrite the tile
 //   g       [row unit/16][plane][classes][16]         the weights of the class pass
 //
-// There is one plane but for MK_SPLIT. There v = v0 + v1 + v2, each the rest of the one before rounded to bfloat16: 24 bits, and a product
-// is the six of planes whose indices sum to 2 or less. What is left out is of the size of float32's own rounding.
+// MK_SPLIT uses three planes, every other set one. With v = v0 + v1 + v2, where each term is what the terms before leave of v, rounded to
+// bfloat16, a number has 24 bits, and a product is the sum of the six products of planes whose indices sum to 2 or less. The omitted terms
+// are about as large as the rounding of float32 itself.
 //
-// Products of plain bfloat16 take the centres as they are: normalised first, a bfloat16 centre would be rounded twice.
+// Plain bfloat16 products take the class centers unnormalized: a bfloat16 center that is normalized first would be rounded twice.
 
-#include "../forms.h"
-#include "problem.h"
+#include "../scalar.h"
+#include "interface.h"
 
 namespace mk {
 namespace MK_NAMESPACE {
@@ -38,21 +39,21 @@ namespace {
 constexpr int CLASSES = 128;
 constexpr int ROWS = 256;
 constexpr int PER_UNIT = MK_PAIRS ? 2 : 1;
-constexpr int CHUNK = 16;                       // units of k that lie together: a cache line, and the width of an AMX tile
-constexpr int DIMS = CHUNK * PER_UNIT;          // numbers in it
+constexpr int STRIP = 16;               // contiguous units of k: a cache line, and the width of an AMX tile
+constexpr int DIMS = STRIP * PER_UNIT;  // numbers in a strip
 constexpr int PLANES = MK_SPLIT ? 3 : 1;
-constexpr bool RAW = MK_PAIRS && !MK_SPLIT;     // centres are packed as they are, and their factors go into the epilogues
-constexpr int KEPT_DTYPE = RAW ? BFLOAT16 : FLOAT32;  // the dtype of the weights that the row pass leaves to the class pass
-constexpr int KEPT_BYTES = RAW ? 2 : 4;
+constexpr bool RAW = MK_PAIRS && !MK_SPLIT;            // centers are packed unnormalized, and the epilogues apply their factors
+constexpr int SAVED_DTYPE = RAW ? BFLOAT16 : FLOAT32;  // the dtype of the weights that the row pass saves for the class pass
+constexpr int SAVED_BYTES = RAW ? 2 : 4;
 static_assert(PANEL % (2 * W) == 0 || PANEL == 2 * W, "a panel is whole register tiles");
 
 constexpr int64_t up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
 #include "products.h"
 
-// DIMS numbers of a row from `p`, of which `left` are there, as floats.
+// Loads DIMS numbers of a row from `p` as floats; only `left` of them exist, the rest are 0.
 template <int DTYPE>
-MK_INLINE void load_chunk(const char* p, int64_t left, float* out) {
+MK_INLINE void load_strip(const char* p, int64_t left, float* out) {
   constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
   if (left >= DIMS) {
     for (int i = 0; i < DIMS; i += W) store(out + i, load_as<DTYPE>(p + i * SIZE));
@@ -65,20 +66,20 @@ MK_INLINE void load_chunk(const char* p, int64_t left, float* out) {
 
 #if MK_PAIRS
 
-// The bfloat16 nearest to each lane, as a float; ties away from zero.
+// Each lane rounded to bfloat16, as the bits of a float; ties away from zero.
 MK_INLINE N rounded(V v) { return (bits<N>(v) + 0x8000u) & 0xffff0000u; }
 
-// Pairs of bfloat16, `low` first, from floats that are already rounded.
+// Pairs of bfloat16, `low` first, from lanes that are already rounded.
 MK_INLINE N pairs(N low, N high) { return low >> 16 | high; }
 
-// The next plane of `v`, rounded; `v` becomes what is left. The last plane's rest is of no interest.
+// The next plane of `v`, rounded; `v` becomes the remainder, which is not used after the last plane.
 MK_INLINE N next_plane(V& v) {
   const N out = rounded(v);
   if (MK_SPLIT) v -= bits<V>(out);
   return out;
 }
 
-// W pairs in `planes` planes, `stride` units apart.
+// Stores W pairs in `planes` planes, `stride` units apart.
 MK_INLINE void store_pairs(V low, V high, int planes, int64_t stride, uint32_t* to) {
   for (int q = 0; q < planes; ++q, to += stride) {
     const N l = next_plane(low);
@@ -88,18 +89,18 @@ MK_INLINE void store_pairs(V low, V high, int planes, int64_t stride, uint32_t* 
 
 #endif
 
-// DIMS floats as CHUNK units in each of PLANES planes.
+// Stores DIMS floats as STRIP units in each of PLANES planes.
 MK_INLINE void store_units(const float* v, [[maybe_unused]] int64_t plane, uint32_t* to) {
 #if MK_SPLIT
   store_pairs(load<V>(v), load<V>(v + 16), PLANES, plane, to);
 #elif MK_PAIRS
   store(to, _mm512_cvtne2ps_pbh(load<__m512>(v + 16), load<__m512>(v)));
 #else
-  for (int i = 0; i < CHUNK; i += W) store(to + i, load<V>(v + i));
+  for (int i = 0; i < STRIP; i += W) store(to + i, load<V>(v + i));
 #endif
 }
 
-// DIMS columns of PER_UNIT rows (the second is not read where a unit is one number) as DIMS units in each of PLANES planes.
+// Stores DIMS columns of PER_UNIT rows (`second` is not read if a unit is one number) as DIMS units in each of PLANES planes.
 MK_INLINE void store_columns(const float* first, [[maybe_unused]] const float* second, [[maybe_unused]] int64_t plane, uint32_t* to) {
 #if MK_PAIRS
   for (int i = 0; i < DIMS; i += W) store_pairs(load<V>(first + i), load<V>(second + i), PLANES, plane, to + i);
@@ -108,7 +109,7 @@ MK_INLINE void store_columns(const float* first, [[maybe_unused]] const float* s
 #endif
 }
 
-// What a dtype's rows are read with.
+// Calls f.run<DTYPE>() for a dtype that is known at run time.
 template <class F>
 MK_INLINE void with_dtype(int dtype, F f) {
   switch (dtype) {
@@ -118,11 +119,12 @@ MK_INLINE void with_dtype(int dtype, F f) {
   }
 }
 
-// 1/|w|, 0 for a centre shorter than TINY. Squares are taken as they are where they can be, else of the centre over its largest element.
+// 1/|w|, or 0 for a center whose norm is below TINY. If the plain sum of squares is too small or too large, it is computed again in double,
+// of the center divided by its largest element.
 template <int DTYPE>
 float inverse_norm(const char* row, int64_t d) {
   constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
-  float chunk[DIMS];
+  float strip[DIMS];
   V squares[2] = {};
   int64_t k = 0;
 #if MK_PAIRS
@@ -134,30 +136,30 @@ float inverse_norm(const char* row, int64_t d) {
       }
 #endif
   for (; k < d; k += DIMS) {
-    load_chunk<DTYPE>(row + k * SIZE, d - k, chunk);
+    load_strip<DTYPE>(row + k * SIZE, d - k, strip);
     for (int i = 0; i < DIMS; i += W) {
-      const V v = load<V>(chunk + i);
+      const V v = load<V>(strip + i);
       squares[(i / W) & 1] += v * v;
     }
   }
   const float plain = sum(squares[0] + squares[1]);
   if (plain > 1e-20f && plain < 1e30f) return 1.0f / __builtin_sqrtf(plain);
-  V most = {};
+  V largest_lanes = {};
   for (int64_t k = 0; k < d; k += DIMS) {
-    load_chunk<DTYPE>(row + k * SIZE, d - k, chunk);
+    load_strip<DTYPE>(row + k * SIZE, d - k, strip);
     for (int i = 0; i < DIMS; i += W) {
-      const V v = load<V>(chunk + i);
-      most = larger(most, v < 0.0f ? -v : v);
+      const V v = load<V>(strip + i);
+      largest_lanes = larger(largest_lanes, v < 0.0f ? -v : v);
     }
   }
   float largest = 0;
-  for (int i = 0; i < W; ++i) largest = most[i] > largest || most[i] != most[i] ? most[i] : largest;
+  for (int i = 0; i < W; ++i) largest = largest_lanes[i] > largest || largest_lanes[i] != largest_lanes[i] ? largest_lanes[i] : largest;
   if (largest == 0) return 0.0f;
   double total = 0;
   for (int64_t k = 0; k < d; k += DIMS) {
-    load_chunk<DTYPE>(row + k * SIZE, d - k, chunk);
+    load_strip<DTYPE>(row + k * SIZE, d - k, strip);
     for (int i = 0; i < DIMS; ++i) {
-      const double v = (double)chunk[i] / largest;
+      const double v = (double)strip[i] / largest;
       total += v * v;
     }
   }
@@ -167,7 +169,7 @@ float inverse_norm(const char* row, int64_t d) {
 
 #if MK_PAIRS && !MK_SPLIT
 
-// DIMS numbers of a row, of which `left` are there, as a line of bfloat16.
+// Loads DIMS numbers of a row as a cache line of bfloat16; only `left` of them exist, the rest are 0.
 template <int DTYPE>
 MK_INLINE __m512i load_line(const char* p, int64_t left) {
   if (DTYPE == BFLOAT16 && left >= DIMS) return load<__m512i>(p);
@@ -175,17 +177,17 @@ MK_INLINE __m512i load_line(const char* p, int64_t left) {
   if (DTYPE == BFLOAT16) {
     if (left > 0) __builtin_memcpy(line, p, left * 2);
   } else {
-    float chunk[DIMS];
-    load_chunk<DTYPE>(p, left, chunk);
-    store_units(chunk, 0, (uint32_t*)line);
+    float strip[DIMS];
+    load_strip<DTYPE>(p, left, strip);
+    store_units(strip, 0, (uint32_t*)line);
   }
   return load<__m512i>(line);
 }
 
-// Two lines of 32 bfloat16 into 32 pairs: the pair of column i is (a[i], b[i]).
+// Interleaves two lines of 32 bfloat16 into 32 pairs: the pair of column i is (a[i], b[i]).
 MK_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-                                         2, 33, 1, 32, 0);
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3,
+                                         34, 2, 33, 1, 32, 0);
   const __m512i second = _mm512_or_si512(first, _mm512_set1_epi16(16));
   store(out, _mm512_permutex2var_epi16(a, first, b));
   store(out + 16, _mm512_permutex2var_epi16(a, second, b));
@@ -193,14 +195,14 @@ MK_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
 
 #endif
 
-// A slab of centres into `centres` and (unless null) `values`, zero where there are no more, and their factors, 1 where they are taken as
-// they are. Unless RAW, what is packed is times its factor.
-struct PackSlab {
-  const Problem& p;
+// Packs a chunk of class centers into `centers` and (unless null) `values`, with zeros past the last class, and computes their factors,
+// which are 1 if the weights are not normalized. Unless RAW, the packed centers are multiplied by their factors.
+struct PackChunk {
+  const PassInputs& p;
   int64_t first, count;
   float* factor;       // (count up to a multiple of 32)
-  const float* known;  // factors that need not be found again, or null
-  uint32_t* centres;
+  const float* known;  // factors that were computed before, or null
+  uint32_t* centers;
   uint32_t* values;
   const Layout& l;
 
@@ -211,26 +213,26 @@ struct PackSlab {
     const char* row = (const char*)p.w + first * pitch;
     for (int64_t j = 0; j < up(count, 32); j += 2, row += 2 * pitch) {
       for (int h = 0; h < 2; ++h) {
-        const bool find = j + h < count && p.normalize_weight;
-        factor[j + h] = !find ? 1.0f : known ? known[j + h] : inverse_norm<DTYPE>(row + h * pitch, p.d);
+        const bool normalize = j + h < count && p.normalize_weight;
+        factor[j + h] = !normalize ? 1.0f : known ? known[j + h] : inverse_norm<DTYPE>(row + h * pitch, p.d);
       }
-      for (int64_t k = 0; k < l.dk; k += CHUNK) {
+      for (int64_t k = 0; k < l.dk; k += STRIP) {
         const int64_t d = k * PER_UNIT, left[2] = {j < count ? p.d - d : 0, j + 1 < count ? p.d - d : 0};
-        uint32_t* to = centres + k * PLANES * CLASSES + j * CHUNK;
+        uint32_t* to = centers + k * PLANES * CLASSES + j * STRIP;
 #if MK_PAIRS && !MK_SPLIT
         const __m512i line[2] = {load_line<DTYPE>(row + d * SIZE, left[0]), load_line<DTYPE>(row + pitch + d * SIZE, left[1])};
-        store(to, line[0]), store(to + CHUNK, line[1]);
+        store(to, line[0]), store(to + STRIP, line[1]);
         if (values) interleave(line[0], line[1], values + j / 2 * l.ldn + d);
 #else
-        float chunk[2][DIMS];
+        float strip[2][DIMS];
         for (int h = 0; h < 2; ++h) {
-          load_chunk<DTYPE>(row + h * pitch + d * SIZE, left[h], chunk[h]);
+          load_strip<DTYPE>(row + h * pitch + d * SIZE, left[h], strip[h]);
           if (p.normalize_weight)
-            for (int i = 0; i < DIMS; i += W) store(chunk[h] + i, load<V>(chunk[h] + i) * factor[j + h]);
-          store_units(chunk[h], CLASSES * CHUNK, to + h * CHUNK);
+            for (int i = 0; i < DIMS; i += W) store(strip[h] + i, load<V>(strip[h] + i) * factor[j + h]);
+          store_units(strip[h], CLASSES * STRIP, to + h * STRIP);
         }
         if (!values) continue;
-        for (int h = 0; h < 2; h += PER_UNIT) store_columns(chunk[h], chunk[1], l.ldn, values + (j + h) / PER_UNIT * PLANES * l.ldn + d);
+        for (int h = 0; h < 2; h += PER_UNIT) store_columns(strip[h], strip[1], l.ldn, values + (j + h) / PER_UNIT * PLANES * l.ldn + d);
 #endif
       }
     }
@@ -238,80 +240,81 @@ struct PackSlab {
 };
 
 struct PackAlong {
-  const Problem& p;
+  const PassInputs& p;
   uint32_t* out;
   const Layout& l;
 
   template <int DTYPE>
   void run() {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
-    float chunk[DIMS];
-    uint32_t units[PLANES * CHUNK];
+    float strip[DIMS];
+    uint32_t units[PLANES * STRIP];
     for (int64_t i = 0; i < up(p.n, PANEL); ++i) {
       uint32_t* to = out + i / PANEL * l.dk * PLANES * PANEL + i % PANEL;
-      for (int64_t k = 0; k < l.dk; k += CHUNK) {
+      for (int64_t k = 0; k < l.dk; k += STRIP) {
         const int64_t d = k * PER_UNIT;
-        load_chunk<DTYPE>((const char*)p.x + (i * p.d + d) * SIZE, i < p.n ? p.d - d : 0, chunk);
-        store_units(chunk, CHUNK, units);
-        for (int u = 0; u < PLANES * CHUNK; ++u) to[(k * PLANES + u) * PANEL] = units[u];
+        load_strip<DTYPE>((const char*)p.x + (i * p.d + d) * SIZE, i < p.n ? p.d - d : 0, strip);
+        store_units(strip, STRIP, units);
+        for (int u = 0; u < PLANES * STRIP; ++u) to[(k * PLANES + u) * PANEL] = units[u];
       }
     }
   }
 };
 
 struct PackAcross {
-  const Problem& p;
+  const PassInputs& p;
   uint32_t* out;
   const Layout& l;
 
   template <int DTYPE>
   void run() {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
-    float chunk[2][DIMS];
+    float strip[2][DIMS];
     for (int64_t u = 0; u < up(p.n, PANEL) / PER_UNIT; ++u) {
       const int64_t first = MK_PAIRS ? u / 16 * PANEL + u % 16 : u;
       for (int64_t k = 0; k < up(p.d, 32); k += DIMS) {
         for (int h = 0; h < PER_UNIT; ++h) {
           const int64_t i = first + 16 * h;
-          load_chunk<DTYPE>((const char*)p.x + (i * p.d + k) * SIZE, i < p.n ? p.d - k : 0, chunk[h]);
+          load_strip<DTYPE>((const char*)p.x + (i * p.d + k) * SIZE, i < p.n ? p.d - k : 0, strip[h]);
         }
-        store_columns(chunk[0], chunk[1], l.ldn, out + u * PLANES * l.ldn + k);
+        store_columns(strip[0], strip[1], l.ldn, out + u * PLANES * l.ldn + k);
       }
     }
   }
 };
 
-// The row vectors of one register's worth of rows.
+// The row vectors of W rows.
 struct Lanes {
-  V factor, slope, scale, threshold;
+  V factor, slope, scale, threshold, t;
   I label;
 
   MK_INLINE Lanes at(const Rows& r, int64_t row) {
-    return {load<V>(r.factor + row), load<V>(r.slope + row), load<V>(r.scale + row), load<V>(r.threshold + row), load<I>(r.label + row)};
+    return {load<V>(r.factor + row),    load<V>(r.slope + row), load<V>(r.scale + row),
+            load<V>(r.threshold + row), load<V>(r.t + row),     load<I>(r.label + row)};
   }
-  template <int FORM>
-  MK_INLINE V logit_of(const Lanes& l, V raw, float bias, V t) {
-    if constexpr (FORM == IDENTITY) return raw * l.slope + bias;
-    return l.scale * form_value<FORM>(raw * l.factor, l.threshold, t) + bias;
+  template <int NON_TARGET>
+  MK_INLINE V logit_of(const Lanes& l, V raw, float bias) {
+    if constexpr (NON_TARGET == IDENTITY) return raw * l.slope + bias;
+    return l.scale * nontarget_value<NON_TARGET>(raw * l.factor, l.threshold, l.t) + bias;
   }
 };
 
-// A panel against a slab, as the epilogues see it.
-struct Slab {
+// The tile of one panel and one chunk, as the epilogues see it.
+struct Chunk {
   int64_t first_class;
-  int count;            // classes, even; padding has a bias of -inf
+  int count;            // classes, even; a padded class has a bias of -inf
   const float* bias;    // in units of log 2
-  const float* factor;  // of the centres
+  const float* factor;  // of the centers
   float* tile;
   uint32_t* weights;
-  char* kept;  // the panel's, or null
+  char* saved;  // of this panel and chunk, or null
 
-  // W raw products of class j, times the factor where it is not in them.
+  // W raw products of class j, times the center's factor if it was not applied when packing.
   V raw(int j, int row) const {
     const V v = load<V>(tile + j * PANEL + row);
     return RAW ? v * factor[j] : v;
   }
-  // The weights of classes j and j + 1 over W rows; where they go has been read already.
+  // Stores the weights of classes j and j + 1 over W rows. They may overwrite the raw products of these classes, which were read before.
   void put(int j, int row, V first, V second) const {
 #if MK_PAIRS
     if (RAW) first *= factor[j], second *= factor[j + 1];
@@ -321,153 +324,153 @@ struct Slab {
     store(weights + (j + 1) * PANEL + row, second);
 #endif
   }
-  // What the row pass leaves to the class pass: W weights of class j, and what their exponentials were taken against.
-  void keep(int j, int row, V v) const { store_as<KEPT_DTYPE>(kept + (j * PANEL + row) * KEPT_BYTES, v); }
-  V kept_weight(int j, int row) const { return load_as<KEPT_DTYPE>(kept + (j * PANEL + row) * KEPT_BYTES); }
-  float* kept_base() const { return (float*)(kept + CLASSES * PANEL * KEPT_BYTES); }
+  // What the row pass saves for the class pass: W weights of class j, and the base that their exponentials are relative to.
+  void save_weight(int j, int row, V v) const { store_as<SAVED_DTYPE>(saved + (j * PANEL + row) * SAVED_BYTES, v); }
+  V saved_weight(int j, int row) const { return load_as<SAVED_DTYPE>(saved + (j * PANEL + row) * SAVED_BYTES); }
+  float* saved_base() const { return (float*)(saved + CLASSES * PANEL * SAVED_BYTES); }
 };
 
-// One panel of rows against one slab: the running maximum and sum move on, and the raw products become weights.
-// `decay` (PANEL) is what has been summed before must be multiplied by; returns whether any of it is not 1.
-template <int FORM, bool OWN>
-bool row_epilogue(const Problem& p, const Rows& r, const RowTask& task, int64_t row, const Slab& s, float* decay) {
-  const V t = broadcast(p.t), none = broadcast(-INF);
+// One panel of rows against one chunk: updates the running maximum and sums, and turns the raw products into weights.
+// `decay` (PANEL) receives the factor that the earlier sums must be multiplied by; returns whether any of them is not 1.
+template <int NON_TARGET, bool OWN>
+bool row_epilogue(const Rows& r, const RowTask& task, int64_t row, const Chunk& s, float* decay) {
+  const V none = broadcast(-INF);
   const int64_t state = row - task.first_row;
   bool moved = false;
   for (int g = 0; g < PANEL; g += W) {
     const Lanes l = Lanes::at(r, row + g);
     const I own = l.label - (int32_t)s.first_class;
-    V highest[2] = {none, none}, top[2] = {none, none};
+    V highest[2] = {none, none}, max_logit[2] = {none, none};
     for (int j = 0; j < s.count; j += 2)
       for (int h = 0; h < 2; ++h) {
         const V raw = s.raw(j + h, g);
-        V z = Lanes::logit_of<FORM>(l, raw, s.bias[j + h], t);
+        V z = Lanes::logit_of<NON_TARGET>(l, raw, s.bias[j + h]);
         if constexpr (OWN) z = own == j + h ? none : z;
         highest[h] = larger(highest[h], z);
-        if constexpr (FORM != IDENTITY) {
+        if constexpr (NON_TARGET != IDENTITY) {
           V plain = raw * l.slope + s.bias[j + h];
           if constexpr (OWN) plain = own == j + h ? none : plain;
-          top[h] = larger(top[h], plain);
+          max_logit[h] = larger(max_logit[h], plain);
         }
       }
-    const V before = load<V>(task.peak + state + g);
-    const V peak = larger(larger(highest[0], highest[1]), before);
-    const V base = finite_peak(peak), shrink = exp2(before - base);
-    store(task.peak + state + g, peak);
-    store(decay + g, shrink);
-    if (s.kept) store(s.kept_base() + g, base);
-    if constexpr (FORM != IDENTITY) store(task.top + state + g, larger(larger(top[0], top[1]), load<V>(task.top + state + g)));
+    const V before = load<V>(task.running_max + state + g);
+    const V running_max = larger(larger(highest[0], highest[1]), before);
+    const V base = finite_max(running_max), factor = exp2(before - base);
+    store(task.running_max + state + g, running_max);
+    store(decay + g, factor);
+    if (s.saved) store(s.saved_base() + g, base);
+    if constexpr (NON_TARGET != IDENTITY)
+      store(task.max_logit + state + g, larger(larger(max_logit[0], max_logit[1]), load<V>(task.max_logit + state + g)));
 
-    V total[2] = {}, moment[2] = {};
+    V total[2] = {}, cos_sum[2] = {};
     for (int j = 0; j < s.count; j += 2) {
       V weight[2];
       for (int h = 0; h < 2; ++h) {
         const V raw = s.raw(j + h, g);
-        V q = exp2(Lanes::logit_of<FORM>(l, raw, s.bias[j + h], t) - base);
+        V q = exp2(Lanes::logit_of<NON_TARGET>(l, raw, s.bias[j + h]) - base);
         if constexpr (OWN) q = own == j + h ? V{} : q;
         total[h] += q;
         weight[h] = q;
-        if constexpr (FORM != IDENTITY) {
+        if constexpr (NON_TARGET != IDENTITY) {
           const V c = raw * l.factor;
-          moment[h] += q * form_value<FORM>(c, l.threshold, t);
-          weight[h] = q * form_slope<FORM>(c, l.threshold, t);
+          cos_sum[h] += q * nontarget_value<NON_TARGET>(c, l.threshold, l.t);
+          weight[h] = q * nontarget_slope<NON_TARGET>(c, l.threshold, l.t);
         }
-        if (s.kept) s.keep(j + h, g, weight[h]);
+        if (s.saved) s.save_weight(j + h, g, weight[h]);
       }
       s.put(j, g, weight[0], weight[1]);
     }
-    float sums[2][W], shrunk[W];
+    float sums[2][W], decays[W];
     store(sums[0], total[0] + total[1]);
-    store(sums[1], moment[0] + moment[1]);
-    store(shrunk, shrink);
+    store(sums[1], cos_sum[0] + cos_sum[1]);
+    store(decays, factor);
     for (int i = 0; i < W; ++i) {
       double& whole = task.total[state + g + i];
-      whole = whole * shrunk[i] + sums[0][i];
-      if (FORM != IDENTITY && task.need_moment) task.moment[state + g + i] = task.moment[state + g + i] * shrunk[i] + sums[1][i];
-      moved |= shrunk[i] != 1.0f;
+      whole = whole * decays[i] + sums[0][i];
+      if (NON_TARGET != IDENTITY && task.need_cos) task.cos_sum[state + g + i] = task.cos_sum[state + g + i] * decays[i] + sums[1][i];
+      moved |= decays[i] != 1.0f;
     }
   }
   return moved;
 }
 
-// The same for the plain sum of the logits: every weight is 1.
-template <int FORM, bool OWN>
-bool uniform_epilogue(const Problem& p, const Rows& r, const RowTask& task, int64_t row, const Slab& s, float*) {
-  const V t = broadcast(p.t);
+// The same for the sum of the logits: every weight is N'(c).
+template <int NON_TARGET, bool OWN>
+bool logit_sum_epilogue(const Rows& r, const RowTask& task, int64_t row, const Chunk& s, float*) {
   const int64_t state = row - task.first_row;
   for (int g = 0; g < PANEL; g += W) {
     const Lanes l = Lanes::at(r, row + g);
     const I own = l.label - (int32_t)s.first_class;
-    V total = {}, moment = {};
+    V total = {}, cos_sum = {};
     for (int j = 0; j < s.count; j += 2) {
       V weight[2] = {};
       for (int h = 0; h < 2 && s.bias[j + h] != -INF; ++h) {
         const V c = s.raw(j + h, g) * l.factor;
         V one = V{} + 1.0f;
         if constexpr (OWN) one = own == j + h ? V{} : one;
-        const V value = form_value<FORM>(c, l.threshold, t);
+        const V value = nontarget_value<NON_TARGET>(c, l.threshold, l.t);
         total += one * (l.scale * value + s.bias[j + h]);
-        moment += one * value;
-        weight[h] = one * form_slope<FORM>(c, l.threshold, t);
+        cos_sum += one * value;
+        weight[h] = one * nontarget_slope<NON_TARGET>(c, l.threshold, l.t);
       }
       s.put(j, g, weight[0], weight[1]);
     }
     for (int i = 0; i < W; ++i) {
       task.total[state + g + i] += (double)total[i] * LN2;
-      if (task.need_moment) task.moment[state + g + i] += moment[i];
+      if (task.need_cos) task.cos_sum[state + g + i] += cos_sum[i];
     }
   }
   return false;
 }
 
-// One panel of rows against one slab in the class pass: the tile of raw products, or what was kept, becomes G f, in `out`, and db grows.
-// N'(c) is in what was kept: there the form is always the identity.
-template <int FORM, bool OWN, bool BIAS, bool KEPT>
-void class_epilogue(const Problem& p, const Rows& r, int64_t row, const Slab& s, uint32_t* out, float* db) {
-  static_assert(!KEPT || FORM == IDENTITY, "weights are kept with their form's slope");
-  const V t = broadcast(p.t);
-  // Never above lambda but for rounding, which for logits of 1e18 is itself enough to overflow the exponential.
-  const auto share_of = [](V lse, V logit) { return exp2(-larger(lse - logit, broadcast(-1.0f))); };
+// One panel of rows against one chunk in the class pass: the raw products, or the saved weights, become G f, in `out`, and the panel's
+// terms are added to db. Saved weights already contain N'(c): for them the transform is always the identity.
+template <int NON_TARGET, bool OWN, bool BIAS, bool SAVED>
+void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, float* db) {
+  static_assert(!SAVED || NON_TARGET == IDENTITY, "saved weights contain the slope of the transform");
+  // A logit exceeds lse only by rounding, but for logits of 1e18 that alone could overflow the exponential.
+  const auto softmax_of = [](V lse, V logit) { return exp2(-larger(lse - logit, broadcast(-1.0f))); };
   for (int g = 0; g < PANEL; g += 2 * W) {
     Lanes l[2];
-    V lse[2], softmax[2], uniform[2], target[2], from_base[2];
+    V lse[2], d_lse[2], d_logit_sum[2], d_target_cos[2], from_base[2];
     for (int h = 0; h < 2; ++h) {
       const int64_t at = row + g + h * W;
       l[h] = Lanes::at(r, at);
-      lse[h] = load<V>(r.lse + at), softmax[h] = load<V>(r.softmax + at), uniform[h] = load<V>(r.uniform + at);
-      target[h] = load<V>(r.target + at);
-      if constexpr (KEPT) from_base[h] = share_of(lse[h], load<V>(s.kept_base() + g + h * W));
+      lse[h] = load<V>(r.lse + at), d_lse[h] = load<V>(r.d_lse + at), d_logit_sum[h] = load<V>(r.d_logit_sum + at);
+      d_target_cos[h] = load<V>(r.d_target_cos + at);
+      if constexpr (SAVED) from_base[h] = softmax_of(lse[h], load<V>(s.saved_base() + g + h * W));
     }
     for (int j = 0; j < s.count; ++j) {
       V weight[2];
       for (int h = 0; h < 2; ++h) {
-        const V raw = KEPT ? V{} : s.raw(j, g + h * W);
+        const V raw = SAVED ? V{} : s.raw(j, g + h * W);
         const I own = l[h].label - (int32_t)s.first_class;
         V q;
-        if constexpr (KEPT)
-          q = s.kept_weight(j, g + h * W) * from_base[h];
+        if constexpr (SAVED)
+          q = s.saved_weight(j, g + h * W) * from_base[h];
         else
-          q = share_of(lse[h], Lanes::logit_of<FORM>(l[h], raw, s.bias[j], t));
-        V v = q * softmax[h] + uniform[h];
-        if constexpr (FORM != IDENTITY) v *= form_slope<FORM>(raw * l[h].factor, l[h].threshold, t);
-        if constexpr (OWN) v = own == j ? target[h] : v;
+          q = softmax_of(lse[h], Lanes::logit_of<NON_TARGET>(l[h], raw, s.bias[j]));
+        V v = q * d_lse[h] + d_logit_sum[h];
+        if constexpr (NON_TARGET != IDENTITY) v *= nontarget_slope<NON_TARGET>(raw * l[h].factor, l[h].threshold, l[h].t);
+        if constexpr (OWN) v = own == j ? d_target_cos[h] : v;
         weight[h] = v;
         if constexpr (BIAS) {
           const int64_t at = row + g + h * W;
-          V share = q * load<V>(r.share + at) + load<V>(r.uniform_share + at);
-          if constexpr (OWN) share = own == j ? load<V>(r.bias + at) : share;
-          store(db + j * W, load<V>(db + j * W) + share);
+          V d_bias = q * load<V>(r.bias_d_lse + at) + load<V>(r.bias_d_logit_sum + at);
+          if constexpr (OWN) d_bias = own == j ? load<V>(r.d_target_bias + at) : d_bias;
+          store(db + j * W, load<V>(db + j * W) + d_bias);
         }
       }
 #if MK_PAIRS
-      store_pairs(weight[0], weight[1], PLANES, CLASSES * CHUNK, out + j * CHUNK);
+      store_pairs(weight[0], weight[1], PLANES, CLASSES * STRIP, out + j * STRIP);
 #else
-      for (int h = 0; h < 2; ++h) store(out + (g + h * W) / CHUNK * (CLASSES * CHUNK) + j * CHUNK + (g + h * W) % CHUNK, weight[h]);
+      for (int h = 0; h < 2; ++h) store(out + (g + h * W) / STRIP * (CLASSES * STRIP) + j * STRIP + (g + h * W) % STRIP, weight[h]);
 #endif
     }
   }
 }
 
+// Whether any row of the panel has its target in the chunk.
 bool own_inside(const Rows& r, int64_t row, int64_t first_class, int count) {
   I any = {};
   for (int g = 0; g < PANEL; g += W) {
@@ -479,25 +482,27 @@ bool own_inside(const Rows& r, int64_t row, int64_t first_class, int count) {
   return found;
 }
 
-using RowEpilogue = bool (*)(const Problem&, const Rows&, const RowTask&, int64_t, const Slab&, float*);
-using ClassEpilogue = void (*)(const Problem&, const Rows&, int64_t, const Slab&, uint32_t*, float*);
+using RowEpilogue = bool (*)(const Rows&, const RowTask&, int64_t, const Chunk&, float*);
+using ClassEpilogue = void (*)(const Rows&, int64_t, const Chunk&, uint32_t*, float*);
 
-template <int FORM>
-RowEpilogue choose_row(bool uniform, bool own) {
-  if (uniform) return own ? uniform_epilogue<FORM, true> : uniform_epilogue<FORM, false>;
-  return own ? row_epilogue<FORM, true> : row_epilogue<FORM, false>;
+template <int NON_TARGET>
+RowEpilogue choose_row(bool logit_sum, bool own) {
+  if (logit_sum) return own ? logit_sum_epilogue<NON_TARGET, true> : logit_sum_epilogue<NON_TARGET, false>;
+  return own ? row_epilogue<NON_TARGET, true> : row_epilogue<NON_TARGET, false>;
 }
 
-template <int FORM, bool KEPT = false>
+template <int NON_TARGET, bool SAVED = false>
 ClassEpilogue choose_class(bool own, bool bias) {
-  if (bias) return own ? class_epilogue<FORM, true, true, KEPT> : class_epilogue<FORM, false, true, KEPT>;
-  return own ? class_epilogue<FORM, true, false, KEPT> : class_epilogue<FORM, false, false, KEPT>;
+  if (bias) return own ? class_epilogue<NON_TARGET, true, true, SAVED> : class_epilogue<NON_TARGET, false, true, SAVED>;
+  return own ? class_epilogue<NON_TARGET, true, false, SAVED> : class_epilogue<NON_TARGET, false, false, SAVED>;
 }
 
-#define MK_CHOOSE(form, function, ...) \
-  ((form) == IDENTITY ? function<IDENTITY>(__VA_ARGS__) : (form) == HARD_LINEAR ? function<HARD_LINEAR>(__VA_ARGS__) : function<HARD_QUADRATIC>(__VA_ARGS__))
+#define MK_CHOOSE(non_target, function, ...)                          \
+  ((non_target) == IDENTITY      ? function<IDENTITY>(__VA_ARGS__)    \
+   : (non_target) == HARD_LINEAR ? function<HARD_LINEAR>(__VA_ARGS__) \
+                                 : function<HARD_QUADRATIC>(__VA_ARGS__))
 
-// The buffers of a task, one after the other in its scratch memory.
+// Carves the buffers of a task out of its scratch memory; with no memory it only counts their size.
 struct Buffers {
   int64_t used = 0;
   uint32_t* start;
@@ -510,10 +515,10 @@ struct Buffers {
 };
 
 struct RowBuffers {
-  uint32_t *centres, *values, *tile, *weights, *spare, *bias, *factor, *decay;
+  uint32_t *centers, *values, *tile, *weights, *spare, *bias, *factor, *decay;
 
   RowBuffers(Buffers& b, const Layout& l) {
-    centres = b.take(CLASSES * l.dk * PLANES);
+    centers = b.take(CLASSES * l.dk * PLANES);
     values = b.take(CLASSES / PER_UNIT * PLANES * l.ldn);
     tile = b.take(CLASSES * PANEL);
     weights = MK_SPLIT ? b.take(CLASSES / 2 * PLANES * PANEL) : tile;
@@ -523,10 +528,10 @@ struct RowBuffers {
 };
 
 struct ClassBuffers {
-  uint32_t *centres, *tile, *g, *v, *db, *bias, *factor;
+  uint32_t *centers, *tile, *g, *v, *db, *bias, *factor;
 
   ClassBuffers(Buffers& b, const Layout& l) {
-    centres = b.take(CLASSES * l.dk * PLANES);
+    centers = b.take(CLASSES * l.dk * PLANES);
     tile = b.take(CLASSES * PANEL);
     g = b.take(ROWS / PER_UNIT * PLANES * CLASSES);
     v = b.take(CLASSES * l.ldn);
@@ -537,7 +542,7 @@ struct ClassBuffers {
 Layout layout(int64_t d) {
   Layout l{};
   l.dk = up(d, 32) / PER_UNIT;
-  l.ldn = up(d, 32) + CHUNK;  // a row of them is never a whole power of two apart from the next
+  l.ldn = up(d, 32) + STRIP;  // the extra strip keeps row strides away from powers of two
   l.classes = CLASSES;
   l.rows = ROWS;
   l.along = l.dk * PLANES;
@@ -545,34 +550,35 @@ Layout layout(int64_t d) {
   Buffers row{}, cls{};
   RowBuffers(row, l), ClassBuffers(cls, l);
   l.row_scratch = row.used, l.class_scratch = cls.used;
-  l.kept = CLASSES * PANEL * KEPT_BYTES + PANEL * 4;
+  l.saved = CLASSES * PANEL * SAVED_BYTES + PANEL * 4;
   return l;
 }
 
-// The slab's biases in units of log 2, -inf for padding, so that a padded class has weight 0.
-void slab_bias(const Problem& p, int64_t first, int64_t count, float* out) {
+// The biases of the chunk in units of log 2; -inf for padded classes, so that their weights are 0.
+void chunk_bias(const PassInputs& p, int64_t first, int64_t count, float* out) {
   for (int64_t j = 0; j < CLASSES; ++j) out[j] = j >= count ? -INF : p.bias ? p.bias[first + j] * LOG2E : 0.0f;
 }
 
-void row_task(const Problem& p, const Rows& r, const RowTask& task) {
+void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   const Layout l = layout(p.d);
   const TileState tiles;
   Buffers memory{0, task.scratch};
   const RowBuffers m(memory, l);
   float *tile = (float*)m.tile, *bias = (float*)m.bias, *factor = (float*)m.factor, *decay = (float*)m.decay;
-  const RowEpilogue plain = MK_CHOOSE(p.form, choose_row, task.uniform, false), with_own = MK_CHOOSE(p.form, choose_row, task.uniform, true);
+  const RowEpilogue plain = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, false);
+  const RowEpilogue with_own = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, true);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES, even = up(count, 2);
-    with_dtype(p.w_dtype, PackSlab{p, first, count, factor, nullptr, m.centres, task.need_u ? m.values : nullptr, l});
+    with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, m.centers, task.need_center ? m.values : nullptr, l});
     if (task.class_factor && p.normalize_weight) __builtin_memcpy(task.class_factor + first, factor, count * 4);
-    slab_bias(p, first, count, bias);
-    const int64_t slab = first / CLASSES;
+    chunk_bias(p, first, count, bias);
+    const int64_t chunk = first / CLASSES;
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
-      char* kept = slab < task.kept_slabs ? task.kept + (slab * up(p.n, PANEL) + row) / PANEL * l.kept : nullptr;
-      cosines(l, even, m.centres, r.along + row * l.along, tile);
+      char* saved = chunk < task.saved_chunks ? task.saved + (chunk * up(p.n, PANEL) + row) / PANEL * l.saved : nullptr;
+      cosines(l, even, m.centers, r.along + row * l.along, tile);
       const bool own = own_inside(r, row, first, count);
-      const bool moved = (own ? with_own : plain)(p, r, task, row, {first, (int)even, bias, factor, tile, m.weights, kept}, decay);
-      if (!task.need_u) continue;
+      const bool moved = (own ? with_own : plain)(r, task, row, {first, (int)even, bias, factor, tile, m.weights, saved}, decay);
+      if (!task.need_center) continue;
       float* u = task.u + (row - task.first_row) * l.ldn;
       if (moved)
         for (int i = 0; i < PANEL; ++i)
@@ -583,14 +589,14 @@ void row_task(const Problem& p, const Rows& r, const RowTask& task) {
   }
 }
 
-// dw of one slab from v = G^T x, and its place in memory.
+// Writes dw of one chunk from v = G^T x.
 struct WriteGradient {
-  const Problem& p;
+  const PassInputs& p;
   int64_t first, count;
   const float* factor;
-  float unit;
+  float pow2;  // Rows::pow2
   const float* v;
-  void* dw;
+  void* d_weight;
   const Layout& l;
 
   template <int DTYPE>
@@ -598,27 +604,27 @@ struct WriteGradient {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
     for (int64_t j = 0; j < count; ++j) {
       const float* row = v + j * l.ldn;
-      const char* centre = (const char*)p.w + (first + j) * p.w_stride * SIZE;
-      char* to = (char*)dw + (first + j) * p.d * SIZE;
+      const char* center = (const char*)p.w + (first + j) * p.w_stride * SIZE;
+      char* to = (char*)d_weight + (first + j) * p.d * SIZE;
       const int64_t whole = p.d / W * W;
-      char ends[2][W * SIZE] = {};  // the last elements, where a vector would reach past the row
-      __builtin_memcpy(ends[0], centre + whole * SIZE, (p.d - whole) * SIZE);
+      char ends[2][W * SIZE] = {};  // the last elements, for which a whole vector would reach past the row
+      __builtin_memcpy(ends[0], center + whole * SIZE, (p.d - whole) * SIZE);
       V a = {}, dot = {};
       if (p.normalize_weight) {
         a = broadcast(factor[j]);
         V dots[2] = {};
         int64_t k = 0;
         for (; k + 2 * W <= whole; k += 2 * W)
-          for (int h = 0; h < 2; ++h) dots[h] += load<V>(row + k + h * W) * (load_as<DTYPE>(centre + (k + h * W) * SIZE) * a);
-        if (k < whole) dots[0] += load<V>(row + k) * (load_as<DTYPE>(centre + k * SIZE) * a);
+          for (int h = 0; h < 2; ++h) dots[h] += load<V>(row + k + h * W) * (load_as<DTYPE>(center + (k + h * W) * SIZE) * a);
+        if (k < whole) dots[0] += load<V>(row + k) * (load_as<DTYPE>(center + k * SIZE) * a);
         if (whole < p.d) dots[1] += load<V>(row + whole) * (load_as<DTYPE>(ends[0]) * a);
         dot = broadcast(sum(dots[0] + dots[1]));
       }
       const auto result = [&](int64_t k, const char* w) {
         const V mine = load<V>(row + k);
-        return (p.normalize_weight ? through_norm(mine, dot, load_as<DTYPE>(w) * a, a) : mine) * unit;
+        return (p.normalize_weight ? through_norm(mine, dot, load_as<DTYPE>(w) * a, a) : mine) * pow2;
       };
-      for (int64_t k = 0; k < whole; k += W) store_as<DTYPE>(to + k * SIZE, result(k, centre + k * SIZE));
+      for (int64_t k = 0; k < whole; k += W) store_as<DTYPE>(to + k * SIZE, result(k, center + k * SIZE));
       if (whole < p.d) {
         store_as<DTYPE>(ends[1], result(whole, ends[0]));
         __builtin_memcpy(to + whole * SIZE, ends[1], (p.d - whole) * SIZE);
@@ -627,57 +633,59 @@ struct WriteGradient {
   }
 };
 
-void class_task(const Problem& p, const Rows& r, const ClassTask& task) {
+void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
   const Layout l = layout(p.d);
   const TileState tiles;
   Buffers memory{0, task.scratch};
   const ClassBuffers m(memory, l);
   float *tile = (float*)m.tile, *v = (float*)m.v, *db = (float*)m.db, *bias = (float*)m.bias, *factor = (float*)m.factor;
-  const bool need_bias = task.db;
-  const ClassEpilogue plain = MK_CHOOSE(p.form, choose_class, false, need_bias), with_own = MK_CHOOSE(p.form, choose_class, true, need_bias);
-  const ClassEpilogue kept_plain = choose_class<IDENTITY, true>(false, need_bias), kept_own = choose_class<IDENTITY, true>(true, need_bias);
+  const bool need_bias = task.d_bias;
+  const ClassEpilogue plain = MK_CHOOSE(p.non_target, choose_class, false, need_bias);
+  const ClassEpilogue with_own = MK_CHOOSE(p.non_target, choose_class, true, need_bias);
+  const ClassEpilogue saved_plain = choose_class<IDENTITY, true>(false, need_bias),
+                      saved_own = choose_class<IDENTITY, true>(true, need_bias);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
     const float* known = p.normalize_weight ? task.class_factor + first : nullptr;
-    const int64_t slab = first / CLASSES;
-    const bool from_kept = slab < task.kept_slabs;
-    if (!from_kept)
-      with_dtype(p.w_dtype, PackSlab{p, first, count, factor, known, m.centres, nullptr, l});
+    const int64_t chunk = first / CLASSES;
+    const bool from_saved = chunk < task.saved_chunks;
+    if (!from_saved)
+      with_dtype(p.w_dtype, PackChunk{p, first, count, factor, known, m.centers, nullptr, l});
     else if (known)
       __builtin_memcpy(factor, known, count * 4);
-    slab_bias(p, first, count, bias);
+    chunk_bias(p, first, count, bias);
     if (need_bias) __builtin_memset(db, 0, CLASSES * W * 4);
     for (int64_t block = 0; block < p.n; block += ROWS) {
       const int64_t rows = up(p.n - block < ROWS ? p.n - block : ROWS, PANEL);
       for (int64_t i = 0; i < rows; i += PANEL) {
         const int64_t row = block + i;
-        char* kept = from_kept ? (char*)task.kept + (slab * up(p.n, PANEL) + row) / PANEL * l.kept : nullptr;
-        if (!from_kept) cosines(l, count, m.centres, r.along + row * l.along, tile);
+        char* saved = from_saved ? (char*)task.saved + (chunk * up(p.n, PANEL) + row) / PANEL * l.saved : nullptr;
+        if (!from_saved) cosines(l, count, m.centers, r.along + row * l.along, tile);
         const bool own = own_inside(r, row, first, count);
-        const ClassEpilogue epilogue = from_kept ? (own ? kept_own : kept_plain) : own ? with_own : plain;
-        epilogue(p, r, row, {first, (int)count, bias, factor, tile, nullptr, kept}, m.g + i / PER_UNIT * PLANES * CLASSES, db);
+        const ClassEpilogue epilogue = from_saved ? (own ? saved_own : saved_plain) : own ? with_own : plain;
+        epilogue(r, row, {first, (int)count, bias, factor, tile, nullptr, saved}, m.g + i / PER_UNIT * PLANES * CLASSES, db);
       }
-      if (task.dw) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
+      if (task.d_weight) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
     }
-    if (task.dw) with_dtype(p.w_dtype, WriteGradient{p, first, count, factor, r.unit, v, task.dw, l});
+    if (task.d_weight) with_dtype(p.w_dtype, WriteGradient{p, first, count, factor, r.pow2, v, task.d_weight, l});
     if (need_bias)
-      for (int64_t j = 0; j < count; ++j) task.db[first + j] = sum(load<V>(db + j * W)) * r.unit;
+      for (int64_t j = 0; j < count; ++j) task.d_bias[first + j] = sum(load<V>(db + j * W)) * r.pow2;
   }
 }
 
-void pack_along(const Problem& p, uint32_t* out) {
+void pack_along(const PassInputs& p, uint32_t* out) {
   const Layout l = layout(p.d);
   with_dtype(p.x_dtype, PackAlong{p, out, l});
 }
 
-void pack_across(const Problem& p, uint32_t* out) {
+void pack_across(const PassInputs& p, uint32_t* out) {
   const Layout l = layout(p.d);
   with_dtype(p.x_dtype, PackAcross{p, out, l});
 }
 
 }  // namespace
 
-// Without planes, pairs of bfloat16 hold no wider number; with them, a bfloat16 one would be two zeros too many.
+// The embeddings' dtypes. Without planes, a pair holds nothing wider than bfloat16; with planes, two of a bfloat16 number's planes are 0.
 constexpr int DTYPES = !MK_PAIRS ? 7 : MK_SPLIT ? 1 << FLOAT32 | 1 << FLOAT16 : 1 << BFLOAT16;
 
 extern const Kernels kernels = {MK_NAME, DTYPES, layout, pack_along, pack_across, row_task, class_task};

@@ -1,5 +1,6 @@
-// Large buffers that are needed again at every step: the gradient and what the passes leave to one another. Fresh memory costs a fault for
-// each page at its first touch, which in a step of a tenth of a second is a fifth of it; so those given back wait here for the next step.
+// A cache of large buffers that are needed again at every step: the gradient of the weights and what the row pass saves for the class pass.
+// Fresh memory costs a page fault at each page's first touch, a fifth of a step that takes a tenth of a second; freed buffers are therefore
+// cached for reuse by the next step.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +14,13 @@
 
 namespace mk {
 
-// Memory of the pool for as long as this lives.
+// A buffer; its memory comes from the cache and returns there when it is destroyed.
 class Block {
  public:
-  explicit Block(int64_t bytes) : bytes_(bytes), room_(rounded(bytes)), start_(take(room_)) {
+  explicit Block(int64_t bytes) : bytes_(bytes), capacity_(rounded(bytes)), start_(take(capacity_)) {
     if (!start_) {
-      drop();  // what waits may be what is missing
-      start_ = fresh(room_);
+      release();  // the cached buffers may take the memory that is needed
+      start_ = allocate(capacity_);
     }
     if (!start_) throw std::bad_alloc();
   }
@@ -30,14 +31,15 @@ class Block {
   void* start() const { return start_; }
   int64_t bytes() const { return bytes_; }
 
-  // Bytes that wait. None but the last few steps' buffers do: where one is asked for that does not wait, all that wait are dropped.
-  static int64_t waiting() {
+  // Bytes in the cache. It holds the buffers of the last few steps only: a request that it cannot serve empties it.
+  static int64_t cached() {
     const std::lock_guard<std::mutex> locked(lock());
     int64_t total = 0;
-    for (const Free& f : list()) total += f.room;
+    for (const Free& f : list()) total += f.capacity;
     return total;
   }
-  static void drop() {
+  // Returns all cached memory to the system.
+  static void release() {
     const std::lock_guard<std::mutex> locked(lock());
     for (const Free& f : list()) std::free(f.start);
     list().clear();
@@ -46,12 +48,12 @@ class Block {
  private:
   struct Free {
     void* start;
-    int64_t room;
+    int64_t capacity;
   };
-  static constexpr int64_t LARGE_PAGE = 2 << 20, MOST = 512 << 20;
+  static constexpr int64_t LARGE_PAGE = 2 << 20, MAX_CACHED = 512 << 20;
 
   static std::mutex& lock() {
-    static std::mutex* m = new std::mutex;  // never destroyed: a tensor may outlive everything else
+    static std::mutex* m = new std::mutex;  // never destroyed: a tensor may outlive every other object
     return *m;
   }
   static std::vector<Free>& list() {
@@ -60,40 +62,40 @@ class Block {
   }
   static int64_t rounded(int64_t bytes) { return (bytes + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE; }
 
-  static void* take(int64_t room) {
+  static void* take(int64_t capacity) {
     const std::lock_guard<std::mutex> locked(lock());
     for (size_t i = 0; i < list().size(); ++i)
-      if (list()[i].room == room) {
+      if (list()[i].capacity == capacity) {
         void* found = list()[i].start;
         list().erase(list().begin() + i);
         return found;
       }
     return nullptr;
   }
-  static void* fresh(int64_t room) {
-    void* start = std::aligned_alloc(LARGE_PAGE, room);
+  static void* allocate(int64_t capacity) {
+    void* start = std::aligned_alloc(LARGE_PAGE, capacity);
 #if defined(__linux__)
-    // Large pages pay where they are used again. On virtual machines their first touch can cost more than that of small ones.
-    if (start && room <= MOST) madvise(start, room, MADV_HUGEPAGE);
+    // Large pages pay off only in memory that is reused: on virtual machines their first touch can cost more than that of small pages.
+    if (start && capacity <= MAX_CACHED) madvise(start, capacity, MADV_HUGEPAGE);
 #endif
     return start;
   }
   void give_back() {
     const std::lock_guard<std::mutex> locked(lock());
-    int64_t total = room_;
-    for (const Free& f : list()) total += f.room;
-    while (total > MOST && !list().empty()) {  // the oldest go first
-      total -= list().front().room;
+    int64_t total = capacity_;
+    for (const Free& f : list()) total += f.capacity;
+    while (total > MAX_CACHED && !list().empty()) {  // the oldest are freed first
+      total -= list().front().capacity;
       std::free(list().front().start);
       list().erase(list().begin());
     }
-    if (total > MOST)
+    if (total > MAX_CACHED)
       std::free(start_);
     else
-      list().push_back({start_, room_});
+      list().push_back({start_, capacity_});
   }
 
-  int64_t bytes_, room_;
+  int64_t bytes_, capacity_;
   void* start_;
 };
 

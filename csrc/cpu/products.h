@@ -2,8 +2,8 @@
 
 #if MK_TILES
 
-// The tiles of this thread: eight of 16 rows x 64 bytes. What the caller had configured (another library may keep its tiles set up on
-// this thread) is put back at the end.
+// Configures the AMX tiles of this thread: eight tiles of 16 rows x 64 bytes. The destructor restores the previous configuration, since
+// another library may have its own tiles configured on this thread.
 struct TileState {
   struct alignas(64) Config {
     uint8_t palette = 0, start = 0, reserved[14] = {};
@@ -22,27 +22,27 @@ struct TileState {
   TileState(const TileState&) = delete;
 };
 
-// One operand's step to the next plane and to the next 16 units of k, and a row of it, in units.
+// Strides of an operand in units: to the next plane, to the next 16 units of k, and to the next row.
 struct Steps {
-  int64_t plane, chunk, row;
+  int64_t plane, strip, row;
 };
 
-// One term of a product: planes P and Q of its operands, of which KEEP_A or KEEP_B is still in the tiles.
-template <int P, int Q, bool KEEP_A = false, bool KEEP_B = false>
+// One term of a product: planes P and Q of its operands. REUSE_A or REUSE_B: the operand is still in its tiles from the term before.
+template <int P, int Q, bool REUSE_A = false, bool REUSE_B = false>
 MK_INLINE void term(const uint32_t* a, Steps sa, const uint32_t* b, Steps sb) {
-  if (!KEEP_B) _tile_loadd(6, b + Q * sb.plane, sb.row * 4);
-  if (!KEEP_A) _tile_loadd(4, a + P * sa.plane, sa.row * 4);
+  if (!REUSE_B) _tile_loadd(6, b + Q * sb.plane, sb.row * 4);
+  if (!REUSE_A) _tile_loadd(4, a + P * sa.plane, sa.row * 4);
   _tile_dpbf16ps(0, 4, 6);
-  if (!KEEP_B) _tile_loadd(7, b + Q * sb.plane + 16, sb.row * 4);
+  if (!REUSE_B) _tile_loadd(7, b + Q * sb.plane + 16, sb.row * 4);
   _tile_dpbf16ps(1, 4, 7);
-  if (!KEEP_A) _tile_loadd(5, a + P * sa.plane + 16 * sa.row, sa.row * 4);
+  if (!REUSE_A) _tile_loadd(5, a + P * sa.plane + 16 * sa.row, sa.row * 4);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// c[32][32] (+)= a[32][k] b[k][32], k in chunks of 16 units.
+// c[32][32] (+)= a[32][k] b[k][32], k in strips of 16 units.
 template <bool ADD>
-MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, Steps sa, const uint32_t* b, Steps sb, float* c, int64_t ldc) {
+MK_INLINE void tile_product(int64_t strips, const uint32_t* a, Steps sa, const uint32_t* b, Steps sb, float* c, int64_t ldc) {
   if (ADD) {
     _tile_loadd(0, c, ldc * 4);
     _tile_loadd(1, c + 16, ldc * 4);
@@ -55,9 +55,9 @@ MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, Steps sa, const u
     _tile_zero(3);
   }
 #if MK_SPLIT
-  // The small terms first, while the sums are small: then they cost no rounding that counts.
-  for (int64_t k = 0; k < chunks; ++k) {
-    const uint32_t *ak = a + k * sa.chunk, *bk = b + k * sb.chunk;
+  // The small terms are added first, while the sums are small, so that their rounding errors are negligible.
+  for (int64_t k = 0; k < strips; ++k) {
+    const uint32_t *ak = a + k * sa.strip, *bk = b + k * sb.strip;
     term<2, 0>(ak, sa, bk, sb);
     term<1, 0, false, true>(ak, sa, bk, sb);
     term<1, 1, true>(ak, sa, bk, sb);
@@ -65,21 +65,21 @@ MK_INLINE void tile_product(int64_t chunks, const uint32_t* a, Steps sa, const u
     term<0, 2, true>(ak, sa, bk, sb);
   }
 #endif
-  for (int64_t k = 0; k < chunks; ++k) term<0, 0>(a + k * sa.chunk, sa, b + k * sb.chunk, sb);
+  for (int64_t k = 0; k < strips; ++k) term<0, 0>(a + k * sa.strip, sa, b + k * sb.strip, sb);
   _tile_stored(0, c, ldc * 4);
   _tile_stored(1, c + 16, ldc * 4);
   _tile_stored(2, c + 16 * ldc, ldc * 4);
   _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
-// tile[count][32] = centres . rows; padded classes give 0.
-void cosines(const Layout& l, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
+// tile[count][32] = centers . rows; padded classes give 0.
+void cosines(const Layout& l, int64_t count, const uint32_t* centers, const uint32_t* rows, float* tile) {
   for (int64_t j = 0; j < count; j += 32)
-    tile_product<false>(l.dk / CHUNK, centres + j * CHUNK, {CLASSES * CHUNK, PLANES * CLASSES * CHUNK, CHUNK}, rows,
-                                  {CHUNK * PANEL, PLANES * CHUNK * PANEL, PANEL}, tile + j * PANEL, PANEL);
+    tile_product<false>(l.dk / STRIP, centers + j * STRIP, {CLASSES * STRIP, PLANES * CLASSES * STRIP, STRIP}, rows,
+                        {STRIP * PANEL, PLANES * STRIP * PANEL, PANEL}, tile + j * PANEL, PANEL);
 }
 
-// 16 x 16 units turned over.
+// Transposes 16 x 16 units.
 MK_INLINE void transpose(const uint32_t* from, int64_t ldf, uint32_t* to, int64_t ldt) {
   __m512i r[16], s[16];
   for (int i = 0; i < 16; ++i) r[i] = load<__m512i>(from + i * ldf);
@@ -93,7 +93,7 @@ MK_INLINE void transpose(const uint32_t* from, int64_t ldf, uint32_t* to, int64_
     r[4 * i + 2] = _mm512_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]);
     r[4 * i + 3] = _mm512_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
   }
-  // r[4 i + q] holds columns q, q + 4, q + 8, q + 12 of rows 4 i ... 4 i + 3, a column to each 128 bits.
+  // r[4 i + q] holds columns q, q + 4, q + 8, q + 12 of rows 4 i ... 4 i + 3, one column per 128 bits.
   for (int q = 0; q < 4; ++q) {
     const __m512i a = _mm512_shuffle_i32x4(r[q], r[4 + q], 0x88), b = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0x88);
     const __m512i c = _mm512_shuffle_i32x4(r[q], r[4 + q], 0xdd), d = _mm512_shuffle_i32x4(r[8 + q], r[12 + q], 0xdd);
@@ -104,29 +104,29 @@ MK_INLINE void transpose(const uint32_t* from, int64_t ldf, uint32_t* to, int64_
   }
 }
 
-// u[32 rows] += weights^T values. A tile's rows must be rows, so the weights are turned over first, into `spare`.
+// u[32 rows] += weights^T values. The rows of an AMX tile must be embeddings, so the weights are transposed first, into `spare`.
 void accumulate_u(const Layout& l, int64_t count, uint32_t* weights, uint32_t* spare, const uint32_t* values, float* u) {
   const int64_t units = up(count, 32) / 2, row = PLANES * PANEL;
   for (int64_t j = count / 2; j < units; ++j) __builtin_memset(weights + j * row, 0, row * 4);
-  for (int64_t j = 0; j < units; j += CHUNK)
+  for (int64_t j = 0; j < units; j += STRIP)
     for (int q = 0; q < PLANES; ++q)
       for (int i = 0; i < PANEL; i += 16)
-        transpose(weights + j * row + q * PANEL + i, row, spare + (j * PLANES + q * CHUNK) * PANEL + i * CHUNK, CHUNK);
-  for (int64_t k = 0; k + CHUNK < l.ldn; k += 32)
-    tile_product<true>(units / CHUNK, spare, {CHUNK * PANEL, PLANES * CHUNK * PANEL, CHUNK}, values + k,
-                                 {l.ldn, CHUNK * PLANES * l.ldn, PLANES * l.ldn}, u + k, l.ldn);
+        transpose(weights + j * row + q * PANEL + i, row, spare + (j * PLANES + q * STRIP) * PANEL + i * STRIP, STRIP);
+  for (int64_t k = 0; k + STRIP < l.ldn; k += 32)
+    tile_product<true>(units / STRIP, spare, {STRIP * PANEL, PLANES * STRIP * PANEL, STRIP}, values + k,
+                       {l.ldn, STRIP * PLANES * l.ldn, PLANES * l.ldn}, u + k, l.ldn);
 }
 
 // v[count] (+)= g^T across.
 void accumulate_v(const Layout& l, int64_t units, int64_t count, const uint32_t* g, const uint32_t* across, float* v, bool add) {
-  const Steps of_g{CLASSES * CHUNK, PLANES * CLASSES * CHUNK, CHUNK}, of_x{l.ldn, CHUNK * PLANES * l.ldn, PLANES * l.ldn};
+  const Steps of_g{CLASSES * STRIP, PLANES * CLASSES * STRIP, STRIP}, of_x{l.ldn, STRIP * PLANES * l.ldn, PLANES * l.ldn};
   for (int64_t j = 0; j < count; j += 32)
-    for (int64_t k = 0; k + CHUNK < l.ldn; k += 32) {
+    for (int64_t k = 0; k + STRIP < l.ldn; k += 32) {
       float* to = v + j * l.ldn + k;
       if (add)
-        tile_product<true>(units / CHUNK, g + j * CHUNK, of_g, across + k, of_x, to, l.ldn);
+        tile_product<true>(units / STRIP, g + j * STRIP, of_g, across + k, of_x, to, l.ldn);
       else
-        tile_product<false>(units / CHUNK, g + j * CHUNK, of_g, across + k, of_x, to, l.ldn);
+        tile_product<false>(units / STRIP, g + j * STRIP, of_g, across + k, of_x, to, l.ldn);
     }
 }
 
@@ -145,23 +145,23 @@ MK_INLINE V multiply_add(uint32_t a, V b, V c) {
 #endif
 }
 
-// c[MR][2 W] (+)= a b, one register tile. PANELLED: a is [k][32], else [k/16][a_chunk/16 rows][16]; strides in units.
+// c[MR][2 W] (+)= a b, one register tile. PANELLED: a is [k][32], otherwise [k/16][a_strip/16 rows][16]. Strides are in units.
 template <int MR, bool PANELLED>
-void register_tile(int64_t units, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void register_tile(int64_t units, const uint32_t* a, int64_t a_strip, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   V sums[MR][2] = {};
-  const int64_t step = PANELLED ? 2 : CHUNK;
+  const int64_t step = PANELLED ? 2 : STRIP;
   for (int64_t k = 0; k < units; k += step) {
 #pragma GCC unroll 4
     for (int q = 0; q < step; ++q, b += ldb) {
       const V b0 = load<V>(b), b1 = load<V>(b + W);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const uint32_t unit = PANELLED ? a[q * PANEL + m] : a[m * CHUNK + q];
+        const uint32_t unit = PANELLED ? a[q * PANEL + m] : a[m * STRIP + q];
         sums[m][0] = multiply_add(unit, b0, sums[m][0]);
         sums[m][1] = multiply_add(unit, b1, sums[m][1]);
       }
     }
-    a += PANELLED ? step * PANEL : a_chunk;
+    a += PANELLED ? step * PANEL : a_strip;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -183,37 +183,37 @@ RegisterTile register_tile_of(int rows) {
   return table[rows - 1];
 }
 
-// c[m][n] (+)= a b in register tiles, as even in height as they come; n a multiple of 2 W.
+// c[m][n] (+)= a b in register tiles of nearly equal height; n is a multiple of 2 W.
 template <bool PANELLED>
-void product(int64_t m, int64_t n, int64_t units, const uint32_t* a, int64_t a_chunk, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+void product(int64_t m, int64_t n, int64_t units, const uint32_t* a, int64_t a_strip, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
              bool add) {
   const int64_t tiles = (m + MK_MR - 1) / MK_MR;
   for (int64_t j = 0; j < n; j += 2 * W)
     for (int64_t q = 0, i = 0; q < tiles; ++q) {
       const int64_t rows = (m - i + tiles - q - 1) / (tiles - q);
-      register_tile_of<PANELLED>((int)rows)(units, a + i * (PANELLED ? 1 : CHUNK), a_chunk, b + j, ldb, c + i * ldc + j, ldc, add);
+      register_tile_of<PANELLED>((int)rows)(units, a + i * (PANELLED ? 1 : STRIP), a_strip, b + j, ldb, c + i * ldc + j, ldc, add);
       i += rows;
     }
 }
 
-// tile[count][32] = centres . rows; padded classes give 0.
-void cosines(const Layout& l, int64_t count, const uint32_t* centres, const uint32_t* rows, float* tile) {
-  product<false>(count, PANEL, l.dk, centres, CLASSES * CHUNK, rows, PANEL, tile, PANEL, false);
+// tile[count][32] = centers . rows; padded classes give 0.
+void cosines(const Layout& l, int64_t count, const uint32_t* centers, const uint32_t* rows, float* tile) {
+  product<false>(count, PANEL, l.dk, centers, CLASSES * STRIP, rows, PANEL, tile, PANEL, false);
 }
 
-// u[32 rows] += weights^T values; count is even, and in pairs the weights hold half as many units.
+// u[32 rows] += weights^T values. `count` is even; with pairs, the weights hold half as many units.
 void accumulate_u(const Layout& l, int64_t count, uint32_t* weights, uint32_t*, const uint32_t* values, float* u) {
   int64_t units = count / PER_UNIT;
   if (units % 2) {
     __builtin_memset(weights + units * PANEL, 0, PANEL * 4);
     ++units;
   }
-  product<true>(PANEL, l.ldn - CHUNK, units, weights, 0, values, l.ldn, u, l.ldn, true);
+  product<true>(PANEL, l.ldn - STRIP, units, weights, 0, values, l.ldn, u, l.ldn, true);
 }
 
 // v[count] (+)= g^T across.
 void accumulate_v(const Layout& l, int64_t units, int64_t count, const uint32_t* g, const uint32_t* across, float* v, bool add) {
-  product<false>(count, l.ldn - CHUNK, units, g, CLASSES * CHUNK, across, l.ldn, v, l.ldn, add);
+  product<false>(count, l.ldn - STRIP, units, g, CLASSES * STRIP, across, l.ldn, v, l.ldn, add);
 }
 
 #endif

@@ -1,5 +1,5 @@
-// Vectors of MK_WIDTH floats as the compiler's own vector type, and the few operations it has no operator for. Included once per
-// instruction set, inside that set's namespace.
+// Vectors of MK_WIDTH floats as GNU vector types, and the few operations that these have no operator for. Included once per instruction
+// set, inside that set's namespace.
 
 typedef float V __attribute__((vector_size(4 * MK_WIDTH)));
 typedef uint32_t N __attribute__((vector_size(4 * MK_WIDTH)));
@@ -33,7 +33,7 @@ MK_INLINE To bits(From v) {
 
 MK_INLINE V broadcast(float v) { return V{} + v; }
 
-// The larger; a NaN in `b` comes through.
+// The lane-wise maximum; a NaN in `b` is propagated.
 MK_INLINE V larger(V a, V b) {
 #if MK_WIDTH == 16
   return (V)_mm512_max_ps((__m512)a, (__m512)b);
@@ -53,10 +53,10 @@ MK_INLINE float sum(V v) {
   return out;
 }
 
-// 2^z for z <= about 127, relative error 2e-9 (7e-8 for the bfloat16 products, whose weights are rounded to 2e-3 afterwards) before
-// rounding; below 2^-126 it is 0. NaN stays NaN.
+// 2^z for z up to about 127. The relative error before rounding is 2e-9, or 7e-8 in the sets for plain bfloat16 products, whose weights are
+// rounded to 2e-3 afterwards. Results below 2^-126 are 0. NaN stays NaN.
 MK_INLINE V exp2(V z) {
-  const V shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const V shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits
   z = larger(broadcast(-127.0f), z);
   const V rounded = z + shift;
   const V r = z - (rounded - shift);
@@ -77,7 +77,7 @@ MK_INLINE V exp2(V z) {
   return p * bits<V>((bits<N>(rounded) + 127u) << 23);
 }
 
-// W numbers of a dtype as floats.
+// Loads W numbers of a dtype as floats.
 template <int DTYPE>
 MK_INLINE V load_as(const void* p) {
   if constexpr (DTYPE == FLOAT32) return load<V>(p);
@@ -88,27 +88,27 @@ MK_INLINE V load_as(const void* p) {
 #elif MK_WIDTH == 8
   return (V)_mm256_cvtph_ps(load<__m128i>(p));
 #else
-  // The exponent moves by a product, which sets subnormals right too; infinities and NaNs are mended after.
+  // Multiplying rebiases the exponent, which is right for subnormals too; infinities and NaNs are corrected afterwards.
   N out = bits<N>(bits<V>((u & 0x7fffu) << 13) * 0x1p112f);
   out = (u & 0x7c00u) == 0x7c00u ? out | 0x7f800000u : out;
   return bits<V>(out | (u & 0x8000u) << 16);
 #endif
 }
 
-// To bfloat16 in the low half of each lane, to nearest even; a NaN stays one.
+// To bfloat16 in the low half of each lane, rounding to nearest even; NaN stays NaN.
 MK_INLINE N to_bfloat16(V v) {
   const N b = bits<N>(v);
   const N rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   return (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;
 }
 
-// To float16, to nearest even.
+// To float16, rounding to nearest even.
 MK_INLINE uint16_t to_float16(float v) {
   uint32_t b = bits<uint32_t>(v);
   const uint32_t sign = (b >> 16) & 0x8000u;
   b &= 0x7fffffffu;
   if (b >= 0x47800000u) return (uint16_t)(sign | (b > 0x7f800000u ? 0x7e00u : 0x7c00u));
-  if (b < 0x38800000u) return (uint16_t)(sign | (bits<uint32_t>(bits<float>(b) + 0.5f) - 0x3f000000u));  // 0.5's last place is 2^-24
+  if (b < 0x38800000u) return (uint16_t)(sign | (bits<uint32_t>(bits<float>(b) + 0.5f) - 0x3f000000u));  // the last place of 0.5 is 2^-24
   return (uint16_t)(sign | ((b - 0x38000000u + 0xfffu + ((b >> 13) & 1u)) >> 13));
 }
 

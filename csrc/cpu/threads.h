@@ -14,8 +14,9 @@
 
 namespace mk {
 
-// The process's own OpenMP threads, if GNU's runtime is loaded (PyTorch brings it): they spin for a while after every operator, ready to
-// go on, and threads of ours would have to share the cores with them. Null where there are none, and after a fork, which they do not survive.
+// The process's existing OpenMP threads, if GNU's runtime is loaded (PyTorch loads it). They spin for a while after every operator, so
+// threads of this library would compete with them for the cores. Null where there is no such runtime, and after a fork, which the threads
+// do not survive.
 using RunOnPool = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 inline RunOnPool openmp_pool() {
 #if defined(__linux__)
@@ -30,7 +31,8 @@ inline RunOnPool openmp_pool() {
 #endif
 }
 
-// f(thread, i) for i in [0, count) on at most `threads` threads, this one among them. Nothing may depend on which thread runs what.
+// Calls f(thread, i) for i in [0, count) on at most `threads` threads, including this one. Results must not depend on which thread runs an
+// index.
 template <class F>
 void parallel(int threads, int64_t count, F f) {
   threads = static_cast<int>(std::min<int64_t>(threads, count));
@@ -47,7 +49,7 @@ void parallel(int threads, int64_t count, F f) {
   try {
     for (int i = 1; i < threads; ++i) others.emplace_back(work);
   } catch (const std::system_error&) {
-    // No more threads to be had: those there are do it all.
+    // The system has no more threads: those that were started do all the work.
   }
   work();
   for (auto& t : others) t.join();

@@ -1,4 +1,4 @@
-// What every kernel source starts from: the CUDA runtime (or its emulation), the dtypes, warp and block sums, launches.
+// What every kernel source needs: the CUDA runtime (or its emulation), the dtypes, warp and block reductions, launches.
 #pragma once
 
 #if defined(MK_EMULATE)
@@ -13,22 +13,21 @@
 #include <stdexcept>
 #include <string>
 
-#include "../forms.h"
+#include "../scalar.h"
 
 namespace mk {
 
-// Launches `kernel` and turns an error of the launch into an exception, which pybind11 makes a RuntimeError. Arguments are evaluated once.
+// Launches `kernel` and throws on a launch error (in Python, a RuntimeError). Arguments are evaluated once.
 #if defined(MK_EMULATE)
-#define MK_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  emulate::launch(grid, block, [=] { kernel(__VA_ARGS__); })
+#define MK_LAUNCH(kernel, grid, block, shared, stream, ...) emulate::launch(grid, block, [=] { kernel(__VA_ARGS__); })
 #define MK_DYNAMIC_SHARED(name) unsigned char* name = emulate::shared_memory()
 #else
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
-#define MK_LAUNCH(kernel, grid, block, shared, stream, ...)              \
-  do {                                                                   \
-    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__);                \
+#define MK_LAUNCH(kernel, grid, block, shared, stream, ...)               \
+  do {                                                                    \
+    kernel<<<grid, block, shared, stream>>>(__VA_ARGS__);                 \
     ::mk::check(cudaGetLastError(), "marginkernels: launch of " #kernel); \
   } while (0)
 #define MK_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -44,13 +43,19 @@ __host__ __device__ __forceinline__ float widen(fp16 v) { return __half2float(v)
 template <class T>
 __host__ __device__ __forceinline__ T narrow(float v);
 template <>
-__host__ __device__ __forceinline__ float narrow<float>(float v) { return v; }
+__host__ __device__ __forceinline__ float narrow<float>(float v) {
+  return v;
+}
 template <>
-__host__ __device__ __forceinline__ bf16 narrow<bf16>(float v) { return __float2bfloat16(v); }
+__host__ __device__ __forceinline__ bf16 narrow<bf16>(float v) {
+  return __float2bfloat16(v);
+}
 template <>
-__host__ __device__ __forceinline__ fp16 narrow<fp16>(float v) { return __float2half(v); }
+__host__ __device__ __forceinline__ fp16 narrow<fp16>(float v) {
+  return __float2half(v);
+}
 
-// Calls `f` with a null pointer of the type that `dtype` numbers.
+// Calls `f` with a null pointer of the type that `dtype` stands for.
 template <class F>
 void with_dtype(int dtype, F f) {
   switch (dtype) {
@@ -61,16 +66,16 @@ void with_dtype(int dtype, F f) {
   throw std::invalid_argument("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
 }
 
-// The form is the same for all threads of a launch, so a switch costs less than three copies of every kernel.
-__device__ __forceinline__ float value_of(int form, float c, float threshold, float t) {
-  if (form == HARD_LINEAR) return form_value<HARD_LINEAR>(c, threshold, t);
-  if (form == HARD_QUADRATIC) return form_value<HARD_QUADRATIC>(c, threshold, t);
+// The transform is the same for all threads of a launch, so a switch costs less than three copies of every kernel.
+__device__ __forceinline__ float value_of(int non_target, float c, float threshold, float t) {
+  if (non_target == HARD_LINEAR) return nontarget_value<HARD_LINEAR>(c, threshold, t);
+  if (non_target == HARD_QUADRATIC) return nontarget_value<HARD_QUADRATIC>(c, threshold, t);
   return c;
 }
 
-__device__ __forceinline__ float slope_of(int form, float c, float threshold, float t) {
-  if (form == HARD_LINEAR) return form_slope<HARD_LINEAR>(c, threshold, t);
-  if (form == HARD_QUADRATIC) return form_slope<HARD_QUADRATIC>(c, threshold, t);
+__device__ __forceinline__ float slope_of(int non_target, float c, float threshold, float t) {
+  if (non_target == HARD_LINEAR) return nontarget_slope<HARD_LINEAR>(c, threshold, t);
+  if (non_target == HARD_QUADRATIC) return nontarget_slope<HARD_QUADRATIC>(c, threshold, t);
   return 1.0f;
 }
 
@@ -81,7 +86,7 @@ struct Max {
   __device__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
-// All lanes get the combination of all 32, always in the same order.
+// Reduces over the 32 lanes, always in the same order; all lanes get the result.
 template <class Op>
 __device__ __forceinline__ float warp_reduce(float v, Op op) {
 #pragma unroll
@@ -89,13 +94,13 @@ __device__ __forceinline__ float warp_reduce(float v, Op op) {
   return v;
 }
 
-// All threads of a one-dimensional block of whole warps get the combination of all, always in the same order.
+// Reduces over a one-dimensional block of whole warps, always in the same order; all threads get the result.
 template <class Op>
 __device__ float block_reduce(float v, float empty, Op op) {
   __shared__ float parts[32];
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   v = warp_reduce(v, op);
-  __syncthreads();  // the last use of `parts` is over
+  __syncthreads();  // `parts` may still be in use by the call before
   if (lane == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
   return warp_reduce(lane < warps ? parts[lane] : empty, op);

@@ -1,8 +1,8 @@
-// Enough of CUDA's execution model to run these kernels on a CPU, for tests: blocks one after another, the threads of a block as
-// coroutines that switch at barriers, shuffles and waits. It checks logic, indexing and that no thread waits for ever. What the hardware does
-// on its own time (copies, warpgroup products) is done at once or, with `late`, at the last moment that the waits allow, and threads then
-// take turns in a shuffled order: what is read too early or overwritten too early shows in the results of one or the other. A missing
-// fence does not show. Included instead of the CUDA headers where MK_EMULATE is defined.
+// Enough of CUDA's execution model to run these kernels on a CPU, for tests: blocks run one after another, and the threads of a block are
+// coroutines that switch at barriers, shuffles and waits. It checks the logic, the indexing and that no thread waits forever. Asynchronous
+// operations (copies, warpgroup products) run at once or, with `late`, at the last moment that the waits allow, and threads then take turns
+// in a shuffled order: a read or an overwrite that is too early changes the results of one of the two modes. A missing fence is not
+// detected. Included instead of the CUDA headers if MK_EMULATE is defined.
 #pragma once
 
 #include <setjmp.h>
@@ -23,7 +23,7 @@
 #define __restrict__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // one block at a time, so what is static is the block's own
+#define __shared__ static  // one block runs at a time, so a static variable belongs to it
 
 using cudaStream_t = void*;
 
@@ -31,10 +31,16 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
-struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 using __half = _Float16;
 
 inline float __bfloat162float(__nv_bfloat16 v) {
@@ -67,8 +73,8 @@ struct Thread {
   jmp_buf at;
   std::vector<char> stack;
   bool started = false, done = false;
-  std::vector<std::function<void()>> issued;               // products since the last commit
-  std::deque<std::vector<std::function<void()>>> groups;   // committed and not yet done
+  std::vector<std::function<void()>> issued;              // products since the last commit
+  std::deque<std::vector<std::function<void()>>> groups;  // committed and not yet run
 };
 
 struct Barrier {
@@ -77,17 +83,17 @@ struct Barrier {
 
 struct Block {
   dim3 grid, size, index;
-  std::deque<Thread> threads;  // as many as the largest block so far; each goes on from block to block
-  unsigned count = 0;          // of this block
+  std::deque<Thread> threads;  // as many as the largest block so far; they are reused from block to block
+  unsigned count = 0;          // in this block
   Thread* current = nullptr;
   jmp_buf scheduler;
-  uint64_t progress = 0;         // grows with everything that may let a waiting thread go on
+  uint64_t progress = 0;  // increases with everything that may let a waiting thread continue
   Barrier named[16], warps[32];
-  uint64_t slots[1024];          // what each thread shows to its warp
+  uint64_t slots[1024];  // the value that each thread publishes to its warp
   const std::function<void()>* body = nullptr;
   bool late = false;
-  std::deque<std::function<void()>> copies;  // not yet done
-  unsigned turn = 1;                         // of the shuffled order
+  std::deque<std::function<void()>> copies;  // not yet run
+  unsigned turn = 1;                         // the state of the generator that shuffles the order
 };
 
 inline Block& block() {
@@ -139,14 +145,14 @@ inline void enter() {
 
 inline void run_block() {
   Block& b = block();
-  static unsigned remaining, i;  // static: they live across the jumps
+  static unsigned remaining, i;  // static, to survive the jumps
   static uint64_t before;
   for (i = 0; i < b.count; ++i) b.threads[i].done = false;
   for (remaining = b.count; remaining;) {
     before = b.progress;
     if (b.late) b.turn = b.turn * 1103515245u + 12345u;
     for (i = 0; i < b.count; ++i) {
-      // By warps: forwards or backwards, from anywhere.
+      // With `late`, forwards or backwards from a random warp.
       Thread& t = b.threads[b.late ? ((b.turn >> 16 & 1 ? i : b.count - 1 - i) + (b.turn >> 17) * 32) % b.count : i];
       if (t.done) continue;
       b.current = &t;
@@ -161,7 +167,7 @@ inline void run_block() {
       b.copies.front()();
       b.copies.pop_front();
     } else if (remaining && before == b.progress) {
-      b.threads.clear();  // they stand in the middle of this kernel
+      b.threads.clear();  // they are stuck in the middle of this kernel
       throw std::runtime_error("emulated kernel: all threads wait, none can go on");
     }
   }
@@ -199,7 +205,7 @@ void launch(dim3 grid, dim3 size, Body body) {
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
-        std::memset(shared_memory(), 0xff, SHARED_BYTES);  // NaN in every dtype: nothing is read that was not written
+        std::memset(shared_memory(), 0xff, SHARED_BYTES);  // NaN in every dtype, so that reading unwritten memory shows
         run_block();
       }
 }

@@ -1,307 +1,69 @@
-// What compute capability 9.0 adds and the fused kernels use, one function for each instruction: barriers that count bytes, bulk tensor
-// copies, warpgroup matrix products. Under emulation the same functions follow the documented meaning of each on the CPU.
-//
-// The layouts are plain arithmetic for host and device, so that tests can compare them with the documentation's tables.
+// The fused passes for compute capability 9.0: one kernel that computes O = sum_j f(A_i . B_j) B_j, flash-attention style, over a chunk of
+// converted class centers. In the row pass, 64 embeddings are stationary and the centers are streamed; in the class pass, 64 centers are
+// stationary and the embeddings are streamed. Pointers are to device memory.
 #pragma once
 
-#include "device.h"
+#include <cstdint>
 
-#if !defined(MK_EMULATE)
-#include <cuda.h>
-#endif
+namespace mk {
 
-namespace mk::hopper {
+constexpr int TILE_STATIONARY = 64;  // rows of A of a block
+constexpr int TILE_STREAMED = 32;    // rows of B per tile; per-column vectors are padded to a multiple of this
 
-// ---- Layouts ----
-
-// A tile is stored in chunks of 64 columns (128 bytes), rows one after another, the 16-byte units of a row permuted by its number: the
-// 128-byte swizzle, which the copy writes and the products read without bank conflicts. Chunks start at multiples of 1,024 bytes.
-constexpr int CHUNK_COLUMNS = 64;
-constexpr int CHUNK_ROW_BYTES = 128;
-
-// Where the byte at `offset` of such a chunk lies.
-__host__ __device__ constexpr uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
-
-// How an operand lies in shared memory, as the product takes it: the address in units of 16 bytes, two strides, the swizzle.
-enum Swizzle : uint32_t { PLAIN = 0, SWIZZLE_128 = 1 };
-__host__ __device__ constexpr uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, Swizzle swizzle) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(swizzle) << 62;
-}
-
-// A chunked tile whose rows are the operand's rows (or columns, for B) and whose columns run along the summation: eight rows are 1,024
-// bytes, and the leading stride has no meaning. 16 columns on are 32 bytes on.
-__host__ __device__ constexpr uint64_t along_sum(uint32_t address) { return descriptor(address, 16, 1024, SWIZZLE_128); }
-
-// The same tile as B with its rows along the summation ("transposed"): `chunk_bytes` lie between 64 columns and the next. 16 rows on are
-// 2,048 bytes on.
-__host__ __device__ constexpr uint64_t across_sum(uint32_t address, uint32_t chunk_bytes) {
-  return descriptor(address, chunk_bytes, 1024, SWIZZLE_128);
-}
-
-// Weights, A of the second product: blocks of 8 rows x 8 columns (128 bytes), blocks of a row side by side. A warp's accumulator fragment
-// then writes 128 bytes at once. 16 columns on are 256 bytes on.
-template <int COLUMNS>
-__host__ __device__ constexpr uint32_t weight_offset(int row, int column) {
-  return row / 8 * (COLUMNS * 16) + column / 8 * 128 + row % 8 * 16 + column % 8 * 2;
-}
-template <int COLUMNS>
-__host__ __device__ constexpr uint64_t weight_descriptor(uint32_t address) {
-  return descriptor(address, 128, COLUMNS * 16, PLAIN);
-}
-
-// Which element of a 64 x N accumulator is register i of a warpgroup's thread.
-__host__ __device__ constexpr int fragment_row(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
-__host__ __device__ constexpr int fragment_column(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
-
-// ---- Instructions ----
-
-#if !defined(MK_EMULATE)
-
-using TensorMap = CUtensorMap;
-using Barrier = uint64_t;
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ __forceinline__ void barrier_init(Barrier* b, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
-}
-
-// Makes initialised barriers visible to the copy engine; a barrier of the block must follow.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(Barrier* b) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
-}
-
-// Arrives, and has the phase wait for so many bytes of copies as well.
-__device__ __forceinline__ void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
-}
-
-// Waits for the end of the phase of this parity; that before the first counts as of parity 1 and over.
-__device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t parity) {
-  uint32_t done = 0;
-  while (!done) {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(b)), "r"(parity)
-        : "memory");
-  }
-}
-
-// Copies the map's box at (column, row) to `to`; what lies outside the tensor is written as zero and counts as copied.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* b) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                   shared_address(to)),
-               "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
-               : "memory");
-}
-
-// Copies `bytes`, a multiple of 16, between places on 16 bytes.
-__device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(b))
-               : "memory");
-}
-
-// Shared memory that this thread wrote becomes visible to products, once a barrier has passed.
-__device__ __forceinline__ void shared_written_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Two warpgroups meet.
-__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
-// Registers written by other instructions may be used by the products that follow.
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until all but the last PENDING committed groups are done.
-template <int PENDING>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// Products write their registers behind the compiler's back until they are waited for; between here and there it may not touch them.
-template <int N>
-__device__ __forceinline__ void pin(float (&registers)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-template <int REGISTERS>
-__device__ __forceinline__ void registers_up() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int REGISTERS>
-__device__ __forceinline__ void registers_down() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-// d (64 x N) = a (64 x 16) b (16 x N), plus d where `accumulate`; B_ACROSS: b is given by across_sum. All threads of a warpgroup, together.
-template <class T, int N, bool B_ACROSS>
-__device__ __forceinline__ void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(N == 32 || N == 64 || N == 128 || N == 256, "product: N must be one of the widths spelled below");
-  static_assert(sizeof(T) == 2, "product: operands are bfloat16 or float16");
-#define MK_TEN(x) "%" #x "0, %" #x "1, %" #x "2, %" #x "3, %" #x "4, %" #x "5, %" #x "6, %" #x "7, %" #x "8, %" #x "9, "
-#define MK_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MK_16(i) MK_4(i), MK_4(i + 4), MK_4(i + 8), MK_4(i + 12)
-#define MK_64(i) MK_16(i), MK_16(i + 16), MK_16(i + 32), MK_16(i + 48)
-#define MK_PRODUCT(type, n, across, registers, ra, rb, rp, ...)                                                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #rp ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" \
-               registers "}, %" #ra ", %" #rb ", p, 1, 1, 0, " #across ";\n}\n"                                                    \
-               : __VA_ARGS__                                                                                                       \
-               : "l"(a), "l"(b), "r"(int(accumulate)))
-#define MK_BOTH(n, across, registers, ra, rb, rp, ...)                                   \
-  if constexpr (std::is_same_v<T, bf16>) {                                               \
-    MK_PRODUCT("bf16", n, across, registers, ra, rb, rp, __VA_ARGS__);                   \
-  } else {                                                                               \
-    MK_PRODUCT("f16", n, across, registers, ra, rb, rp, __VA_ARGS__);                    \
-  }
-#define MK_ACROSS(n, registers, ra, rb, rp, ...)             \
-  if constexpr (B_ACROSS) {                                  \
-    MK_BOTH(n, 1, registers, ra, rb, rp, __VA_ARGS__)        \
-  } else {                                                   \
-    MK_BOTH(n, 0, registers, ra, rb, rp, __VA_ARGS__)        \
-  }
-  if constexpr (N == 32) {
-    MK_ACROSS(32, MK_TEN() "%10, %11, %12, %13, %14, %15", 16, 17, 18, MK_16(0))
-  } else if constexpr (N == 64) {
-    MK_ACROSS(64, MK_TEN() MK_TEN(1) MK_TEN(2) "%30, %31", 32, 33, 34, MK_16(0), MK_16(16))
-  } else if constexpr (N == 128) {
-    MK_ACROSS(128, MK_TEN() MK_TEN(1) MK_TEN(2) MK_TEN(3) MK_TEN(4) MK_TEN(5) "%60, %61, %62, %63", 64, 65, 66, MK_64(0))
-  } else {
-    MK_ACROSS(256,
-              MK_TEN() MK_TEN(1) MK_TEN(2) MK_TEN(3) MK_TEN(4) MK_TEN(5) MK_TEN(6) MK_TEN(7) MK_TEN(8) MK_TEN(9) MK_TEN(10)
-                  MK_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127",
-              128, 129, 130, MK_64(0), MK_64(64))
-  }
-#undef MK_ACROSS
-#undef MK_BOTH
-#undef MK_PRODUCT
-#undef MK_64
-#undef MK_16
-#undef MK_4
-#undef MK_TEN
-}
-
-#else  // the same, emulated
-
-struct TensorMap {
-  const uint16_t* base;
-  int rows, columns, box_rows;
+struct FusedRow {
+  const void* x;            // (n, d) product
+  const void* w;            // (count, d) product, a_j w_j
+  int64_t start;            // the first class of the chunk
+  const float* row_factor;  // (n)
+  const float* scale;       // (n)
+  const float* threshold;   // (n), null for the identity
+  const float* t;           // (n), null for the identity
+  const float* bias;        // (count padded) times log2 e, 16-byte aligned; null for none
+  const int64_t* labels;    // (n)
+  const float* reach;       // (n) an upper bound of |z_ij| times log2 e; null where there is none
+  // One running state for each of the `splits` parts of the classes; with `resume`, the sums go on from what these buffers hold.
+  float *running_max, *total, *cos, *max_logit;  // (splits, n); maxima and logits in units of log 2; cos may be null
+  float* center;                                 // (splits, n, d) sum of weights times centers; null where not needed
+  float pow2;                                    // a power of two that the weights of `center` are multiplied by
+  int n, count, d, non_target, splits;
+  bool logit_sum, resume;
 };
 
-struct Barrier {
-  int32_t bytes;
-  uint8_t count, missing, phase, unused;
+// The class pass's view of a row, packed for one bulk copy instead of nine: (n padded, 12) floats.
+struct alignas(16) Streamed {
+  float factor, scale, lse, d_lse, d_logit_sum, inverse_scale;  // scale and lse times log2 e
+  int own;                                                      // its label, -1 where its target is not here
+  float threshold, t;
+  float unused[3];  // zero
 };
-static_assert(sizeof(Barrier) == 8, "a barrier takes eight bytes of shared memory");
+static_assert(sizeof(Streamed) == 48, "the Python side packs 12 floats per row");
 
-inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - emulate::shared_memory()); }
+struct FusedClass {
+  const void* x;         // (n, d) product
+  const void* w;         // (count, d) product, a_j w_j
+  const Streamed* rows;  // (n padded)
+  const float* bias;     // (count) times log2 e, or null
+  const float* pow2;     // () a power of two, or null for 1
+  float* v;              // (count, d) sum_i pow2 G_ij f_i x_i over non-targets; null where dw is not needed
+  float* bias_sum;       // (count) db without the terms of the rows' own classes; null where not needed
+  int64_t start;
+  int n, count, d, non_target;
+};
 
-inline void barrier_init(Barrier* b, uint32_t count) { *b = {0, uint8_t(count), uint8_t(count), 0, 0}; }
-inline void barrier_init_fence() {}
-inline void barrier_settle(Barrier* b) {
-  ++emulate::block().progress;
-  if (b->missing || b->bytes) return;
-  b->missing = b->count;
-  b->phase ^= 1;
-}
-inline void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
-  if (!b->missing) throw std::runtime_error("emulated kernel: one arrival too many");
-  --b->missing;
-  b->bytes += int32_t(bytes);
-  barrier_settle(b);
-}
-inline void barrier_arrive(Barrier* b) { barrier_arrive_expect(b, 0); }
-inline void barrier_wait(Barrier* b, uint32_t parity) {
-  emulate::wait_until([&] { return b->phase != parity; });
-}
+// Merges the splits of the row pass into the fields of RowPassOutput in marginkernels/core/types.py.
+struct Combine {
+  const float *running_max, *total, *cos, *max_logit, *center;  // as in FusedRow; cos and center may be null
+  float *out_value, *out_cos, *out_max_logit, *out_center;      // (n), (n), (n) or null for not needed, (n, d)
+  float pow2;
+  int n, d, splits;
+  bool logit_sum;
+};
 
-// Runs a copy now, or when no thread can go on without it.
-inline void start_copy(std::function<void()> copy) {
-  if (emulate::block().late) emulate::block().copies.push_back(std::move(copy));
-  else copy();
-}
+// Bytes of shared memory per block of the fused kernels for embeddings of `d` dimensions.
+int fused_shared_bytes(int d);
 
-inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* b) {
-  if (shared_address(to) % 1024) throw std::runtime_error("emulated kernel: a swizzled box must lie on 1,024 bytes");
-  start_copy([=] {
-    unsigned char* out = static_cast<unsigned char*>(to);
-    for (int r = 0; r < map->box_rows; ++r)
-      for (int c = 0; c < CHUNK_COLUMNS; ++c) {
-        const bool inside = row + r < map->rows && column + c < map->columns;
-        const uint16_t v = inside ? map->base[size_t(row + r) * map->columns + column + c] : 0;
-        std::memcpy(out + swizzled(uint32_t(r * CHUNK_ROW_BYTES + c * 2)), &v, 2);
-      }
-    b->bytes -= map->box_rows * CHUNK_ROW_BYTES;
-    barrier_settle(b);
-  });
-}
-inline void copy_bytes(void* to, const void* from, uint32_t bytes, Barrier* b) {
-  if (bytes % 16 || uintptr_t(from) % 16 || shared_address(to) % 16) throw std::runtime_error("emulated kernel: copies go by 16 bytes");
-  start_copy([=] {
-    std::memcpy(to, from, bytes);
-    b->bytes -= int32_t(bytes);
-    barrier_settle(b);
-  });
-}
+void fused_row(const FusedRow& p, int product, void* stream);
+void fused_class(const FusedClass& p, int product, void* stream);
+void combine(const Combine& p, void* stream);
 
-inline void shared_written_fence() {}
-inline void consumers_meet() { emulate::meet(emulate::block().named[1], 256); }
-// These three are "aligned": a warp's threads execute them together, or none goes on.
-inline void products_fence() { emulate::meet_warp(); }
-inline void products_commit() {
-  emulate::Thread& t = *emulate::block().current;
-  t.groups.push_back(std::move(t.issued));
-  t.issued.clear();
-  emulate::meet_warp();
-}
-template <int PENDING>
-void products_wait() {
-  emulate::Thread& t = *emulate::block().current;
-  for (; t.groups.size() > PENDING; t.groups.pop_front())
-    for (const auto& product : t.groups.front()) product();
-  emulate::meet_warp();
-}
-template <int N>
-void pin(float (&)[N]) {}
-template <int>
-void registers_up() {}
-template <int>
-void registers_down() {}
-
-// The address of 16-bit element (outer, k) of an operand, after the tables of the PTX manual ("strides", "matrix descriptor"): `across`
-// where the summation runs along the tile's rows.
-inline uint32_t element_address(uint64_t d, bool across, int outer, int k) {
-  const uint32_t start = uint32_t(d & 0x3fff) << 4, leading = uint32_t(d >> 16 & 0x3fff) << 4, stride = uint32_t(d >> 32 & 0x3fff) << 4;
-  if (d >> 62 == PLAIN) return start + outer / 8 * stride + outer % 8 * 16 + k / 8 * leading + k % 8 * 2;
-  const uint32_t offset = across ? outer / 64 * leading + outer % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                 : outer / 8 * stride + outer % 8 * 128 + k * 2;
-  return swizzled(start + offset);
-}
-
-template <class T, int N, bool B_ACROSS>
-void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-  emulate::Thread& t = *emulate::block().current;
-  const int thread = int(t.rank % 128);
-  const auto run = [=, &d] {
-    const auto at = [](uint32_t address) {
-      T v;
-      std::memcpy(&v, emulate::shared_memory() + address, 2);
-      return widen(v);
-    };
-    for (int i = 0; i < N / 2; ++i) {
-      float sum = accumulate ? d[i] : 0.0f;
-      for (int k = 0; k < 16; ++k)
-        sum += at(element_address(a, false, fragment_row(thread, i), k)) * at(element_address(b, B_ACROSS, fragment_column(thread, i), k));
-      d[i] = sum;
-    }
-  };
-  if (emulate::block().late) t.issued.push_back(run);
-  else run();
-}
-
-#endif
-
-}  // namespace mk::hopper
+}  // namespace mk

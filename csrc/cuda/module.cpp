@@ -1,12 +1,13 @@
-// marginkernels._cuda: the launchers as Python functions. A params struct is filled by keyword; pointers come as integers.
+// marginkernels._cuda: the launchers as Python functions. The fields of a params struct are keyword arguments; pointers are integers
+// or None.
 #include <pybind11/pybind11.h>
 
 #include <type_traits>
 
-#include "fused.h"
-#include "slab.h"
-#if defined(MK_EMULATE)
+#include "generic.h"
 #include "hopper.h"
+#if defined(MK_EMULATE)
+#include "hopper_ptx.h"
 #endif
 
 namespace py = pybind11;
@@ -22,16 +23,15 @@ void set(T& field, const py::handle& value) {
   }
 }
 
-// Every field must be named, and nothing else: what is forgotten is an error, not garbage.
+// Every field must be given, and nothing else: a missing argument is an error, not an uninitialized field.
 class Fields {
  public:
   explicit Fields(const py::dict& given) : given_(given) {}
   template <class T>
-  Fields& operator()(const char* name, T& field) {
+  void operator()(const char* name, T& field) {
     if (!given_.contains(name)) throw py::key_error(std::string("missing argument ") + name);
     set(field, given_[name]);
     ++seen_;
-    return *this;
   }
   void done() const {
     if (seen_ != given_.size()) throw py::key_error("an argument that the kernel does not have");
@@ -42,74 +42,75 @@ class Fields {
   size_t seen_ = 0;
 };
 
-#define MK_FIELD(name) (#name, p.name)
+#define MK_SET(name) fields(#name, p.name)
 
 }  // namespace
 
 PYBIND11_MODULE(MK_MODULE, m) {
-  m.doc() = "CUDA kernels of marginkernels: plain launchers; see csrc/cuda/slab.h and csrc/cuda/fused.h";
-  m.def("centres", [](int w_dtype, int product, uintptr_t stream, const py::kwargs& given) {
-    mk::Centres p{};
+  m.doc() = "CUDA kernels of marginkernels: plain launchers; see csrc/cuda/generic.h and csrc/cuda/hopper.h";
+  m.def("centers", [](int w_dtype, int product, uintptr_t stream, const py::kwargs& given) {
+    mk::Centers p{};
     Fields fields(given);
-    fields MK_FIELD(w) MK_FIELD(stride) MK_FIELD(factor) MK_FIELD(out) MK_FIELD(count) MK_FIELD(d) MK_FIELD(given).done();
-    mk::centres(p, w_dtype, product, reinterpret_cast<void*>(stream));
+    MK_SET(w), MK_SET(stride), MK_SET(factor), MK_SET(out), MK_SET(count), MK_SET(d), MK_SET(given);
+    fields.done();
+    mk::centers(p, w_dtype, product, reinterpret_cast<void*>(stream));
   });
-  m.def("row_slab", [](int product, uintptr_t stream, const py::kwargs& given) {
-    mk::RowSlab p{};
+  m.def("row_chunk", [](int product, uintptr_t stream, const py::kwargs& given) {
+    mk::RowChunk p{};
     Fields fields(given);
-    fields MK_FIELD(products) MK_FIELD(weights) MK_FIELD(ld) MK_FIELD(start) MK_FIELD(row_factor) MK_FIELD(scale) MK_FIELD(threshold)
-        MK_FIELD(t) MK_FIELD(bias) MK_FIELD(labels) MK_FIELD(peak) MK_FIELD(total) MK_FIELD(moment) MK_FIELD(top) MK_FIELD(decay)
-            MK_FIELD(base) MK_FIELD(gain) MK_FIELD(n) MK_FIELD(count) MK_FIELD(form) MK_FIELD(threads) MK_FIELD(uniform)
-                .done();
-    mk::row_slab(p, product, reinterpret_cast<void*>(stream));
+    MK_SET(products), MK_SET(weights), MK_SET(ld), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold), MK_SET(t),
+        MK_SET(bias), MK_SET(labels), MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(decay), MK_SET(base),
+        MK_SET(pow2), MK_SET(n), MK_SET(count), MK_SET(non_target), MK_SET(threads), MK_SET(logit_sum);
+    fields.done();
+    mk::row_chunk(p, product, reinterpret_cast<void*>(stream));
   });
-  m.def("class_slab", [](int product, uintptr_t stream, const py::kwargs& given) {
-    mk::ClassSlab p{};
+  m.def("class_chunk", [](int product, uintptr_t stream, const py::kwargs& given) {
+    mk::ClassChunk p{};
     Fields fields(given);
-    fields MK_FIELD(products) MK_FIELD(weights) MK_FIELD(bias_parts) MK_FIELD(ld) MK_FIELD(start) MK_FIELD(row_factor) MK_FIELD(scale)
-        MK_FIELD(threshold) MK_FIELD(t) MK_FIELD(bias) MK_FIELD(labels) MK_FIELD(lse) MK_FIELD(softmax) MK_FIELD(uniform) MK_FIELD(gain)
-            MK_FIELD(n) MK_FIELD(count) MK_FIELD(form)
-                .done();
-    mk::class_slab(p, product, reinterpret_cast<void*>(stream));
+    MK_SET(products), MK_SET(weights), MK_SET(bias_parts), MK_SET(ld), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold),
+        MK_SET(t), MK_SET(bias), MK_SET(labels), MK_SET(lse), MK_SET(d_lse), MK_SET(d_logit_sum), MK_SET(pow2), MK_SET(n), MK_SET(count),
+        MK_SET(non_target);
+    fields.done();
+    mk::class_chunk(p, product, reinterpret_cast<void*>(stream));
   });
   m.def("finish", [](int w_dtype, int product, uintptr_t stream, const py::kwargs& given) {
     mk::Finish p{};
     Fields fields(given);
-    fields MK_FIELD(v) MK_FIELD(gain) MK_FIELD(post) MK_FIELD(x) MK_FIELD(sorted) MK_FIELD(order) MK_FIELD(row_factor) MK_FIELD(target)
-        MK_FIELD(row_bias) MK_FIELD(w) MK_FIELD(stride) MK_FIELD(factor) MK_FIELD(dw) MK_FIELD(bias_parts) MK_FIELD(ld) MK_FIELD(db)
-            MK_FIELD(start) MK_FIELD(n) MK_FIELD(count) MK_FIELD(d) MK_FIELD(chunks)
-                .done();
+    MK_SET(v), MK_SET(pow2), MK_SET(v_pow2), MK_SET(x), MK_SET(sorted), MK_SET(order), MK_SET(row_factor), MK_SET(d_target_cos),
+        MK_SET(d_target_bias), MK_SET(w), MK_SET(stride), MK_SET(factor), MK_SET(dw), MK_SET(bias_parts), MK_SET(ld), MK_SET(db),
+        MK_SET(start), MK_SET(n), MK_SET(count), MK_SET(d), MK_SET(row_blocks);
+    fields.done();
     mk::finish(p, w_dtype, product, reinterpret_cast<void*>(stream));
   });
-  m.attr("CHUNK") = mk::CHUNK;
-#if defined(MK_FUSED)  // built for compute capability 9.0 too
+  m.attr("ROW_BLOCK") = mk::ROW_BLOCK;
+#if defined(MK_FUSED)  // also built for compute capability 9.0
   m.def("fused_row", [](int product, uintptr_t stream, const py::kwargs& given) {
     mk::FusedRow p{};
     Fields fields(given);
-    fields MK_FIELD(x) MK_FIELD(w) MK_FIELD(start) MK_FIELD(row_factor) MK_FIELD(scale) MK_FIELD(threshold) MK_FIELD(t) MK_FIELD(bias)
-        MK_FIELD(labels) MK_FIELD(reach) MK_FIELD(peak) MK_FIELD(total) MK_FIELD(moment) MK_FIELD(top) MK_FIELD(u) MK_FIELD(gain) MK_FIELD(n)
-            MK_FIELD(count) MK_FIELD(d) MK_FIELD(form) MK_FIELD(splits) MK_FIELD(uniform) MK_FIELD(resume)
-                .done();
+    MK_SET(x), MK_SET(w), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold), MK_SET(t), MK_SET(bias), MK_SET(labels),
+        MK_SET(reach), MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(center), MK_SET(pow2), MK_SET(n),
+        MK_SET(count), MK_SET(d), MK_SET(non_target), MK_SET(splits), MK_SET(logit_sum), MK_SET(resume);
+    fields.done();
     mk::fused_row(p, product, reinterpret_cast<void*>(stream));
   });
   m.def("fused_class", [](int product, uintptr_t stream, const py::kwargs& given) {
     mk::FusedClass p{};
     Fields fields(given);
-    fields MK_FIELD(x) MK_FIELD(w) MK_FIELD(rows) MK_FIELD(t) MK_FIELD(bias) MK_FIELD(gain) MK_FIELD(v) MK_FIELD(bias_sum) MK_FIELD(start)
-        MK_FIELD(n) MK_FIELD(count) MK_FIELD(d) MK_FIELD(form)
-            .done();
+    MK_SET(x), MK_SET(w), MK_SET(rows), MK_SET(bias), MK_SET(pow2), MK_SET(v), MK_SET(bias_sum), MK_SET(start), MK_SET(n), MK_SET(count),
+        MK_SET(d), MK_SET(non_target);
+    fields.done();
     mk::fused_class(p, product, reinterpret_cast<void*>(stream));
   });
   m.def("combine", [](uintptr_t stream, const py::kwargs& given) {
     mk::Combine p{};
     Fields fields(given);
-    fields MK_FIELD(peak) MK_FIELD(total) MK_FIELD(moment) MK_FIELD(top) MK_FIELD(u) MK_FIELD(out_total) MK_FIELD(out_moment)
-        MK_FIELD(out_top) MK_FIELD(out_u) MK_FIELD(gain) MK_FIELD(n) MK_FIELD(d) MK_FIELD(splits) MK_FIELD(uniform)
-            .done();
+    MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(center), MK_SET(out_value), MK_SET(out_cos),
+        MK_SET(out_max_logit), MK_SET(out_center), MK_SET(pow2), MK_SET(n), MK_SET(d), MK_SET(splits), MK_SET(logit_sum);
+    fields.done();
     mk::combine(p, reinterpret_cast<void*>(stream));
   });
   m.def("fused_shared_bytes", &mk::fused_shared_bytes);
-  m.attr("TILE_KEPT") = mk::TILE_KEPT;
+  m.attr("TILE_STATIONARY") = mk::TILE_STATIONARY;
   m.attr("TILE_STREAMED") = mk::TILE_STREAMED;
 #endif
 #if defined(MK_EMULATE)  // for tests

@@ -1,30 +1,28 @@
 """The two passes in C++, one fused kernel each: logits stay in cache, but for a workspace; the instruction set is chosen at run time.
 
-The extension takes addresses, not tensors: it links nothing of torch. Its threads are the process's own OpenMP ones where PyTorch brought
-them, and its large buffers wait for the next step.
+The extension takes addresses, not tensors: it links nothing of torch. Its threads are the process's own OpenMP threads where PyTorch
+loaded OpenMP, and its large buffers are cached for reuse by the next step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Backend, Problem, RowPass, RowWeights, accumulator
+from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, Upstream
+from . import _extension
+from ._extension import DTYPES
+from .base import Backend
 
-try:
-    from .. import _cpu
-except ImportError as error:
-    _cpu = None
-    _missing = str(error)
+_cpu, _missing = _extension.load("_cpu")
 
-#: Bytes from which on a buffer comes from the pool.
-LARGE = 4 << 20
-#: The numbers of csrc/forms.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Bytes from which on a buffer comes from the extension's pool.
+POOLED_BYTES = 4 << 20
 
 
 def levels() -> list[str]:
@@ -32,30 +30,29 @@ def levels() -> list[str]:
     return [] if _cpu is None else _cpu.levels()
 
 
-def _panels():
+def _panels() -> Iterator[tuple[tuple[torch.dtype, str], tuple[int, int, int]]]:
     for level in ["", *levels()]:
         for dtype, number in DTYPES.items():
             with contextlib.suppress(ValueError):  # an instruction set that has none of this dtype
-                yield (dtype, level), _cpu.kept_panel(number, level)
+                yield (dtype, level), _cpu.saved_panel(number, level)
 
 
-#: dtype and level -> the bytes that a panel leaves to the class pass, its rows and its classes. Asked here, since a traced call cannot.
+#: dtype and level -> the bytes that a panel saves for the class pass, its rows and its classes. Asked here, since a traced call cannot.
 PANELS = {} if _cpu is None else dict(_panels())
 
 
 class CpuBackend(Backend):
     """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
-    row pass cuts the classes elsewhere, so that lambda and U differ in their last bits; the class pass has no such sum.
+    row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits; the class pass has no such sum.
 
     Args:
-        level: the instruction set, one of ``levels()``; "" takes the best that serves the dtype.
+        level: the instruction set, one of :func:`levels`; "" takes the best that serves the dtype.
     """
 
     name = "cpu"
     summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
     device_types = ("cpu",)
     dtypes = tuple(DTYPES)
-
     workspace_mb = 128.0
 
     def __init__(self, level: str = ""):
@@ -68,115 +65,135 @@ class CpuBackend(Backend):
         best = {str(dtype).removeprefix("torch."): _cpu.level_for(number) for dtype, number in DTYPES.items()}
         return "C++ kernels; " + ", ".join(f"{dtype} on {level}" for dtype, level in best.items())
 
-    def unavailable(self) -> str | None:
-        if _cpu is not None:
-            return None
-        report = Path(__file__).parents[1] / "_cpu.txt"
-        why = report.read_text().strip() if report.exists() else _missing
-        return f"the C++ extension marginkernels._cpu is not there ({why}); install again with g++ or clang++ on the PATH"
+    def unavailable_reason(self) -> str | None:
+        return None if _cpu is not None else _extension.missing("_cpu", _missing, "g++ or clang++")
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         panel, rows, classes = PANELS[dtype, self.level]
-        slab = -(-n // rows) * panel
-        return min(limit // max(slab, 1), -(-c // classes)) * slab
+        chunk = -(-n // rows) * panel
+        return min(limit // max(chunk, 1), -(-c // classes)) * chunk
 
-    def rows(
-        self, x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n = x.shape[0]
-        prepared = torch.empty_like(x, memory_format=torch.contiguous_format)
-        factor = x.new_empty(n, dtype=accumulator(x.dtype))
-        similarity, cosine = x.new_empty(n, dtype=torch.float64), x.new_empty(n, dtype=torch.float64)
-        problem, _alive = _rows_problem(x, w, labels, normalize_embedding, normalize_weight)
-        _cpu.rows(
-            problem, threads=torch.get_num_threads(), prepared=prepared.data_ptr(), row_factor=factor.data_ptr(),
-            similarity=similarity.data_ptr(), cosine=cosine.data_ptr(),
-        )  # fmt: skip
-        return prepared, factor, similarity, cosine
+    def prepare_inputs(self, inputs: HeadInputs) -> PreparedRows:
+        n, float64 = inputs.x.shape[0], torch.float64
+        out = PreparedRows(
+            x=torch.empty_like(inputs.x, memory_format=torch.contiguous_format),
+            row_factor=inputs.x.new_empty(n, dtype=torch.float32),
+            target_similarity=inputs.x.new_empty(n, dtype=float64),
+            target_cos=inputs.x.new_empty(n, dtype=float64),
+        )
+        native, _alive = _head_inputs(inputs)
+        _cpu.prepare_inputs(native, threads=torch.get_num_threads(), **_addresses(vars(out)))
+        return out
 
-    def row_gradient(
-        self, x: Tensor, w: Tensor, labels: Tensor, u: Tensor, softmax: Tensor, uniform_u: Tensor | None, uniform: Tensor | None,
-        target: Tensor, normalize_embedding: bool, normalize_weight: bool,
-    ) -> Tensor:  # fmt: skip
-        if uniform_u is not None:
-            return super().row_gradient(x, w, labels, u, softmax, uniform_u, uniform, target, normalize_embedding, normalize_weight)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        problem, _alive = _rows_problem(x, w, labels, normalize_embedding, normalize_weight)
-        given = [v.contiguous() for v in (u, softmax, target)]
-        addresses = dict(zip(("u", "softmax", "target"), map(_address, given), strict=True))
-        _cpu.row_gradient(problem, threads=torch.get_num_threads(), dx=dx.data_ptr(), **addresses)
+    def row_gradient(self, inputs: HeadInputs, upstream: Upstream, mean_center: Tensor, center_sum: Tensor | None) -> Tensor:
+        if center_sum is not None:
+            return super().row_gradient(inputs, upstream, mean_center, center_sum)
+        dx = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
+        native, _alive = _head_inputs(inputs)
+        given = _contiguous(mean_center=mean_center, d_lse=upstream.d_lse, d_target_cos=upstream.d_target_cos)
+        _cpu.row_gradient(native, threads=torch.get_num_threads(), dx=dx.data_ptr(), **_addresses(given))
         return dx
 
-    def row_pass(self, p: Problem, *, uniform: bool, need_u: bool, need_moment: bool, workspace: int) -> RowPass:
-        n, d = p.x.shape
-        c = p.w.shape[0]
-        total, top = p.x.new_empty(n, dtype=p.acc), p.x.new_empty(n, dtype=p.acc)
-        moment = p.x.new_empty(n if need_moment else 0, dtype=p.acc)
-        u = p.x.new_empty((n if need_u else 0, d), dtype=p.acc)
-        factor = p.x.new_empty(c if p.normalize_weight else 0, dtype=p.acc)
-        kept = _empty((workspace,), torch.uint8)
-        problem, _alive = _problem(p)
+    def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
+        n, d = inputs.x.shape
+
+        def new(*shape: int) -> Tensor:
+            return inputs.x.new_empty(shape, dtype=inputs.acc_dtype)
+
+        results = {
+            "value": new(n),
+            "max_logit": new(n),
+            "cos": new(n if request.need_cos else 0),
+            "center": new(n if request.need_center else 0, d),
+            "class_factor": new(inputs.w.shape[0] if inputs.normalize_weight else 0),
+            "saved": _empty((request.workspace_bytes,), torch.uint8),
+        }
+        native, _alive = _pass_inputs(inputs)
         _cpu.row_pass(
-            problem, level=self.level, threads=torch.get_num_threads(), uniform=uniform, total=total.data_ptr(), top=top.data_ptr(),
-            moment=moment.data_ptr() if need_moment else 0, u=u.data_ptr() if need_u else 0, class_factor=factor.data_ptr(),
-            kept=kept.data_ptr(), kept_bytes=workspace,
-        )  # fmt: skip
-        return RowPass(total, top, moment, u, factor, kept)
+            native,
+            level=self.level,
+            threads=torch.get_num_threads(),
+            logit_sum=request.reduction == Reduction.LOGIT_SUM,
+            saved_bytes=request.workspace_bytes,
+            **_addresses(results),
+        )
+        return RowPassOutput.of(request, **results)
 
     def class_pass(
-        self, p: Problem, row: RowWeights, class_factor: Tensor, kept: Tensor, *, need_w: bool, need_bias: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        dw = _empty(p.w.shape, p.w.dtype) if need_w else None
-        db = p.x.new_empty(p.w.shape[0], dtype=p.acc) if need_bias else None
-        problem, _alive = _problem(p)
-        weights = [None if v is None else v.contiguous() for v in (row.lse, row.softmax, row.uniform, row.target, row.bias, class_factor)]
-        lse, softmax, uniform, target, bias, factor = (_address(v) for v in weights)
+        self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
+    ) -> ClassPassOutput:
+        c, d = inputs.w.shape
+        out = ClassPassOutput(
+            d_weight=_empty((c if need_weight else 0, d), inputs.w.dtype),
+            d_bias=inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype),
+        )
+        native, _alive = _pass_inputs(inputs)
+        given = _contiguous(**vars(upstream), class_factor=class_factor)
         _cpu.class_pass(
-            problem, level=self.level, threads=torch.get_num_threads(), lse=lse, softmax=softmax, uniform=uniform, target=target, bias=bias,
-            class_factor=factor, kept=kept.data_ptr(), kept_bytes=kept.numel(), dw=_address(dw), db=_address(db),
-        )  # fmt: skip
-        return dw, db
+            native,
+            level=self.level,
+            threads=torch.get_num_threads(),
+            saved_bytes=saved.numel(),
+            **_addresses(given | {"saved": saved} | vars(out)),
+        )
+        return out
 
 
-def _address(v: Tensor | None) -> int:
-    return 0 if v is None else v.data_ptr()
+def _contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    return {name: None if v is None else v.contiguous() for name, v in tensors.items()}
+
+
+def _addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
+    """Of each tensor, 0 where there is nothing in it."""
+    return {name: _extension.address(v) or 0 for name, v in tensors.items()}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised; large ones in memory that waits for the next step once it is given back (csrc/cpu/pool.h)."""
+    """Uninitialized; large ones in memory that is cached for reuse by the next step once it is freed (csrc/cpu/pool.h)."""
     size = math.prod(shape) * dtype.itemsize
-    return torch.empty(shape, dtype=dtype) if size < LARGE else torch.frombuffer(_cpu.Block(size), dtype=dtype).view(shape)
+    return torch.empty(shape, dtype=dtype) if size < POOLED_BYTES else torch.frombuffer(_cpu.Block(size), dtype=dtype).view(shape)
 
 
 def release_memory() -> None:
-    """Give what waits for the next step back to the system: at most 512 MB, gradients and workspaces of the last steps."""
+    """Return the memory that is cached for the next step to the system: at most 512 MB, gradients and workspaces of the last steps."""
     if _cpu is not None:
-        _cpu.Block.drop()
+        _cpu.Block.release()
 
 
 def _with_unit_stride(w: Tensor) -> Tensor:
     return w if w.stride(1) == 1 or w.shape[1] == 1 else w.contiguous()
 
 
-def _rows_problem(x: Tensor, w: Tensor, labels: Tensor, normalize_embedding: bool, normalize_weight: bool):
-    x, w, labels = x.contiguous(), _with_unit_stride(w), labels.contiguous()
-    n, d = x.shape
-    problem = _cpu.RowsProblem(
-        n=n, d=d, c=w.shape[0], x=x.data_ptr(), x_dtype=DTYPES[x.dtype], w=w.data_ptr(), w_dtype=DTYPES[w.dtype], w_stride=w.stride(0),
-        labels=labels.data_ptr(), normalize_embedding=normalize_embedding, normalize_weight=normalize_weight,
-    )  # fmt: skip
-    return problem, (x, w, labels)
+def _head_inputs(inputs: HeadInputs) -> tuple[Any, Any]:
+    """The extension's own record, and the tensors that must outlive it."""
+    x, w, labels = inputs.x.contiguous(), _with_unit_stride(inputs.w), inputs.labels.contiguous()
+    native = _cpu.HeadInputs(
+        n=x.shape[0],
+        d=x.shape[1],
+        c=w.shape[0],
+        x_dtype=DTYPES[x.dtype],
+        w_dtype=DTYPES[w.dtype],
+        w_stride=w.stride(0),
+        normalize_embedding=inputs.normalize_embedding,
+        normalize_weight=inputs.normalize_weight,
+        **_addresses({"x": x, "w": w, "labels": labels}),
+    )
+    return native, (x, w, labels)
 
 
-def _problem(p: Problem):
-    """The extension's own problem, and the tensors that must outlive it."""
-    w = _with_unit_stride(p.w)
-    rows = [None if v is None else v.contiguous() for v in (p.x, p.row_factor, p.bias, p.labels, p.scale, p.threshold)]
-    x, row_factor, bias, labels, scale, threshold = (_address(v) for v in rows)
-    n, d = p.x.shape
-    problem = _cpu.Problem(
-        n=n, d=d, c=w.shape[0], x=x, x_dtype=DTYPES[p.x.dtype], w=w.data_ptr(), w_dtype=DTYPES[w.dtype], w_stride=w.stride(0),
-        row_factor=row_factor, bias=bias, labels=labels, scale=scale, threshold=threshold, t=0.0 if p.t is None else float(p.t),
-        form=p.form, normalize_weight=p.normalize_weight,
-    )  # fmt: skip
-    return problem, (w, rows)
+def _pass_inputs(inputs: PassInputs) -> tuple[Any, Any]:
+    """The extension's own record, and the tensors that must outlive it."""
+    w = _with_unit_stride(inputs.w)
+    rows = _contiguous(**{k: getattr(inputs, k) for k in ("x", "row_factor", "bias", "labels", "scale", "threshold", "t")})
+    native = _cpu.PassInputs(
+        n=inputs.x.shape[0],
+        d=inputs.x.shape[1],
+        c=w.shape[0],
+        x_dtype=DTYPES[inputs.x.dtype],
+        w_dtype=DTYPES[w.dtype],
+        w_stride=w.stride(0),
+        non_target=int(inputs.non_target),
+        normalize_weight=inputs.normalize_weight,
+        **_addresses(rows | {"w": w}),
+    )
+    return native, (w, rows)

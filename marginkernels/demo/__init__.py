@@ -1,6 +1,6 @@
 """``python -m marginkernels demo``: train a small network with a margin head on rendered glyphs, and report.
 
-Identities are characters, images their renderings in many typefaces; the verification figures are on identities never trained on.
+An identity is a character, its images are renderings in many typefaces. Verification is measured on identities not seen in training.
 """
 
 from __future__ import annotations
@@ -8,47 +8,45 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .. import __version__, verify
+from .. import __version__, testing
+from .._deprecated import backend_name
 from ..backend import NAMES, resolve
-from ..text import table, usable_device
+from ..cli._text import table, usable_device
 
-#: What ``--compare`` trains where it names no heads.
+#: The heads that ``--compare`` trains if it names none.
 COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
-#: Class count at which the heads are measured besides the demo's own.
+#: Number of classes at which time and memory are measured, besides the demo's own.
 MANY_CLASSES = 100_000
 PACKAGES = "matplotlib, pillow and fonttools (pip install 'marginkernels[demo]')"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    known = {"choices": list(verify.HEADS), "metavar": "NAME"}
-    known = {"choices": list(verify.HEADS), "metavar": "NAME"}
-    add(
-        "--head",
-        default="arcface",
-        **known,
-        help=f"one of {', '.join(verify.HEADS)} (default: %(default)s)",
-    )
-    add("--compare", nargs="*", **known, help=f"train several heads (default: {' '.join(COMPARED)})")
-    add("--fonts", type=Path, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), besides those that matplotlib ships")
-    add("--min-typefaces", type=int, default=4, metavar="N", help="least number of distinct images of an identity (default: %(default)s)")
+    heads = list(testing.HEADS)
+    add("--head", default="arcface", choices=heads, metavar="NAME", help=f"one of {', '.join(heads)} (default: %(default)s)")
+    add("--compare", nargs="*", choices=heads, metavar="NAME", help=f"train several heads (default: {' '.join(COMPARED)})")
+    add("--fonts", type=Path, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), in addition to those of matplotlib")
+    add("--min-typefaces", type=int, default=4, metavar="N", help="fewest distinct images of an identity (default: %(default)s)")
     add("--epochs", type=float, default=8, help="passes over the training images (default: %(default)s)")
     add("--steps", type=int, help="training steps, instead of --epochs")
     add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    add("--dim", type=int, default=128, metavar="D", help="of the embedding (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the split, the weights and the order of images (default: %(default)s)")
+    add("--dim", type=int, default=128, metavar="D", help="embedding dimension (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the split, the weights and the order of images (default: %(default)s)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
-    add("--backend", default="auto", choices=NAMES, help="of the head (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="where plots and results go (default: %(default)s)")
-    add("--quick", action="store_true", help="a few hundred identities and 60 steps: to see that everything works")
+    add("--backend", default="auto", type=backend_name, choices=NAMES, help="backend of the head (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder for plots and results (default: %(default)s)")
+    add("--quick", action="store_true", help="only a few hundred identities and 60 steps, to see that everything works")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train, verify, measure, and write plots and ``results.json``; returns 1 where a package is missing."""
     try:
         import fontTools  # noqa: F401
         import matplotlib  # noqa: F401
@@ -67,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     classes = len(training.characters)
     print(f"{len(glyphs.images):,} images of {len(glyphs.characters):,} characters in {len(glyphs.typefaces)} typefaces")
     print(f"train on {classes:,} identities ({len(training.images):,} images)")
-    print(f"verify on {len(unseen.characters):,} identities never trained on ({len(unseen.images):,} images)")
+    print(f"verify on {len(unseen.characters):,} identities not seen in training ({len(unseen.images):,} images)")
     settings = train.Settings(
         epochs=args.epochs,
         steps=args.steps or (60 if args.quick else None),
@@ -88,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     args.out.mkdir(parents=True, exist_ok=True)
-    with plots.plt.style.context(plots.STYLE):
+    with plots.style():
         written = [
             plots.samples(glyphs, args.out / "samples.png", args.seed),
             plots.losses(runs, args.out / "losses.png"),
@@ -134,10 +132,10 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def _print_report(results: dict, fars) -> None:
+def _print_report(results: dict[str, Any], fars: Sequence[float]) -> None:
     unseen = results["data"]["unseen"]
-    print(f"\nVerification on {unseen['identities']:,} identities never trained on: true accept rate at a false accept rate of ...")
-    header = ["head", *(f"{far:g}" for far in fars), "rank-1", "train top-1", "loss", "fused against eager", "time"]
+    print(f"\nVerification on {unseen['identities']:,} identities not seen in training: true accept rate at a false accept rate of ...")
+    header = ["head", *(f"{far:g}" for far in fars), "rank-1", "train top-1", "loss", "fused vs. eager", "time"]
     rows = [
         [
             r["head"],
@@ -151,8 +149,8 @@ def _print_report(results: dict, fars) -> None:
         for r in results["heads"]
     ]
     print(table(header, rows, right=range(1, len(header))))
-    print("(rank-1: nearest other image shows the same character; fused against eager: largest relative difference of a step's loss)\n")
-    print(f"Loss and gradients of the {results['heads'][0]['head']} head, float32, fused and eager PyTorch in turn")
+    print("(rank-1: the nearest other image shows the same character; fused vs. eager: largest relative difference of a step's loss)\n")
+    print(f"Loss and gradients of the {results['heads'][0]['head']} head in float32, fused and in eager PyTorch, timed in turn")
     header = ["batch", "classes", "", "median time", "peak memory"]
     rows = [
         [
@@ -165,4 +163,4 @@ def _print_report(results: dict, fars) -> None:
         for c in results["costs"]
     ]
     print(table(header, rows, right=(0, 1, 3, 4)))
-    print("(peak memory: above inputs and class centres; it holds the gradients of both)")
+    print("(peak memory: beyond inputs and class centers, including the gradients of both)")

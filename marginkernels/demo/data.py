@@ -1,7 +1,7 @@
-"""Real images of many identities that every machine already has: the characters of Unicode, as the typefaces at hand draw them.
+"""Real images of many identities without a download: Unicode characters, rendered in the typefaces of this machine.
 
-An identity is a character, an image its rendering in one typeface. Matplotlib ships some forty typefaces; a folder with more of them,
-CJK ones above all, makes tens of thousands of identities.
+An identity is a character, an image is its rendering in one typeface. Matplotlib ships about forty typefaces; with a folder of more fonts,
+especially CJK ones, there are tens of thousands of identities.
 """
 
 from __future__ import annotations
@@ -10,18 +10,26 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from ..progress import tqdm
+from ..cli._progress import tqdm
 
-#: Side of an image, size of the em square in it, and its baseline, in pixels.
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
+Image = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+#: Side of an image, size of its em square, and row of its baseline, in pixels.
 SIZE, EM, BASELINE = 32, 24, 24
-#: Typefaces whose characters are not what their code points say: drawings of the code point itself, and TeX's symbol encodings.
+#: Typefaces whose glyphs do not show their code points: those that draw the number of the code point, and TeX's symbol encodings.
 LEFT_OUT = ("lastresort", "cmex", "cmmi", "cmsy")
-#: TeX's text encodings agree with Unicode on letters and digits only.
+#: TeX's text fonts, whose encodings agree with Unicode on letters and digits only.
 ALPHANUMERIC_ONLY = ("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
-#: Unicode's categories that have a drawing of their own: letters, numbers, punctuation, symbols.
+#: Unicode categories of characters with a visible glyph: letters, numbers, punctuation, symbols.
 CATEGORIES = "LNPS"
 
 
@@ -37,31 +45,31 @@ class Glyphs:
         typefaces: names of font files, with the index inside a collection.
     """
 
-    images: np.ndarray
-    identities: np.ndarray
-    faces: np.ndarray
+    images: Image
+    identities: Indices
+    faces: Indices
     characters: list[str]
     typefaces: list[str]
 
-    def subset(self, keep: np.ndarray) -> Glyphs:
-        """Those identities only, renumbered; ``keep``: (K,) bool."""
+    def subset(self, keep: npt.NDArray[np.bool_]) -> Glyphs:
+        """The identities where ``keep`` (K,) is True, renumbered."""
         rows = keep[self.identities]
         renumbered = np.cumsum(keep) - 1
         characters = [c for c, k in zip(self.characters, keep, strict=True) if k]
         return Glyphs(self.images[rows], renumbered[self.identities[rows]], self.faces[rows], characters, self.typefaces)
 
     def split(self, share: float, seed: int) -> tuple[Glyphs, Glyphs]:
-        """Two sets with no identity in common; the second holds ``share`` of the identities, drawn at random."""
+        """Two sets without common identities; the second has ``share`` of the identities, drawn at random."""
         held_out = np.zeros(len(self.characters), dtype=bool)
         held_out[np.random.default_rng(seed).permutation(len(held_out))[: round(share * len(held_out))]] = True
         return self.subset(~held_out), self.subset(held_out)
 
 
 def font_files(extra: Path | None = None) -> list[Path]:
-    """Matplotlib's typefaces and those anywhere under the folder ``extra``.
+    """The font files of matplotlib, and those in the folder ``extra`` and its subfolders.
 
     Raises:
-        ValueError: there are none under ``extra``.
+        ValueError: there are none in ``extra``.
     """
     import matplotlib
 
@@ -78,13 +86,13 @@ def font_files(extra: Path | None = None) -> list[Path]:
 
 
 def is_identity(character: str) -> bool:
-    """Whether a character counts: it has a drawing of its own, and is not another one in a typeface (such as the mathematical bold A)."""
+    """Whether a character counts as an identity: it is visible, and not a styled variant of another (such as the mathematical bold A)."""
     return unicodedata.category(character)[0] in CATEGORIES and not unicodedata.decomposition(character).startswith("<font>")
 
 
-def draw(font, character: str) -> np.ndarray | None:
-    """(SIZE, SIZE) uint8: the character on the baseline, its ink centred from left to right, shrunk if too large; None if blank."""
-    from PIL import Image
+def draw(font: ImageFont.FreeTypeFont, character: str) -> Image | None:
+    """(SIZE, SIZE) uint8: the character on the baseline, centered horizontally, shrunk if it is too large; None if it is blank."""
+    from PIL import Image as images
 
     mask, (_, top) = font.getmask2(character, mode="L", anchor="ls")
     width, height = mask.size
@@ -96,7 +104,7 @@ def draw(font, character: str) -> np.ndarray | None:
     if max(width, height) > SIZE:
         shrink = SIZE / max(width, height)
         size = max(1, round(width * shrink)), max(1, round(height * shrink))
-        ink = np.asarray(Image.fromarray(ink).resize(size, Image.Resampling.BOX))
+        ink = np.asarray(images.fromarray(ink).resize(size, images.Resampling.BOX))
         height, width = ink.shape
     left, top = (SIZE - width) // 2, min(max(BASELINE + top, 0), SIZE - height)
     image = np.zeros((SIZE, SIZE), dtype=np.uint8)
@@ -104,8 +112,8 @@ def draw(font, character: str) -> np.ndarray | None:
     return image
 
 
-def renderings(path: Path) -> Iterator[tuple[str, Iterator[tuple[str, np.ndarray]]]]:
-    """For each typeface of a file: its name, and the characters that it has with their drawings, by code point."""
+def renderings(path: Path) -> Iterator[tuple[str, Iterator[tuple[str, Image]]]]:
+    """For each typeface of a font file: its name, and its characters with their images, ordered by code point."""
     from fontTools.ttLib import TTFont
     from fontTools.ttLib.ttCollection import TTCollection
     from PIL import ImageFont
@@ -117,9 +125,11 @@ def renderings(path: Path) -> Iterator[tuple[str, Iterator[tuple[str, np.ndarray
         if path.stem in ALPHANUMERIC_ONLY:
             characters = [c for c in characters if c.isalnum() and c.isascii()]
         font = ImageFont.truetype(str(path), EM, index=index, layout_engine=ImageFont.Layout.BASIC)
-        missing = draw(font, "\U0010ffff")  # a code point that will never be a character: what the typeface draws for lack of a glyph
+        missing = draw(font, "\U0010ffff")  # never assigned: this is the image of a missing glyph
 
-        def drawn(font=font, characters=characters, missing=missing):
+        def drawn(
+            font: ImageFont.FreeTypeFont = font, characters: list[str] = characters, missing: Image | None = missing
+        ) -> Iterator[tuple[str, Image]]:
             for character in characters:
                 image = draw(font, character)
                 if image is not None and (missing is None or not np.array_equal(image, missing)):
@@ -129,21 +139,21 @@ def renderings(path: Path) -> Iterator[tuple[str, Iterator[tuple[str, np.ndarray
 
 
 def load(extra: Path | None = None, *, min_typefaces: int = 6, max_identities: int | None = None, seed: int = 0) -> Glyphs:
-    """Render every character that enough typefaces have.
+    """Render every character that is in enough typefaces.
 
-    Characters that some typeface draws exactly alike, such as the Latin, Greek and Cyrillic A, are one identity under many names: only
-    the first by code point stays. So does only the first of equal images of one identity.
+    Characters that some typeface draws identically, such as the Latin, Greek and Cyrillic A, count as one identity: only the first by code
+    point is used. Of identical images of one identity, only the first is used.
 
     Args:
-        extra: a folder of more fonts.
-        min_typefaces: least number of distinct images of an identity.
-        max_identities: draw this many identities at random.
+        extra: a folder with more fonts.
+        min_typefaces: smallest number of distinct images of an identity.
+        max_identities: use only this many identities, drawn at random.
 
     Raises:
         ValueError: naming the argument, where fewer than 2 identities remain.
     """
-    images: dict[str, dict[bytes, int]] = {}  # character -> image -> the first typeface that draws it so
-    twins: set[str] = set()
+    images: dict[str, dict[bytes, int]] = {}  # character -> image -> the first typeface with this image
+    duplicates: set[str] = set()
     typefaces: list[str] = []
     for path in tqdm(font_files(extra), desc="render", unit="font"):
         try:
@@ -152,12 +162,12 @@ def load(extra: Path | None = None, *, min_typefaces: int = 6, max_identities: i
                 for character, image in drawn:
                     pixels = image.tobytes()
                     if seen.setdefault(pixels, character) != character:
-                        twins.add(character)
+                        duplicates.add(character)
                     images.setdefault(character, {}).setdefault(pixels, len(typefaces))
                 typefaces.append(name)
-        except Exception as error:  # font files are hostile input, and parsers of theirs raise nearly anything
+        except Exception as error:  # font files may be broken, and their parsers may raise anything
             print(f"skipped {path.name}: {error}")
-    characters = sorted(c for c, found in images.items() if c not in twins and len(found) >= min_typefaces)
+    characters = sorted(c for c, found in images.items() if c not in duplicates and len(found) >= min_typefaces)
     if max_identities is not None and len(characters) > max_identities:
         characters = sorted(np.random.default_rng(seed).permutation(characters)[:max_identities].tolist())
     if len(characters) < 2:

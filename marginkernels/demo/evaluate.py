@@ -1,4 +1,4 @@
-"""Open-set verification: are two images of the same identity, where neither identity was trained on?"""
+"""Open-set verification: do two images show the same identity? The identities are not among those of the training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Bins of the similarity histograms over [-1, 1]: thresholds are exact to 1e-4.
+#: Bins of the histograms of cosines over [-1, 1], so that thresholds are exact to 1e-4.
 BINS = 20_000
 FARS = (1e-2, 1e-3, 1e-4)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """All pairs of a set of images, told apart by a threshold on their cosine.
+    """The cosines of all pairs of a set of images.
 
     Attributes:
-        genuine, impostor: (BINS,) float64 counts of the pairs of one and of two identities, by rising cosine.
-        rank1: share of the images whose nearest other image is of the same identity.
+        genuine, impostor: (BINS,) float64 histograms of the cosines of pairs of the same identity and of different identities.
+        rank1: share of the images whose nearest other image shows the same identity.
     """
 
     genuine: Tensor
@@ -26,12 +26,12 @@ class Verification:
     rank1: float
 
     def roc(self) -> tuple[Tensor, Tensor]:
-        """False and true accept rates (BINS,) as the threshold falls."""
+        """False and true accept rates, (BINS,) each, by decreasing threshold."""
         far, tar = (h.flip(0).cumsum(0) / h.sum().clamp_min(1) for h in (self.impostor, self.genuine))
         return far, tar
 
     def tar(self, far: float) -> float:
-        """True accept rate at the lowest threshold that keeps the false accept rate within ``far``."""
+        """True accept rate at the lowest threshold where the false accept rate is at most ``far``."""
         false, true = self.roc()
         within = int((false <= far).sum())
         return float(true[within - 1]) if within else 0.0
@@ -39,11 +39,11 @@ class Verification:
 
 @torch.no_grad()
 def verify_pairs(embeddings: Tensor, identities: Tensor, *, block: int = 1024) -> Verification:
-    """Compare every image with every other one, a block of rows at a time.
+    """Compare every image with every other one, ``block`` rows at a time.
 
     Args:
         embeddings: (M, D), of any norm.
-        identities: (M,) int64; some identity must have two images.
+        identities: (M,) int64; at least one identity must have two images.
     """
     unit = torch.nn.functional.normalize(embeddings.float())
     counts = torch.zeros(2 * BINS, dtype=torch.float64, device=unit.device)

@@ -1,32 +1,39 @@
-"""The demo's heads, and what they are measured against: the same loss as it is usually written, eagerly."""
+"""The demo's heads, and their time and memory compared with the same loss in eager PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import forms, verify
 from .. import margins as m
+from .. import testing
+from ..core import nontarget
+from ..core.numerics import per_row
 from ..head import MarginHead
-from ..margins import Margin, Rows
+from ..margins import BatchInfo, Margin, NonTarget
 
-#: Scale and margins fit for a small network and a few thousand identities: milder than those that :mod:`marginkernels.verify` compares.
+#: Scale and margins for a small network and a few thousand identities; smaller than those of :data:`marginkernels.testing.HEADS`.
 SCALE, ANGLE, COSINE = 32.0, 0.3, 0.2
 TRAINING: dict[str, Callable[[int], Margin]] = {
     "sphereface": lambda c: m.SphereFace(margin=2),
     "sphereface-fnorm": lambda c: m.SphereFace(margin=2, scale=SCALE),
     "cosface": lambda c: m.CosFace(SCALE, COSINE),
     "arcface": lambda c: m.ArcFace(SCALE, ANGLE),
-    **{f"arcface-{how}": lambda c, how=how: m.ArcFace(SCALE, ANGLE, beyond_pi=how) for how in ("none", "easy", "continuous", "clip")},
+    "arcface-none": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="none"),
+    "arcface-easy": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="easy"),
+    "arcface-continuous": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="continuous"),
+    "arcface-clip": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="clip"),
     "arcface-detached": lambda c: m.ArcFace(SCALE, ANGLE, gradient="detached"),
     "combined": lambda c: m.CombinedMargin(SCALE, m1=1.1, m2=0.15, m3=0.1),
     "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
@@ -37,7 +44,8 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
 
 
 def names() -> list[str]:
-    return list(verify.HEADS)
+    """The heads that :func:`make` knows."""
+    return list(testing.HEADS)
 
 
 def make(name: str, num_classes: int) -> Margin:
@@ -46,26 +54,26 @@ def make(name: str, num_classes: int) -> Margin:
     Raises:
         ValueError: an unknown name.
     """
-    if name not in verify.HEADS:
-        raise ValueError(f"head: expected one of {', '.join(verify.HEADS)}, got {name!r}")
-    return TRAINING.get(name, verify.HEADS[name])(num_classes)
+    if name not in testing.HEADS:
+        raise ValueError(f"head: expected one of {', '.join(testing.HEADS)}, got {name!r}")
+    return TRAINING.get(name, testing.HEADS[name])(num_classes)
 
 
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
-    """The mean loss as it is usually written: all N x C logits, the target column replaced, cross-entropy."""
+    """The mean loss as it is usually written: all N x C logits, with the target column replaced, then cross-entropy."""
     cos = (F.normalize(x) if margin.normalize_embedding else x) @ (F.normalize(w) if margin.normalize_weight else w).T
-    rows = Rows(x, labels, len(w))
+    batch = BatchInfo(x, labels, len(w))
     column = labels[:, None]
     target = cos.gather(1, column)[:, 0]
     if margin.training:
         with torch.no_grad():
-            margin.update(target.double(), rows, lambda s: (s * cos).scatter(1, column, -torch.inf).logsumexp(1))
-    value, slope = margin.target(target.detach().double(), rows)
+            margin.update(target.double(), batch, lambda s: (s * cos).scatter(1, column, -torch.inf).logsumexp(1))
+    value, slope = margin.target(target.detach().double(), batch)
     value = (value + slope.detach() * (target - target.detach())).to(cos.dtype)
-    if margin.form != forms.IDENTITY:
-        threshold = margin.threshold(target.detach().double(), rows).to(cos.dtype)
-        cos = forms.value(margin.form, cos, threshold, torch.as_tensor(margin.t, dtype=cos.dtype, device=cos.device))
-    scale = margin.row_scale(rows)
+    if margin.non_target != NonTarget.IDENTITY:
+        threshold = margin.threshold(target.detach().double(), batch)
+        cos = nontarget.value(margin.non_target, cos, threshold, per_row(margin.t, target, cos.dtype))
+    scale = margin.row_scale(batch)
     scale = scale.to(cos.dtype).reshape(-1, 1) if isinstance(scale, Tensor) else scale
     logits = cos.scatter(1, column, value[:, None]) * scale
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -75,7 +83,8 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """How far the memory of ``device`` rises while ``step`` runs; on a CPU the whole process's, None where the system does not tell."""
+    """Peak memory on ``device`` during ``step``, minus the memory in use before. On a CPU it is that of the process, or None where the
+    system does not report it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -85,8 +94,8 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # pages that the allocator kept would hide what the step needs
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # freed pages that are not returned would hide what the step needs
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _resident("VmRSS")
         step()
         return _resident("VmHWM") - before
@@ -95,21 +104,24 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
 
 
 def _resident(name: str) -> int:
+    """A field of Linux's ``/proc/self/status`` in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 
 
-def compare(margin: Margin, n: int, d: int, c: int, *, device: torch.device, backend: str, repeats: int, seed: int = 0) -> list[dict]:
-    """Time and peak memory of loss and both gradients, fused and eager in turn on the same float32 inputs.
+def compare(
+    margin: Margin, n: int, d: int, c: int, *, device: torch.device, backend: str, repeats: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Time and peak memory of the loss and both gradients, fused and eager in turn on the same float32 inputs.
 
     Args:
-        margin: deep-copied; its state does not move.
+        margin: deep-copied, so that its state does not change.
         n, d, c: rows, embedding dimensions, classes.
-        repeats: timed runs of each, after one that is not counted.
+        repeats: timed runs of each, after one that is not timed.
 
     Returns:
-        For each of ``"fused"`` and ``"eager"``: ``{"kind", "n", "d", "c", "seconds" (median), "peak_bytes"}``; what is held beforehand
-        (inputs and class centres) does not count, the gradients do.
+        For each of ``"fused"`` and ``"eager"``: ``{"kind", "n", "d", "c", "seconds" (median), "peak_bytes"}``. The peak includes the
+        gradients, but not the inputs and class centers.
     """
     g = torch.Generator().manual_seed(seed)
     head = MarginHead(d, c, copy.deepcopy(margin), backend=backend, device=device)
@@ -133,7 +145,7 @@ def compare(margin: Margin, n: int, d: int, c: int, *, device: torch.device, bac
     x.grad = head.weight.grad = None
     found = []
     for fused, taken in times.items():
-        peak = peak_bytes(lambda fused=fused: step(fused), device)
+        peak = peak_bytes(functools.partial(step, fused), device)
         x.grad = head.weight.grad = None
         found.append(
             {"kind": "fused" if fused else "eager", "n": n, "d": d, "c": c, "seconds": statistics.median(taken), "peak_bytes": peak}

@@ -8,13 +8,14 @@ from .data import SIZE
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
+    """3 x 3 convolution, batch normalization, ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class GlyphNet(nn.Module):
-    """Images (N, 1, SIZE, SIZE) in [0, 1] to embeddings (N, dim); five convolutions, then one layer over all positions.
+    """Images (N, 1, SIZE, SIZE) in [0, 1] to embeddings (N, dim): five convolutions, then a linear layer over all positions.
 
-    The last batch normalisation keeps the embedding's norm near sqrt(dim) at the start, for the heads that do not normalise it.
+    The last batch normalization gives embeddings an initial norm near sqrt(dim), for heads that do not normalize them.
     """
 
     def __init__(self, dim: int = 128, width: int = 16):
@@ -33,4 +34,5 @@ class GlyphNet(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(8 * width * (SIZE // 8) ** 2, dim, bias=False), nn.BatchNorm1d(dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.embedding(self.features(images))
+        embeddings: Tensor = self.embedding(self.features(images))
+        return embeddings

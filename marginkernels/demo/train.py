@@ -1,32 +1,33 @@
-"""Training of one head, and what is noted on the way."""
+"""Training of one head, with the figures that the report shows."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import margin_cross_entropy
+from ..cli._progress import tqdm
 from ..head import MarginHead
-from ..progress import tqdm
+from ..loss import margin_cross_entropy
 from . import heads
 from .data import Glyphs
 from .evaluate import Verification, verify_pairs
 from .model import GlyphNet
 
-#: Images whose angles to their class centres are noted at the start, in the middle and at the end.
+#: Number of images whose angles to their class centers are recorded at the start, in the middle and at the end.
 WATCHED = 4096
 
 
 @dataclass
 class Settings:
-    """How to train; ``steps`` overrides ``epochs``."""
+    """Settings of a training run; ``steps`` overrides ``epochs``."""
 
     epochs: float = 8
     steps: int | None = None
@@ -43,21 +44,30 @@ class Settings:
         return self.steps or max(1, round(self.epochs * images / self.batch_size))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """One head's run. Angles in degrees, (WATCHED,) or fewer each; ``differences`` are |fused - eager| / eager of each step's loss."""
+    """The results of one run.
+
+    Attributes:
+        losses: of each step.
+        differences: |fused - eager| / eager of each step's loss.
+        target_angles: ``"start"``, ``"middle"``, ``"end"`` -> degrees between embeddings and their class centers, (WATCHED,) or fewer.
+        top1: mean share of rows whose target is the top class, over the last steps.
+        seconds: of the training.
+        verification: on the unseen identities.
+    """
 
     head: str
-    losses: list[float] = field(default_factory=list)
-    differences: list[float] = field(default_factory=list)
-    target_angles: dict[str, np.ndarray] = field(default_factory=dict)
-    top1: float = 0.0
-    seconds: float = 0.0
-    verification: Verification | None = None
+    losses: list[float]
+    differences: list[float]
+    target_angles: dict[str, npt.NDArray[np.float32]]
+    top1: float
+    seconds: float
+    verification: Verification
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifted by up to 2 pixels, scaled by up to 15%, turned by up to 5 degrees and with noise: (N, S, S) uint8 to (N, 1, S, S) float32."""
+    """Shift by up to 2 pixels, scale by up to 15%, rotate by up to 5 degrees, add noise: (N, S, S) uint8 to (N, 1, S, S) float32."""
     n, size = images.shape[0], images.shape[-1]
     draw = torch.rand(4, n, generator=generator) * 2 - 1
     scale, angle = 1 + 0.15 * draw[0], math.radians(5) * draw[1]
@@ -80,23 +90,24 @@ def embed(model: GlyphNet, images: Tensor) -> Tensor:
     """(M, dim) embeddings of (M, S, S) uint8 images, in eval mode."""
     training = model.training
     model.eval()
-    found = torch.cat([model(as_input(part)) for part in images.split(1024)])
+    found = torch.cat([model(as_input(part)) for part in torch.split(images, 1024)])
     model.train(training)
     return found
 
 
 @torch.no_grad()
-def target_angles(model: GlyphNet, head: MarginHead, images: Tensor, labels: Tensor) -> np.ndarray:
-    """(M,) degrees between each embedding and its own class centre."""
+def target_angles(model: GlyphNet, head: MarginHead, images: Tensor, labels: Tensor) -> npt.NDArray[np.float32]:
+    """(M,) degrees between each embedding and its class center."""
     cos = F.cosine_similarity(embed(model, images), head.weight[labels])
-    return torch.rad2deg(torch.acos(cos.clamp(-1, 1))).cpu().numpy()
+    degrees: npt.NDArray[np.float32] = torch.rad2deg(torch.acos(cos.clamp(-1, 1))).cpu().numpy()
+    return degrees
 
 
 def fit(name: str, train: Glyphs, test: Glyphs, settings: Settings) -> Trained:
     """Train the network with the head ``name`` and verify on the identities of ``test``.
 
-    Each step's loss is computed a second time by the eager reference, with the same weights, embeddings and margin state.
-    The same seed and thread count give the same numbers.
+    Each step's loss is also computed by the eager reference, with the same weights, embeddings and margin state.
+    The same seed and number of threads give the same results.
     """
     device = torch.device(settings.device)
     torch.manual_seed(settings.seed)
@@ -104,18 +115,18 @@ def fit(name: str, train: Glyphs, test: Glyphs, settings: Settings) -> Trained:
     generator = torch.Generator().manual_seed(settings.seed)
     images, labels = torch.from_numpy(train.images).to(device), torch.from_numpy(train.identities).to(device)
     classes = len(train.characters)
-    model = GlyphNet(settings.dim, settings.width).to(device=device, memory_format=torch.channels_last)
+    model = GlyphNet(settings.dim, settings.width).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     head = MarginHead(settings.dim, classes, heads.make(name, classes), backend=settings.backend, device=device)
     total = settings.total_steps(len(labels))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=max(total, 2), pct_start=0.2)
-    run = Trained(name)
+    angles: dict[str, npt.NDArray[np.float32]] = {}
     watched = torch.randperm(len(labels), generator=generator)[:WATCHED].to(device)
 
-    def note_angles(when: str) -> None:
-        run.target_angles[when] = target_angles(model, head, images[watched], labels[watched])
+    def record_angles(when: str) -> None:
+        angles[when] = target_angles(model, head, images[watched], labels[watched])
 
-    note_angles("start")
+    record_angles("start")
     losses, differences, top1 = [], [], []
     order = torch.empty(0, dtype=torch.int64)
     start = time.perf_counter()
@@ -139,11 +150,15 @@ def fit(name: str, train: Glyphs, test: Glyphs, settings: Settings) -> Trained:
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", top1=f"{head.stats['top1'].item():.3f}")
         if step + 1 == (total + 1) // 2:
-            note_angles("middle")
-    note_angles("end")
-    run.seconds = time.perf_counter() - start
-    run.losses = torch.stack(losses).tolist()
-    run.differences = torch.stack(differences).tolist()
-    run.top1 = float(torch.stack(top1[-50:]).double().mean())
-    run.verification = verify_pairs(embed(model, torch.from_numpy(test.images).to(device)), torch.from_numpy(test.identities).to(device))
-    return run
+            record_angles("middle")
+    record_angles("end")
+    seconds = time.perf_counter() - start
+    return Trained(
+        head=name,
+        losses=torch.stack(losses).tolist(),
+        differences=torch.stack(differences).tolist(),
+        target_angles=angles,
+        top1=float(torch.stack(top1[-50:]).double().mean()),
+        seconds=seconds,
+        verification=verify_pairs(embed(model, torch.from_numpy(test.images).to(device)), torch.from_numpy(test.identities).to(device)),
+    )

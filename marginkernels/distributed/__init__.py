@@ -1,7 +1,18 @@
-"""Beyond one device: what stands around a head made with ``process_group=...``."""
+"""For class-parallel heads (``MarginHead(..., process_group=...)``): checkpoints, export and import of class centers, gradient scaling."""
 
-from .centres import export_centres, full_state_dict, import_centres
+from typing import Any
+
+from .. import _deprecated
+from .centers import export_centers, full_state_dict, import_centers
 from .checkpoint import latest, load, save
-from .scaler import GradScaler
+from .grad_scaler import GradScaler
 
-__all__ = ["GradScaler", "export_centres", "full_state_dict", "import_centres", "latest", "load", "save"]
+__all__ = ["GradScaler", "export_centers", "full_state_dict", "import_centers", "latest", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    new = _deprecated.DISTRIBUTED.get(name)
+    if new is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _deprecated.warn(f"{__name__}.{name}", f"{__name__}.{new}")
+    return globals()[new]

@@ -1,11 +1,30 @@
 """Every margin, each written once: see :class:`Margin` for what one is made of."""
 
-from .adaptive import AdaCos, CurricularFace, MVSoftmax
-from .angular import Annealing, ArcFace, CombinedMargin, SphereFace
-from .base import Margin, Rows
-from .linear import CosFace, L2Softmax, NormFace, Softmax
+from ..core.nontarget import NonTarget
+from .adaptive import AdaCos
+from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
+from .base import BatchInfo, Margin, check_margin
+from .hard_negative import CurricularFace, MVSoftmax
+from .softmax import L2Softmax, NormFace, Softmax
 
-#: The margins that the package ships, in the order of the README's table.
+#: The margins that the package ships, in the order of the documentation's table.
 ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace)
 
-__all__ = [*(cls.__name__ for cls in ALL), "Annealing", "Margin", "Rows"]
+__all__ = [
+    "ALL",
+    "AdaCos",
+    "Annealing",
+    "ArcFace",
+    "BatchInfo",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "L2Softmax",
+    "MVSoftmax",
+    "Margin",
+    "NonTarget",
+    "NormFace",
+    "Softmax",
+    "SphereFace",
+    "check_margin",
+]

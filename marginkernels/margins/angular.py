@@ -1,4 +1,4 @@
-"""Margins on the angle: multiplicative, additive, and both with an additive cosine."""
+"""Margins on the angle or its cosine: additive, multiplicative, and both."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ import torch
 from torch import Tensor
 
 from .angles import added, angle, detached
-from .base import Margin, Rows, check_range
+from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range
 
 BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
 GRADIENTS = ("exact", "detached")
+
+
+class CosFace(Margin):
+    """CosFace / AM-softmax: target ``cos(theta) - m`` (Wang et al., CVPR 2018, eq. 4).
+
+    Args:
+        scale: s > 0.
+        margin: m in [0, 2], a cosine.
+        focal_gamma: see :class:`Margin`.
+    """
+
+    def __init__(self, scale: float = 64.0, margin: float = 0.35, *, focal_gamma: float = 0.0):
+        super().__init__(scale, focal_gamma=focal_gamma)
+        self.margin = check_range("margin", margin, 0.0, 2.0)
+
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        return cos - self.margin, torch.ones_like(cos)
 
 
 class CombinedMargin(Margin):
@@ -64,7 +81,7 @@ class CombinedMargin(Margin):
 
     _m2_name = "m2"
 
-    def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         value, slope = self._shifted(cos)
         # M = pi - theta*, where m1 theta* + m2 = pi; at or below 0 the end is never reached.
         reach = math.pi - (math.pi - self.m2) / self.m1
@@ -113,6 +130,10 @@ class ArcFace(CombinedMargin):
     def margin(self) -> float:
         return self.m2
 
+    def extra_repr(self) -> str:
+        shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
+        return _arguments({name: getattr(self, name) for name in shown})
+
 
 @dataclass(frozen=True)
 class Annealing:
@@ -123,7 +144,7 @@ class Annealing:
     power: float = 1.0
     minimum: float = 5.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("base", "gamma", "power", "minimum"):
             check_range(f"annealing.{name}", getattr(self, name), 0.0)
 
@@ -141,10 +162,12 @@ class SphereFace(Margin):
         focal_gamma: see :class:`Margin`.
     """
 
+    iteration: Tensor
+
     def __init__(self, margin: int = 4, scale: float | None = None, annealing: Annealing | bool | None = None, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
         if scale is None:
-            self.scale = None
+            self.scale = None  # type: ignore[assignment]
         if isinstance(margin, bool) or int(margin) != margin or margin < 1:
             raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {margin!r}")
         self.margin = int(margin)
@@ -158,14 +181,14 @@ class SphereFace(Margin):
         if annealing is not None:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
 
-    def row_scale(self, rows: Rows) -> float | Tensor:
-        return rows.norm if self.scale is None else self.scale
+    def row_scale(self, batch: BatchInfo) -> float | Tensor:
+        return batch.norm if self.scale is None else self.scale
 
-    def update(self, cos: Tensor, rows: Rows, non_target_lse) -> None:
+    def update(self, cos: Tensor, batch: BatchInfo, non_target_lse: NonTargetLSE) -> None:
         if self.annealing is not None:
             self.iteration += 1
 
-    def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         # cos(m theta) and sin(m theta)/sin(theta) are Chebyshev polynomials of cos(theta): exact and finite at both ends.
         first, second = torch.ones_like(cos), cos  # T_0, T_1
         ratio_before, ratio = torch.zeros_like(cos), torch.ones_like(cos)  # U_-1, U_0

@@ -1,14 +1,20 @@
-"""What a margin is: the value and the slope of the target logit, and which non-target form the rest of the row uses."""
+"""What a margin is: the value and the slope of the target logit, and which transform the non-target logits of the row take."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import forms
+from .._deprecated import warn
+from ..core.nontarget import NonTarget
+
+#: ``non_target_lse(s)`` gives (N,) float64 ``log sum_{j != y} exp(s c_ij)`` for a scale s: one more pass over the classes.
+NonTargetLSE = Callable[[Tensor], Tensor]
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, unit: str = "") -> float:
@@ -27,10 +33,11 @@ def settled(state: Tensor) -> Tensor:
     return torch.round(state * 2.0**40) * 2.0**-40
 
 
-class Rows:
-    """What else a margin may know of each row beside its target cosine.
+class BatchInfo:
+    """What a margin may know of each row beside its target cosine.
 
     Attributes:
+        embeddings: (N, D), as they came.
         labels: (N,) int64, the identity of each row; -1 where the row has none (ignored).
         valid: (N,) bool, False for ignored rows.
         num_classes: C, over all shards.
@@ -45,7 +52,8 @@ class Rows:
     @property
     def norm(self) -> Tensor:
         """(N,) float64 norm of each embedding, differentiable; ``detach()`` it where the paper does."""
-        return torch.linalg.vector_norm(self.embeddings.double(), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(self.embeddings.double(), dim=1)
+        return norm
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` (..., N) over the valid rows, 0 where there is none. Never waits for the device."""
@@ -55,9 +63,9 @@ class Rows:
 class Margin(nn.Module):
     """Base of every margin; subclass it to make your own.
 
-    A subclass gives :meth:`target`, and at once runs on every backend. Everything else has a default: cosine logits
-    (both sides normalised), a fixed scale, the identity form for non-target logits, no state. State is kept in buffers, of shape (1,)
-    where it is a float64 number: torch.compile loses what is written to a float64 buffer of shape ().
+    A subclass defines :meth:`target` and runs on every backend. Everything else has a default: cosine logits (both sides normalized), a
+    fixed scale, untransformed non-target logits, no state. State is kept in buffers, of shape (1,) where it is a float64 number:
+    torch.compile loses what is written to a float64 buffer of shape ().
 
     Args:
         scale: s > 0, what both target and non-target logits are multiplied by.
@@ -69,13 +77,14 @@ class Margin(nn.Module):
 
     Class attributes a subclass may set:
         normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
-        form: the non-target form, one of :mod:`marginkernels.forms`; the two hard forms also need :meth:`threshold` and ``t``.
+        non_target: the transform of non-target logits, a :class:`NonTarget`; the two hard transforms also need :meth:`threshold` and ``t``.
+        t: the parameter of the hard transforms: a number, or a tensor of shape (), (1,) or (N,).
     """
 
-    normalize_embedding = True
-    normalize_weight = True
-    form = forms.IDENTITY
-    t: float | Tensor  #: the one parameter of the hard forms, which set it
+    normalize_embedding: bool = True
+    normalize_weight: bool = True
+    non_target: NonTarget = NonTarget.IDENTITY
+    t: float | Tensor
 
     def __init__(self, scale: float | None = 64.0, *, focal_gamma: float = 0.0):
         super().__init__()
@@ -83,43 +92,52 @@ class Margin(nn.Module):
             self.scale = check_range("scale", scale, 0.0, open_low=True)
         self.focal_gamma = check_range("focal_gamma", focal_gamma, 0.0)
 
-    def target(self, cos: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "form" in vars(cls):
+            warn(f"{cls.__name__}.form", f"{cls.__name__}.non_target")
+            cls.non_target = NonTarget(vars(cls)["form"])
+
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         """Value ``T(cos)`` and slope ``dT/dcos`` of the target logit before the scale.
 
         Args:
-            cos: (N,) float64 in [-1, 1] (unbounded where a side is not normalised): each row's target cosine.
-            rows: what else is known of the rows, for margins that depend on norm or identity.
+            cos: (N,) float64 in [-1, 1] (unbounded where a side is not normalized): each row's target cosine.
+            batch: what else is known of the rows, for margins that depend on norm or identity.
 
         Returns:
             value and slope, (N,) each. The reference differentiates ``value`` in ``cos`` by autograd; the fused backends
-            multiply by ``slope`` and differentiate ``value`` in anything else (``rows.norm``, the margin's own parameters).
+            multiply by ``slope`` and differentiate ``value`` in anything else (``batch.norm``, the margin's own parameters).
         """
-        raise NotImplementedError(f"{type(self).__name__} must define target(cos, rows)")
+        raise NotImplementedError(f"{type(self).__name__} must define target(cos, batch)")
 
-    def threshold(self, cos: Tensor, rows: Rows) -> Tensor:
-        """(N,) what a non-target cosine must exceed to count as hard; only asked of the two hard forms."""
-        raise NotImplementedError(f"{type(self).__name__} uses a hard form and must define threshold(cos, rows)")
+    def threshold(self, cos: Tensor, batch: BatchInfo) -> Tensor:
+        """(N,) what a non-target cosine must exceed to count as hard; only asked of the two hard transforms."""
+        raise NotImplementedError(f"{type(self).__name__} uses a hard transform and must define threshold(cos, batch)")
 
-    def row_scale(self, rows: Rows) -> float | Tensor:
+    def row_scale(self, batch: BatchInfo) -> float | Tensor:
         """The scale s: a number, a scalar tensor or one value per row (N,); differentiated where it is a tensor that needs it."""
-        return self.scale
+        scale: float | Tensor | None = getattr(self, "scale", None)
+        if scale is None:
+            raise NotImplementedError(f"{type(self).__name__} has no fixed scale and must define row_scale(batch)")
+        return scale
 
-    def update(self, cos: Tensor, rows: Rows, non_target_lse: Callable[[Tensor], Tensor]) -> None:
+    def update(self, cos: Tensor, batch: BatchInfo, non_target_lse: NonTargetLSE) -> None:
         """Advance the state by one training step, before the step uses it. Runs without gradient, only in training mode.
 
         Args:
             cos: (N,) float64 target cosines of the whole batch (all ranks).
-            rows: the rows they belong to.
+            batch: the rows they belong to.
             non_target_lse: ``non_target_lse(s)`` gives (N,) ``log sum_{j != y} exp(s c_ij)``, one more pass over the classes.
         """
 
     def bind(self, num_classes: int) -> None:
         """Told the number of classes before the first use, for margins whose constants depend on it."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Margin:
         # Running statistics move 1% a step: in half precision they would stop moving, so .half() leaves them as they are.
         before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             moved = getattr(self, name)
             if moved.dtype != old.dtype:
@@ -128,4 +146,25 @@ class Margin(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and not k.startswith("_") and k != "training"}
-        return ", ".join(f"{k}={v}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
+        return _arguments(shown)
+
+    def fingerprint(self) -> str:
+        """What two ranks must agree on: the class, its settings, and the values of its tensors. Reads them, so it waits for the device."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)} | self.state_dict()
+        parts = [type(self).__name__, self.extra_repr()]
+        for name, v in sorted(tensors.items()):
+            v = v.detach().cpu().contiguous()
+            digest = hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12] if v.numel() else ""
+            parts.append(f"{name}: {tuple(v.shape)} {v.dtype} {digest}")
+        return "; ".join(parts)
+
+
+def _arguments(shown: Mapping[str, object]) -> str:
+    """``scale=64.0, beyond_pi='linear'``, without a focal factor that is off."""
+    return ", ".join(f"{k}={v!r}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
+
+
+def check_margin(margin: object) -> None:
+    """A ``TypeError`` where ``margin`` is not a :class:`Margin`."""
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin: expected an instance of mk.Margin such as mk.ArcFace(), got {margin!r}")

@@ -1,4 +1,4 @@
-"""From a problem to kernel launches: output tensors, grids, compile-time switches. Nothing here waits for the device.
+"""From the inputs of a pass to kernel launches: output tensors, grids, compile-time switches. Nothing here waits for the device.
 
 The functions hand each :class:`Launch` to ``run``, so that the very launches that run can also be collected, from tensors on the meta
 device, and compiled for a GPU that is not there (:mod:`.aot`).
@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ... import forms
-from ..base import TINY, Problem, RowPass, RowWeights
-from . import keeping
-from .class_pass import class_pass_kernel, kept_pass_kernel
-from .row_pass import combine_kernel, prepare_kernel, row_pass_kernel
-from .table import Key, Tile, power_of_two
-from .table import tile as tile_for
+from ...core.nontarget import NonTarget
+from ...core.numerics import TINY
+from ...core.types import ClassPassOutput, PassInputs, Reduction, Request, RowPassOutput, Upstream
+from . import saved_layout
+from .class_kernel import class_pass_kernel, saved_pass_kernel
+from .heuristics import Key, Tile, power_of_two
+from .heuristics import tile as tile_for
+from .row_kernel import combine_kernel, prepare_kernel, row_pass_kernel
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
-#: Of converted class centres held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them.
-SLAB_BYTES = 40 << 20
-#: What lifts float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
-FLOAT16_LIFT = 256.0
+#: Of converted class centers held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them.
+CHUNK_BYTES = 40 << 20
+#: A power of two that brings float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
+FLOAT16_POW2 = 256.0
+Run = Callable[["Launch"], None]
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ class Launch:
     stages: int = 2
 
     def run(self) -> None:
+        """Launch on PyTorch's current stream."""
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
-def kept_lift(dtype: torch.dtype) -> float:
-    """What the row pass's weights are multiplied by."""
-    return FLOAT16_LIFT if dtype == torch.float16 else 1.0
+def saved_pow2(dtype: torch.dtype) -> float:
+    """The power of two that the row pass's weights are multiplied by."""
+    return FLOAT16_POW2 if dtype == torch.float16 else 1.0
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -83,177 +86,219 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def converts(p: Problem) -> bool:
-    """Whether the row pass takes a converted copy of the centres: those of another dtype, or that may not fit it (float16)."""
+def converts(p: PassInputs) -> bool:
+    """Whether the row pass takes a converted copy of the centers: those of another dtype, or that may not fit it (float16)."""
     return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight)
 
 
-def row_pass(
-    p: Problem,
-    device: Device,
-    run: Callable[[Launch], None],
-    *,
-    uniform: bool = False,
-    need_u: bool = True,
-    need_moment: bool = False,
-    workspace: int = 0,
-) -> RowPass:
+def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> RowPassOutput:
     """The row pass, by way of ``run``.
 
-    Centres that are not in the product's dtype, or may not fit it (float16), are first converted, and normalised, a slab at a time into a
-    buffer of ``SLAB_BYTES`` that stays in the cache, and the kernel goes on from slab to slab; the others are read where they are.
+    Centers that are not in the product's dtype, or may not fit it (float16), are first converted, and normalized, a chunk at a time into a
+    buffer of ``CHUNK_BYTES`` that stays in the cache, and the kernel goes on from chunk to chunk; the others are read where they are.
     """
-    n, d = p.x.shape
-    c = p.w.shape[0]
+    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0]
 
     def new(*shape: int, fill: float | None = None) -> Tensor:
         v = p.x.new_empty(shape, dtype=torch.float32)
         return v if fill is None else v.fill_(fill)
 
     half = p.x.dtype == torch.float16
+    logit_sum = request.reduction == Reduction.LOGIT_SUM
     convert = converts(p)
-    kept = p.x.new_empty(workspace, dtype=torch.uint8)
-    keep, keep_base = keeping.parts(kept, n, p.x.dtype)
-    keep_count = 0 if uniform else keep.shape[0]
+    saved = p.x.new_empty(request.workspace_bytes, dtype=torch.uint8)
+    saved_weights, saved_base = saved_layout.parts(saved, n, p.x.dtype)
+    saved_count = 0 if logit_sum else saved_weights.shape[0]
     factor = new(c if p.normalize_weight else 0)
-    bounded = p.normalize_weight and not uniform and not half
-    busy = p.form != forms.IDENTITY or p.bias is not None or need_moment
-    ways = (False, True) if bounded else (not uniform,)
-    asked = {"accumulates": need_u, "busy": busy, "keeps": keep_count > 0}
+    bounded = p.normalize_weight and not logit_sum and not half
+    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or request.need_cos
+    ways = (False, True) if bounded else (not logit_sum,)
+    asked = {"accumulates": request.need_center, "busy": busy, "saves": saved_count > 0}
     tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
     tile = tiles[0]
-    slab = max(1, SLAB_BYTES // (d * p.x.element_size() * keeping.GROUP)) * keeping.GROUP if convert else c
-    slab = min(slab, math.ceil(c / tile.keys) * tile.keys)
-    copy = p.x.new_empty(slab, d) if convert else None
-    blocks = math.ceil(slab / tile.keys)
-    splits = _splits(math.ceil(n / tile.queries) * (math.ceil(d / tile.width) if need_u else 1), blocks, device.processors)
+    chunk = max(1, CHUNK_BYTES // (d * p.x.element_size() * saved_layout.GROUP)) * saved_layout.GROUP if convert else c
+    chunk = min(chunk, math.ceil(c / tile.keys) * tile.keys)
+    copy = p.x.new_empty(chunk, d) if convert else None
+    slices = math.ceil(d / tile.width) if request.need_center else 1
+    splits = _splits(math.ceil(n / tile.queries) * slices, math.ceil(chunk / tile.keys), device.processors)
     start = 0.0 if convert else None
-    parts = {f"part_{k}": new(splits, n, fill=start) for k in ("sum", "moment")}
-    parts |= {f"part_{k}": new(splits, n, fill=None if start is None else -math.inf) for k in ("peak", "top")}
-    parts["part_u"] = new(splits, n, d, fill=start) if need_u else None
-
-    bound = None
+    lowest = None if start is None else -math.inf
+    parts = {
+        "part_sum": new(splits, n, fill=start),
+        "part_cos": new(splits, n, fill=start),
+        "part_running_max": new(splits, n, fill=lowest),
+        "part_max_logit": new(splits, n, fill=lowest),
+        "part_center": new(splits, n, d, fill=start) if request.need_center else None,
+    }
+    rows = {name: getattr(p, name) for name in ("x", "row_factor", "scale", "threshold", "t", "labels", "bias")}
     args = {
-        "x": p.x, "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold, "labels": p.labels, "bias": p.bias, "t": p.t,
-        **parts, "n": n, "stride_xn": p.x.stride(0), "limit": LIMIT, "class_factor": factor if p.normalize_weight and not convert else None,
-    }  # fmt: skip
-    switches = {"UNIFORM": uniform, "NEED_U": need_u, "NEED_MOMENT": need_moment}
+        **rows,
+        **parts,
+        "class_factor": factor if p.normalize_weight and not convert else None,
+        "n": n,
+        "stride_xn": p.x.stride(0),
+        "limit": LIMIT,
+    }
+    switches = {"LOGIT_SUM": logit_sum, "NEED_CENTER": request.need_center, "NEED_COS": request.need_cos}
     constants = {
-        **switches, "FORM": p.form, "RESUME": convert, "LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
-    }  # fmt: skip
-    for first in range(0, c, slab):
-        count = min(slab, c - first)
+        **switches,
+        "NON_TARGET": int(p.non_target),
+        "RESUME": convert,
+        "POW2": saved_pow2(p.x.dtype),
+        "PRECISION": precision(p.x.dtype),
+    }
+    bound = None
+    for first in range(0, c, chunk):
+        count = min(chunk, c - first)
         if convert or p.normalize_weight:
             _prepare(p, factor, copy, first, count, device, run)
         if first == 0 and bounded:
             bound = _exponent_bound(p, None if convert else factor)
-        w = copy[:count] if convert else p.w
-        keeps = first < keep_count
-        slab_args = args | {
-            "w": w, "bound": bound, "first_class": first, "count": count, "stride_wc": w.stride(0), "kept": keep if keeps else None,
-            "kept_base": keep_base if keeps else None, "kept_count": keep_count, "kept_stride": keep.shape[1],
-        }  # fmt: skip
+        w = copy[:count] if copy is not None else p.w
+        saves = first < saved_count
+        chunk_args = args | {
+            "w": w,
+            "bound": bound,
+            "first_class": first,
+            "count": count,
+            "stride_wc": w.stride(0),
+            "saved": saved_weights if saves else None,
+            "saved_base": saved_base if saves else None,
+            "saved_count": saved_count,
+            "saved_stride": saved_weights.shape[1],
+        }
         for online, t in zip(ways, tiles, strict=True):
-            grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if need_u else 1)
+            grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if request.need_center else 1)
             tile_args = {
-                "kept_box": boxes(keep, t.keys, t.queries, device) if keeps else None,
-                "x_box": boxes(p.x, t.queries, t.depth, device) if d > t.depth else None, "w_box": boxes(w, t.keys, t.depth, device),
+                "saved_box": boxes(saved_weights, t.keys, t.queries, device) if saves else None,
+                "x_box": boxes(p.x, t.queries, t.depth, device) if d > t.depth else None,
+                "w_box": boxes(w, t.keys, t.depth, device),
                 "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
-            }  # fmt: skip
+            }
             switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
-            run(Launch(row_pass_kernel, grid, slab_args | tile_args, switch, t.warps, t.stages))
+            run(Launch(row_pass_kernel, grid, chunk_args | tile_args, switch, t.warps, t.stages))
 
-    total, top, moment, u = new(n), new(n), new(n if need_moment else 0), new(n if need_u else 0, d)
-    out = {"total": total, "top": top, "moment": moment, "u": u}
+    out = {
+        "value": new(n),
+        "max_logit": new(n),
+        "cos": new(n if request.need_cos else 0),
+        "center": new(n if request.need_center else 0, d),
+    }
     width = min(128, power_of_two(d))
     constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, **switches}
-    grid = (math.ceil(n / 16), math.ceil(d / width) if need_u else 1)
-    run(Launch(combine_kernel, grid, {**parts, **out, "n": n, "splits": splits}, constants))
-    return RowPass(total, top, moment, u, factor, kept)
+    tiles_of = (math.ceil(n / 16), math.ceil(d / width) if request.need_center else 1)
+    run(Launch(combine_kernel, tiles_of, {**parts, **out, "n": n, "splits": splits}, constants))
+    return RowPassOutput.of(request, **out, class_factor=factor, saved=saved)
 
 
 def class_pass(
-    p: Problem,
-    row: RowWeights,
+    inputs: PassInputs,
+    upstream: Upstream,
     class_factor: Tensor,
-    device: Device,
-    run: Callable[[Launch], None],
-    *,
-    need_w: bool,
+    saved: Tensor,
+    need_weight: bool,
     need_bias: bool,
-    kept: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    device: Device,
+    run: Run,
+) -> ClassPassOutput:
     """The class pass, by way of ``run``.
 
-    Weights were kept as exp(z) N'(c): enough for dw of the softmax alone, so all is computed again where more is asked for.
+    Weights were saved as exp(z) N'(c): enough for dw of the log-sum-exp alone, so all is computed again where more is asked for.
     """
-    dw = torch.empty_like(p.w, memory_format=torch.contiguous_format) if need_w else None
-    db = p.x.new_empty(p.w.shape[0], dtype=torch.float32) if need_bias else None
-    first, c = 0, p.w.shape[0]
-    if kept is not None and kept.numel() and need_w and not need_bias and row.uniform is None:
-        keep, keep_base = keeping.parts(kept, p.x.shape[0], p.x.dtype)
-        first = min(keep.shape[0], c)
-        _class_pass_kept(p, row, class_factor, keep[:first], keep_base, dw[:first], device, run)
+    p, c = inputs, inputs.w.shape[0]
+    out = ClassPassOutput.allocate(p, need_weight, need_bias)
+    first = 0
+    if saved.numel() and need_weight and not need_bias and upstream.d_logit_sum is None:
+        weights, bases = saved_layout.parts(saved, p.x.shape[0], p.x.dtype)
+        first = min(weights.shape[0], c)
+        _class_pass_saved(p, upstream, class_factor, weights[:first], bases, out.d_weight[:first], device, run)
     if first < c:
         rest = replace(p, w=p.w[first:], labels=p.labels - first, bias=None if p.bias is None else p.bias[first:]) if first else p
-        _class_pass(rest, row, class_factor[first:], None if dw is None else dw[first:], db, device, run)
-    return dw, db
+        dw, db = out.d_weight[first:] if need_weight else None, out.d_bias if need_bias else None
+        _class_pass(rest, upstream, class_factor[first:], dw, db, device, run)
+    return out
 
 
-def _class_pass_kept(
-    p: Problem, row: RowWeights, class_factor: Tensor, keep: Tensor, keep_base: Tensor, dw: Tensor, device: Device, run
+def _class_pass_saved(
+    p: PassInputs, upstream: Upstream, class_factor: Tensor, weights: Tensor, bases: Tensor, dw: Tensor, device: Device, run: Run
 ) -> None:
-    """dw of the leading classes, from the weights (K, stride) that were kept."""
+    """dw of the leading classes, from the weights (K, stride) that the row pass saved."""
     n, d = p.x.shape
-    tile = tile_for(Key.of("kept", d, p.x.dtype, device.arch))
+    tile = tile_for(Key.of("saved", d, p.x.dtype, device.arch))
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
-        "row_factor": p.row_factor, "labels": p.labels, "lse": row.lse,
-        "softmax": row.softmax, "target": row.target, "class_factor": class_factor if p.normalize_weight else None,
-        "lift": _lift(p, row) if p.x.dtype == torch.float16 else None, "kept": keep, "kept_base": keep_base, "dw": dw,
-        "n": n, "c": keep.shape[0], "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0), "kept_stride": keep.shape[1],
-    }  # fmt: skip
+        **{name: getattr(p, name) for name in ("x", "w", "row_factor", "labels")},
+        **{name: getattr(upstream, name) for name in ("lse", "d_lse", "d_target_cos")},
+        "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        "class_factor": class_factor if p.normalize_weight else None,
+        "pow2": _pow2(p, upstream) if p.x.dtype == torch.float16 else None,
+        "saved": weights,
+        "saved_base": bases,
+        "dw": dw,
+        "n": n,
+        "c": weights.shape[0],
+        "stride_xn": p.x.stride(0),
+        "stride_wc": p.w.stride(0),
+        "saved_stride": weights.shape[1],
+    }
     constants = {
-        "DIM": d, "WIDTH": tile.width, "BLOCK_N": tile.keys, "BLOCK_C": tile.queries, "NORMALIZED": p.normalize_weight,
-        "FACTORED": p.normalize_weight and not converts(p), "KEPT_LIFT": kept_lift(p.x.dtype), "PRECISION": precision(p.x.dtype),
-    }  # fmt: skip
-    run(Launch(kept_pass_kernel, (math.ceil(keep.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
+        "DIM": d,
+        "WIDTH": tile.width,
+        "BLOCK_N": tile.keys,
+        "BLOCK_C": tile.queries,
+        "NORMALIZED": p.normalize_weight,
+        "FACTORED": p.normalize_weight and not converts(p),
+        "SAVED_POW2": saved_pow2(p.x.dtype),
+        "PRECISION": precision(p.x.dtype),
+    }
+    run(Launch(saved_pass_kernel, (math.ceil(weights.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
 
 
-def _class_pass(p: Problem, row: RowWeights, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run) -> None:
-    n, d = p.x.shape
-    c = p.w.shape[0]
-    need_w, need_bias = dw is not None, db is not None
-    busy = p.form != forms.IDENTITY or p.bias is not None or row.uniform is not None
-    tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=need_w, busy=busy))
+def _class_pass(
+    p: PassInputs, upstream: Upstream, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run: Run
+) -> None:
+    (n, d), c = p.x.shape, p.w.shape[0]
+    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or upstream.d_logit_sum is not None
+    tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=dw is not None, busy=busy))
     half = p.x.dtype == torch.float16
     args = {
-        "x": p.x, "w": p.w, "x_box": boxes(p.x, tile.keys, tile.depth, device),
+        **{name: getattr(p, name) for name in ("x", "w", "row_factor", "scale", "threshold", "t", "labels", "bias")},
+        **{name: getattr(upstream, name) for name in ("lse", "d_lse", "d_logit_sum", "d_target_cos")},
+        "d_target_bias": upstream.d_target_bias if db is not None else None,
+        "x_box": boxes(p.x, tile.keys, tile.depth, device),
         "w_box": boxes(p.w, tile.queries, tile.depth, device) if d > tile.depth else None,
-        "row_factor": p.row_factor, "scale": p.scale, "threshold": p.threshold,
-        "labels": p.labels, "lse": row.lse, "softmax": row.softmax, "uniform": row.uniform, "target": row.target,
-        "bias_weight": row.bias if need_bias else None,
-        "class_factor": class_factor if p.normalize_weight else None, "bias": p.bias, "t": p.t,
-        "lift": _lift(p, row) if half else None, "dw": dw, "db": db,
-        "n": n, "c": c, "stride_xn": p.x.stride(0), "stride_wc": p.w.stride(0),
-    }  # fmt: skip
+        "class_factor": class_factor if p.normalize_weight else None,
+        "pow2": _pow2(p, upstream) if half else None,
+        "dw": dw,
+        "db": db,
+        "n": n,
+        "c": c,
+        "stride_xn": p.x.stride(0),
+        "stride_wc": p.w.stride(0),
+    }
     constants = {
         **cut(d, tile, tile.keys, tile.queries),
-        "FORM": p.form, "NORMALIZED": p.normalize_weight, "PRESCALE": p.normalize_weight and half, "PRECISION": precision(p.x.dtype),
-    }  # fmt: skip
-    grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if need_w else 1)
+        "NON_TARGET": int(p.non_target),
+        "NORMALIZED": p.normalize_weight,
+        "PRESCALE": p.normalize_weight and half,
+        "PRECISION": precision(p.x.dtype),
+    }
+    grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if dw is not None else 1)
     run(Launch(class_pass_kernel, grid, args, constants, tile.warps, tile.stages))
 
 
-def _prepare(
-    p: Problem, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Callable[[Launch], None]
-) -> None:
+def _prepare(p: PassInputs, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Run) -> None:
+    """1/|w_j| of ``count`` classes from ``first`` to ``factor``, and the converted centers to ``copy``."""
     d = p.w.shape[1]
     block = 256 if device.arch == "interpreter" else 16
     args = {
-        "w": p.w, "factor": factor if p.normalize_weight else None, "copy": copy,
-        "first_class": first, "count": count, "stride_wc": p.w.stride(0), "tiny": TINY,
-    }  # fmt: skip
+        "w": p.w,
+        "factor": factor if p.normalize_weight else None,
+        "copy": copy,
+        "first_class": first,
+        "count": count,
+        "stride_wc": p.w.stride(0),
+        "tiny": TINY,
+    }
     constants = {"DIM": d, "BLOCK_C": block, "WIDTH": power_of_two(d)}
     run(Launch(prepare_kernel, (math.ceil(count / block),), args, constants))
 
@@ -264,7 +309,7 @@ def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
 
 
 def boxes(v: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
-    """``v`` in boxes of so many rows and columns, for loads and stores by the memory accelerator (TMA), which takes address arithmetic out
+    """``v`` in boxes of so many rows and columns, for loads and stores by TMA, which takes address arithmetic out
     of the loop; None where there is none, or rows are not 16-byte aligned."""
     if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
@@ -281,12 +326,12 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
     return max(range(1, max(1, min(blocks, 2 * processors // programs)) + 1), key=lambda s: (round(busy(s), 2), -s))
 
 
-def _exponent_bound(p: Problem, factor: Tensor | None) -> Tensor:
+def _exponent_bound(p: PassInputs, factor: Tensor | None) -> Tensor:
     """() how far from 0 the exponents of any row's terms, of their sum and, if given, of their products with a class factor can lie."""
-    reach = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
-    if p.form == forms.HARD_LINEAR:
+    reach: Tensor = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
+    if p.t is not None and p.non_target == NonTarget.HARD_LINEAR:
         reach = (1 + p.t.abs()) * reach + p.t.abs()
-    elif p.form == forms.HARD_QUADRATIC:
+    elif p.t is not None and p.non_target == NonTarget.HARD_QUADRATIC:
         reach = reach * torch.clamp_min(p.t.abs() + reach, 1)
     bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
     if factor is not None:
@@ -295,9 +340,9 @@ def _exponent_bound(p: Problem, factor: Tensor | None) -> Tensor:
     return bound if p.bias is None else bound + p.bias.abs().amax()
 
 
-def _lift(p: Problem, row: RowWeights) -> Tensor:
+def _pow2(p: PassInputs, upstream: Upstream) -> Tensor:
     """() the power of two that brings the largest weight of a row to [64, 128): most room for small terms, and 500 for slopes."""
-    weights = [row.softmax, row.target] + ([] if row.uniform is None else [row.uniform])
+    weights = [upstream.d_lse, upstream.d_target_cos] + ([] if upstream.d_logit_sum is None else [upstream.d_logit_sum])
     largest = (torch.stack(weights).abs() * p.row_factor.abs()).amax()
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     return torch.ldexp(torch.ones_like(largest), 7 - exponent)

@@ -1,0 +1,86 @@
+"""The two passes as Triton kernels: logits in registers only, no atomics, no wait of the host."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...core.device import on_device_of
+from ...core.types import ClassPassOutput, PassInputs, Request, RowPassOutput, Upstream
+from ..base import Backend
+from . import saved_layout
+from .heuristics import MAX_DIM
+
+#: Offsets inside a tile are 32-bit; a center farther from the next than this is copied together first.
+MAX_STRIDE = 1 << 22
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (``triton.knobs.runtime.interpret``, or TRITON_INTERPRET=1 when Triton is first imported)."""
+    if "triton" not in sys.modules and "TRITON_INTERPRET" not in os.environ:  # Triton is not imported for nothing
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+class TritonBackend(Backend):
+    """Triton 3.6 or newer on a GPU from sm_80 on, or on CPU tensors under Triton's interpreter.
+
+    float16 and bfloat16 products accumulate in float32. float32 products are taken at float32's precision, or as one TF32 product where
+    ``torch.backends.cuda.matmul.allow_tf32`` is on.
+    """
+
+    name = "triton"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    verified = False
+    summary = "Triton: one kernel per pass, logits in registers only"
+
+    @property
+    def note(self) -> str:
+        return "fused Triton kernels, tested under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; never run on a GPU so far"
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        return ("cuda", "cpu") if self.unavailable_reason() is None and interpreting() else ("cuda",)
+
+    def unavailable_reason(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
+        return None
+
+    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+        if device_type == "cpu" and not interpreting():
+            return "runs on cuda, and on cpu only under Triton's interpreter, which is off"
+        if dim > MAX_DIM:
+            return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
+        return super().unsupported_reason(device_type, dtype, weight_dtype, dim)
+
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+        group = saved_layout.group_bytes(n, dtype)
+        return min(limit // group, -(-c // saved_layout.GROUP)) * group
+
+    def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
+        from . import launch
+
+        with on_device_of(inputs.x):
+            return launch.row_pass(_within_reach(inputs), request, launch.Device.of(inputs.x), launch.Launch.run)
+
+    def class_pass(
+        self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
+    ) -> ClassPassOutput:
+        from . import launch
+
+        p, device = _within_reach(inputs), launch.Device.of(inputs.x)
+        with on_device_of(inputs.x):
+            return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, launch.Launch.run)
+
+
+def _within_reach(inputs: PassInputs) -> PassInputs:
+    """Centers as rows of a contiguous tensor where they lie too far apart."""
+    return replace(inputs, w=inputs.w.contiguous()) if inputs.w.stride(0) > MAX_STRIDE else inputs

@@ -1,0 +1,190 @@
+"""Tile shapes by what a loop carries, by D, dtype and architecture.
+
+They were found by compiling candidates for each architecture and reading registers, stack and shared memory
+(``python -m benchmarks resources``). None has been timed, since none has run on a GPU. What limits them on sm_90, in 16-bit at D = 512, by
+count:
+
+- A step of 64 keys and 64 queries takes 2048 cycles of the tensor cores. Its first product uses 64x32x16 instructions, which read 3 KB of
+  shared memory for 16 cycles of work. At 128 bytes a cycle that takes 24 cycles, so it runs at two thirds of the rate. The second product
+  uses 64x64x16 and is balanced. Between the two are some 400 cycles of exponentials that nothing overlaps, since both warpgroups work on
+  the same step.
+- The accumulator takes half of the registers, 128 of 255. Twice the queries would spill; half of them would halve the work for each byte
+  of keys that comes from L2.
+- 205 KB of shared memory, for one block of queries and two of keys: one program per multiprocessor.
+
+Whatever the loop carries beyond plain logits (a running maximum, a hard transform, a bias) costs a register for each of a thread's places
+in the tile, hence the narrower query blocks. On sm_100 the accumulator is in tensor memory, but rescaling it by a running maximum brings
+all of it into registers, which needs narrower blocks still.
+
+The class pass on saved weights has one product for each block of rows that it loads, where the other has two. By count it reads as many
+bytes from L2 for half the work. It gains what the similarities and exponentials cost, and no more where L2 is the limit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+#: The widest embedding that there are tiles for.
+MAX_DIM = 1024
+#: Shared memory a program may have, in bytes. The others have no more than the first.
+SHARED = {"sm_86": 101376, "sm_80": 166912, "sm_87": 166912, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut.
+
+    Attributes:
+        queries: rows (row pass) or classes (class pass) that stay with a program.
+        keys: classes or rows that it takes at a time.
+        depth: columns of D in one product for the similarities; at least D means that the query block stays on the chip.
+        width: columns of the accumulated centers or of dw that one program accumulates; D / width programs then repeat the similarities.
+        warps, stages: see Triton.
+    """
+
+    queries: int
+    keys: int
+    depth: int
+    width: int
+    warps: int = 8
+    stages: int = 2
+
+
+class Key(NamedTuple):
+    """What a tile is for.
+
+    Attributes:
+        kernel: ``"row"``, ``"class"``, or ``"saved"``: the class pass where the row pass saved the weights.
+        dim: D, up to a power of two.
+        dtype: of the products, ``"bfloat16"`` and the like.
+        arch: ``"sm_90"`` and the like, or ``"interpreter"``.
+        accumulates: whether it accumulates centers or dw.
+        online: whether the loop carries a running maximum.
+        busy: whether it carries a hard transform, a bias, or sums beyond one.
+        saves: whether it leaves the weights for the class pass.
+    """
+
+    kernel: str
+    dim: int
+    dtype: str
+    arch: str
+    accumulates: bool = True
+    online: bool = False
+    busy: bool = False
+    saves: bool = False
+
+    @classmethod
+    def of(cls, kernel: str, dim: int, dtype: torch.dtype, arch: str, **switches: bool) -> Key:
+        return cls(kernel, power_of_two(dim, 64), str(dtype).removeprefix("torch."), arch, **switches)
+
+
+#: Tiles that this process takes in place of the defaults; see :func:`use_tiles`.
+CHOSEN: dict[Key, Tile] = {}
+SCHEMA = "marginkernels.tiles/2"
+
+#: Widest D -> queries and stages, where products are 16-bit: for plain logits, busy, with a running maximum, with both.
+LARGE = {64: ((128, 64, 64, 64), 3), 128: ((128, 64, 64, 32), 3), 256: ((64, 64, 32, 32), 3), 512: ((64, 32, 32, 16), 2)}
+SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 16), 2), 512: ((32, 32, 16, 16), 2)}
+
+
+def power_of_two(dim: int, least: int = 32) -> int:
+    """The power of two, at least ``least``, that holds ``dim`` columns."""
+    return max(least, 1 << (dim - 1).bit_length())
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a program may have."""
+    return SHARED.get(arch, SHARED["sm_86"])
+
+
+def large(arch: str) -> bool:
+    """Whether there is shared memory for the large tiles."""
+    return shared_limit(arch) >= SHARED["sm_90"]
+
+
+def max_saved_tile(arch: str) -> int:
+    """Classes that a saved pass's program may take: no more than any row pass's key block, which has one running maximum a row."""
+    return 64 if large(arch) or arch == "interpreter" else 32
+
+
+def tile(key: Key) -> Tile:
+    """The tile chosen for a kernel in this process, else the default one."""
+    return CHOSEN.get(key) or default(key)
+
+
+def default(key: Key) -> Tile:
+    """The default tile."""
+    kernel, d, dtype, arch, accumulates, online, busy, saves = key
+    if arch == "interpreter":  # every program costs the same there; narrow columns take small tests through what large D does
+        return Tile(32, 64, d, d, 1, 1) if kernel == "saved" else Tile(64, 128, 64, 64, 1, 1)
+    if kernel == "saved":  # all of D at once, for the Jacobian's sake
+        if dtype == "float32":
+            return Tile(32 if d <= 256 else 16, 32 if d <= 128 else 16, d, d, stages=2 if d <= 512 else 1)
+        if large(arch):
+            return Tile(64, 64, d, d, stages=3) if d <= 512 else Tile(32, 32, d, d, stages=3)
+        return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
+    if dtype == "float32":  # float32 precision: no tensor cores, and operands in registers
+        return Tile(32, 64, 32, min(d, 128) if accumulates and large(arch) else 64)
+    blackwell = arch in ("sm_100", "sm_103")
+    if not accumulates:
+        if blackwell:
+            return Tile(64 if online else 128, 64, 64, d, stages=3)
+        return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large(arch) else Tile(64, 32, 64, d)
+    if d > 512:  # the similarities in steps of D, the accumulator in two slices
+        return Tile(16 if online and busy else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
+    queries, stages = (LARGE if large(arch) else SMALL)[d]
+    if d == 512 and shared_limit(arch) < SHARED["sm_80"]:
+        stages = 1
+    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + (busy or (saves and d <= 128))]
+    return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
+
+
+def fault(key: Key, tile: Tile) -> str | None:
+    """Why a tile cannot serve, or None; whether the GPU has room for it is another matter."""
+    numbers = {name: value for name, value in asdict(tile).items() if name != "stages"}
+    if any(not isinstance(v, int) or v < 1 or v & (v - 1) for v in numbers.values()) or tile.stages < 1:
+        return "has sizes that are no powers of two"
+    if min(tile.queries, tile.keys, tile.depth, tile.width) < 16:
+        return "has a size below 16"
+    if key.kernel == "saved" and (tile.width < key.dim or tile.queries > max_saved_tile(key.arch)):
+        return f"must span D and take at most {max_saved_tile(key.arch)} classes"
+    if key.kernel == "row" and not max_saved_tile(key.arch) <= tile.keys <= 128:
+        return f"must take between {max_saved_tile(key.arch)} and 128 classes at a time"
+    return None
+
+
+def save_tiles(path: str | Path, found: list[tuple[Key, Tile, dict[str, Any]]], **about: str) -> None:
+    """Write tiles for :func:`use_tiles`, each with whatever is to be noted of it."""
+    tiles = [{**key._asdict(), **asdict(tile), **note} for key, tile, note in found]
+    Path(path).write_text(json.dumps({"schema": SCHEMA, **about, "tiles": tiles}, indent=1) + "\n")
+
+
+def use_tiles(path: str | Path | None) -> list[Key]:
+    """Take the tiles of a file that ``python -m marginkernels tune`` wrote, in this process; None goes back to the defaults.
+
+    Returns:
+        What there are tiles for now.
+
+    Raises:
+        ValueError: where the file is none of that kind, or has a tile that cannot serve.
+    """
+    found: dict[Key, Tile] = {}
+    if path is not None:
+        read = json.loads(Path(path).read_text())
+        if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: expected a file of {SCHEMA!r}")
+        for one in read["tiles"]:
+            key = Key(**{name: one[name] for name in Key.__annotations__})
+            tile = Tile(**{name: one[name] for name in Tile.__annotations__})
+            reason = fault(key, tile)
+            if reason:
+                raise ValueError(f"{path}: the tile for {key} {reason}")
+            found[key] = tile
+    CHOSEN.clear()
+    CHOSEN.update(found)
+    return list(found)

@@ -1,0 +1,188 @@
+"""Tile code that both passes share. Everything here is inlined into the kernels.
+
+A *query* block stays with its program; *key* blocks stream past it, and the keys are the values as well. In the row pass the rows are the
+queries and the centers the keys; in the class pass it is the other way round. Tiles of similarities are (keys, queries) and accumulators
+are (D, queries). So the weights are the second operand of the second product, which Hopper's tensor cores take from shared memory, and no
+thread holds a copy of another thread's data. Logits are in units of log 2, so that ``exp`` is one instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from . import saved_layout
+
+#: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
+#: done by hand.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+#: Of saved weights; see marginkernels.backend.triton.saved_layout.
+SAVED_STEP = tl.constexpr(saved_layout.STEP)
+
+# The numbers of marginkernels.core.nontarget.NonTarget; a test compares the two.
+IDENTITY = tl.constexpr(0)
+HARD_LINEAR = tl.constexpr(1)
+HARD_QUADRATIC = tl.constexpr(2)
+
+
+@triton.jit
+def wide(i):
+    """An index in 64 bits, be it a tensor, a constant or, under the interpreter, a Python number."""
+    return tl.zeros((), tl.int64) + i
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32.
+
+    Where the first of two dependent products stands under a condition, even one that always holds, Triton lays out each of them for the
+    tensor cores by itself. Otherwise it gives the first product all warps along its rows, and a 64-row tile then computes everything
+    twice.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(a, DTYPE: tl.constexpr):
+    """``a`` (float32 or ``DTYPE``) rounded to nearest in ``DTYPE``."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = a.to(tl.float32).to(tl.uint32, bitcast=True)
+        a = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return a.to(DTYPE)
+
+
+@triton.jit
+def to_unit_range(a):
+    """The power of two that brings each a >= 0 to [1, 2): for 0 the largest there is, and the smallest for what is near float32's end."""
+    exponent = tl.minimum((a.to(tl.int32, bitcast=True) >> 23) & 255, 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nontarget_value(c, threshold, t, NON_TARGET: tl.constexpr):
+    """N(c) of a tile of similarities; ``threshold`` and ``t`` broadcast against it."""
+    if NON_TARGET == HARD_LINEAR:
+        c = tl.where(c > threshold, (1 + t) * c + t, c)
+    elif NON_TARGET == HARD_QUADRATIC:
+        c = tl.where(c > threshold, c * (t + c), c)
+    return c
+
+
+@triton.jit
+def nontarget_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
+    """g N'(c)."""
+    if NON_TARGET == HARD_LINEAR:
+        g = tl.where(c > threshold, g * (1 + t), g)
+    elif NON_TARGET == HARD_QUADRATIC:
+        g = tl.where(c > threshold, g * (t + 2 * c), g)
+    return g
+
+
+@triton.jit
+def load_tile(matrix, box, stride, first, count, first_dim,
+              DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+    """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
+
+    ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile
+    and 32-bit inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no
+    multiple of it.
+    """
+    if box is not None:
+        return box.load([first, first_dim])
+    row = tl.arange(0, BLOCK)
+    dim = first_dim + tl.arange(0, WIDTH)
+    at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
+    inside = row[:, None] < count - first
+    if DIM % COVER != 0:
+        inside &= dim[None, :] < DIM
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of vectors in the product's dtype, times ``factor`` (BLOCK,) where PRESCALE.
+
+    float16 needs that of class centers, since one of any norm must fit; the other dtypes have float32's range and take the factor after
+    the product.
+    """
+    if PRESCALE:
+        v = v.to(tl.float32) * factor[:, None]
+    return narrow(v, DTYPE)
+
+
+@triton.jit
+def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
+                 PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                 DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile where that is whole.
+
+    ``held`` is the query tile (DEPTH, BLOCK_Q), or None where D is deeper than DEPTH: then both blocks are read in steps of it.
+    """
+    near = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
+    if held is not None:
+        key = load_tile(keys, key_box, stride_k, first_key, key_count, 0, DIM, BLOCK_K, DEPTH, DEPTH)
+        if key_count > 0:  # always; see `product`
+            near = product(key, held, near, PRECISION)
+    else:
+        key = near  # nobody's
+        for d in tl.range(0, DIM, DEPTH):
+            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, DIM, BLOCK_Q, DEPTH, DEPTH)
+            part = load_tile(keys, key_box, stride_k, first_key, key_count, d, DIM, BLOCK_K, DEPTH, DEPTH)
+            near = product(part, tl.trans(to_product(query, factor, PRESCALE, DTYPE)), near, PRECISION)
+    return near, key
+
+
+@triton.jit
+def load_transform(threshold, t, row, inside, NON_TARGET: tl.constexpr):
+    """The rows' thresholds and parameters t (BLOCK,) of the transform, or zeros that nothing reads."""
+    hard = tl.zeros(row.shape, tl.float32)
+    param = tl.zeros(row.shape, tl.float32)
+    if NON_TARGET != IDENTITY:
+        hard = tl.load(threshold + row, mask=inside, other=0.0)
+        param = tl.load(t + row, mask=inside, other=0.0)
+    return hard, param
+
+
+@triton.jit
+def store_tile(matrix, first, count, first_dim, value,
+               DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+    """The reverse of :func:`load_tile` into a contiguous matrix, in its dtype."""
+    row = tl.arange(0, BLOCK)
+    dim = first_dim + tl.arange(0, WIDTH)
+    at = matrix + wide(first) * DIM + row[:, None] * DIM + dim[None, :]
+    inside = row[:, None] < count - first
+    if DIM % COVER != 0:
+        inside &= dim[None, :] < DIM
+    tl.store(at, narrow(value, matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def halves(a):
+    """The upper and the lower half of the rows of ``a``: what is turned around and stored piece by piece needs less scratch memory and
+    fewer registers."""
+    return tl.split(tl.permute(tl.reshape(a, (2, a.shape[0] // 2, a.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def fold_sum(a):
+    """(tall / 2, BLOCK) from a (tall, BLOCK) tile: places 8 apart added up, which lie in one thread where tensor cores made the tile.
+
+    A loop keeps its running sums so and adds across threads only once, at its end.
+    """
+    return tl.reshape(tl.sum(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
+
+
+@triton.jit
+def fold_max(a):
+    """As :func:`fold_sum`, the largest."""
+    return tl.reshape(tl.max(tl.reshape(a, (a.shape[0] // 16, 2, 8, a.shape[1])), 1), (a.shape[0] // 2, a.shape[1]))
+
+
+@triton.jit
+def load_labels(labels, row, inside):
+    """Labels (BLOCK,) int32, -1 for those that are no class index: an int64 beyond int32 must not wrap into one."""
+    label = tl.load(labels + row, mask=inside, other=-1)
+    return tl.where((label >= 0) & (label <= 2147483647), label, -1).to(tl.int32)

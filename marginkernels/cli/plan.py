@@ -1,0 +1,222 @@
+"""``python -m marginkernels plan``: memory, communication and time of a head on each rank, estimated before a run.
+
+Memory and exchanged bytes are counted from what the code allocates and sends; tests compare both with measurements. Times are these
+amounts divided by rates. The rates are arguments, and their defaults are assumptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .. import optim
+from ..core.numerics import CHUNK_ELEMENTS
+from ..sampling import count
+from ._text import table, whole_number
+
+GB = 1e9
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+#: How many tensors of the weight's size each optimizer holds as its state.
+MOMENTS = {"sgd": 1, "adamw": 2}
+
+
+def memory(
+    classes: int,
+    dim: int,
+    ranks: int,
+    batch: int,
+    *,
+    sample_rate: float = 1.0,
+    optimizer: str = "sgd",
+    weight_bytes: int = 4,
+    embedding_bytes: int = 4,
+    workspace: int = 0,
+) -> dict[str, int]:
+    """Bytes on the rank with the most classes at the peak of a training step, by part.
+
+    Args:
+        classes, dim: C over all ranks, D.
+        ranks: how many ranks the classes are divided over.
+        batch: rows of each rank.
+        sample_rate: that of the head.
+        optimizer: ``sgd`` (with momentum) or ``adamw`` of :mod:`marginkernels.optim`.
+        weight_bytes, embedding_bytes: per element, of the class centers (and their gradient and moments) and of the embeddings.
+        workspace: bytes that the forward pass saves for the backward pass.
+    """
+    held, rows = -(-classes // ranks), batch * ranks
+    met = met_classes(classes, ranks, batch, sample_rate)
+    center = dim * weight_bytes
+    parts = {
+        "class centers": held * center,
+        "optimizer state": held * (MOMENTS[optimizer] * center + (4 if optimizer == "adamw" else 0)),
+        "gradient": met * center,
+    }
+    if sample_rate < 1:
+        # Either the keys of the draw or the copy of the drawn centers, which is made after it and freed once the gradient is computed.
+        parts["drawn classes"] = max(met * center, 40 * held)
+    # The rows of all ranks: embeddings as given and prepared, the mean center, and float64 temporaries of the O(N D) arithmetic.
+    parts["rows"] = rows * dim * (2 * embedding_bytes + 4 + 5 * 8)
+    # Either a pass works on chunks of logits and converted centers (plain PyTorch needs several copies, kernels one or none), or the
+    # optimizer on chunks of rows: temporaries, and copies where rows were drawn. Never both at a time.
+    logits = 6 * 4 * min(CHUNK_ELEMENTS, rows * met) + 4 * met
+    copies = MOMENTS[optimizer] + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
+    parts["chunks"] = max(logits, copies * weight_bytes * min(optim.CHUNK_ELEMENTS, met * dim))
+    if workspace:
+        parts["workspace"] = workspace
+    return parts
+
+
+def met_classes(classes: int, ranks: int, batch: int, sample_rate: float) -> int:
+    """How many classes take part in a step on the rank with the most."""
+    held = -(-classes // ranks)
+    return held if sample_rate == 1 else count(sample_rate, batch * ranks, held)
+
+
+def exchanged(dim: int, ranks: int, batch: int, *, embedding_bytes: int = 4, label_smoothing: bool = False) -> dict[str, int]:
+    """Bytes that each rank receives in a step with ring algorithms, by purpose, for a head made with ``batch_size``."""
+    others, rows = ranks - 1, batch * ranks
+    return {
+        "embeddings": others * batch * dim * embedding_bytes,
+        "labels": others * batch * 8,
+        "targets": 2 * others * (3 * rows * 8) // ranks,
+        "log-sum-exps": others * rows * (3 * 8 if label_smoothing else 2 * 4),
+        "embedding gradients": others * batch * dim * max(embedding_bytes, 4),
+    }
+
+
+def flops(classes: int, dim: int, ranks: int, batch: int, sample_rate: float = 1.0) -> int:
+    """Floating-point operations of the two passes on the rank with the most classes: 8 N D C."""
+    return 8 * batch * ranks * dim * met_classes(classes, ranks, batch, sample_rate)
+
+
+def traffic(classes: int, dim: int, ranks: int, batch: int, *, sample_rate: float, optimizer: str, weight_bytes: int) -> tuple[int, int]:
+    """Bytes read and written in memory in a step, on the rank with the most classes: by the passes, and by the draw and the optimizer."""
+    met, held = met_classes(classes, ranks, batch, sample_rate), -(-classes // ranks)
+    center = dim * weight_bytes
+    passes = 3 * met * center  # read W twice, write dW
+    update = (1 + 2 * (1 + MOMENTS[optimizer])) * met * center  # read dW; read and write W and each moment
+    if sample_rate < 1:
+        # Hashing all classes and selecting among them; copies of the drawn rows: W before the passes, W and moments around the update.
+        update += 30 * 8 * held + (2 + 4 * (1 + MOMENTS[optimizer])) * met * center
+    return passes, update
+
+
+def most_classes(limit: int, dim: int, ranks: int, batch: int, **options: Any) -> int:
+    """The largest number of classes that fits in ``limit`` bytes per rank. ``options`` are those of :func:`memory`."""
+
+    def fits(c: int) -> bool:
+        return sum(memory(c, dim, ranks, batch, **options).values()) <= limit
+
+    low, high = 0, 1
+    while high < 2**50 and fits(high * ranks):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * ranks) else (low, middle)
+    return low * ranks
+
+
+def fewest_ranks(limit: int, classes: int, dim: int, batch: int, **options: Any) -> int | None:
+    """The smallest number of ranks that fit the head in ``limit`` bytes each; None where 65,536 do not."""
+
+    def fits(r: int) -> bool:
+        return sum(memory(classes, dim, r, batch, **options).values()) <= limit
+
+    return next((r for r in range(1, 65537) if fits(r)), None)
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that :func:`run` prints, as numbers: bytes, seconds, FLOPs."""
+    classes = int(args.classes)
+    size: dict[str, Any] = {"weight_bytes": BYTES[args.weight], "embedding_bytes": BYTES[args.embedding]}
+    shape: dict[str, Any] = {"classes": classes, "dim": args.dim, "ranks": args.gpus, "batch": args.batch}
+    chosen = {"sample_rate": args.sample_rate, "optimizer": args.optimizer}
+    parts = memory(**shape, **chosen, **size, workspace=int(args.workspace_mb * 2**20)) | {"reserve": int(args.reserve * GB)}
+    moved = exchanged(args.dim, args.gpus, args.batch, embedding_bytes=size["embedding_bytes"])
+    work = flops(**shape, sample_rate=args.sample_rate)
+    passes, update = traffic(**shape, **chosen, weight_bytes=size["weight_bytes"])
+    seconds = {
+        "passes": max(work / (args.rate * 1e12), passes / (args.bandwidth * GB)),
+        "draw and optimizer" if args.sample_rate < 1 else "optimizer": update / (args.bandwidth * GB),
+        "exchange": sum(moved.values()) / (args.link * GB),
+    }
+    limit = int((args.memory - args.reserve) * GB)
+    options = []
+    for rate in sorted({1.0, 0.1, args.sample_rate}, reverse=True):
+        for name in MOMENTS:
+            asked: dict[str, Any] = {"sample_rate": rate, "optimizer": name, **size}
+            options.append(
+                {
+                    "sample_rate": rate,
+                    "optimizer": name,
+                    "bytes": sum(memory(**shape, **asked).values()) + int(args.reserve * GB),
+                    "most_classes": most_classes(limit, args.dim, args.gpus, args.batch, **asked),
+                    "fewest_gpus": fewest_ranks(limit, classes, args.dim, args.batch, **asked),
+                }
+            )
+    return {
+        **shape,
+        **chosen,
+        "met_classes": met_classes(**{k: v for k, v in shape.items() if k != "dim"}, sample_rate=args.sample_rate),
+        "bytes": parts,
+        "fits": sum(parts.values()) <= args.memory * GB,
+        "exchanged": moved,
+        "flops": work,
+        "seconds": seconds,
+        "options": options,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--classes", type=whole_number, required=True, help="C, such as 30e6")
+    parser.add_argument("--dim", type=int, default=512, help="D (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that the classes are divided over (default: %(default)s)")
+    parser.add_argument("--memory", type=float, default=80.0, help="GB of each GPU (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=128, help="rows on each GPU (default: %(default)s)")
+    parser.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes in a step (default: %(default)s)")
+    parser.add_argument("--optimizer", choices=MOMENTS, default="sgd", help="sgd is with momentum (default: %(default)s)")
+    parser.add_argument(
+        "--weight", choices=("fp32", "bf16"), default="fp32", help="dtype of class centers and moments (default: %(default)s)"
+    )
+    parser.add_argument("--embedding", choices=BYTES, default="bf16", help="dtype of the embeddings (default: %(default)s)")
+    parser.add_argument("--workspace-mb", type=float, default=0.0, help="workspace_mb of the head (default: %(default)s)")
+    parser.add_argument("--reserve", type=float, default=10.0, help="GB for the backbone and everything else (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=400.0, help="assumed TFLOP/s of the passes (default: %(default)s)")
+    parser.add_argument("--bandwidth", type=float, default=2500.0, help="assumed memory bandwidth in GB/s (default: %(default)s)")
+    parser.add_argument("--link", type=float, default=50.0, help="assumed GB/s that each GPU receives (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; returns 1 where it does not fit."""
+    for name in ("classes", "dim", "gpus", "batch", "memory", "rate", "bandwidth", "link"):
+        if not getattr(args, name) > 0:
+            raise SystemExit(f"--{name}: expected a number > 0, got {getattr(args, name)}")
+    if not 0 < args.sample_rate <= 1:
+        raise SystemExit(f"--sample-rate: expected a number in (0, 1], got {args.sample_rate}")
+    found = plan(args)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0 if found["fits"] else 1
+    rows, total, moved = args.batch * args.gpus, sum(found["bytes"].values()), found["exchanged"]
+    met = f"{found['met_classes']:,} of its {-(-found['classes'] // args.gpus):,} classes"
+    print(f"{found['classes']:,} classes x {args.dim}, {args.gpus} GPUs of {args.memory:g} GB, {args.batch} rows each ({rows:,} in total);")
+    print(f"each GPU uses {met} in a step; {args.weight} class centers, {args.embedding} embeddings, {args.optimizer}.\n")
+    lines = [(name, f"{v / GB:.2f}") for name, v in found["bytes"].items()] + [("total", f"{total / GB:.2f}")]
+    print(table(("memory of the GPU with the most classes", "GB"), lines, right=(1,)))
+    print(f"{'fits' if found['fits'] else 'DOES NOT FIT'} in {args.memory:g} GB\n")
+    lines = [(name, f"{v / 1e6:.2f}") for name, v in moved.items()] + [("total", f"{sum(moved.values()) / 1e6:.2f}")]
+    print(table(("received by each GPU in a step", "MB"), lines, right=(1,)))
+    print()
+    seconds = found["seconds"]
+    lines = [(name, f"{1e3 * v:.2f}") for name, v in seconds.items()] + [("total", f"{1e3 * sum(seconds.values()):.2f}")]
+    print(table((f"time of a step ({found['flops'] / 1e12:.2f} TFLOP per GPU)", "ms"), lines, right=(1,)))
+    print(f"assumed: {args.rate:g} TFLOP/s, {args.bandwidth:g} GB/s memory bandwidth, {args.link:g} GB/s link bandwidth, no overlap.\n")
+    choices = [
+        (f"{o['sample_rate']:g}", o["optimizer"], f"{o['bytes'] / GB:.1f}", f"{o['most_classes']:,}", o["fewest_gpus"] or "none")
+        for o in found["options"]
+    ]
+    header = ("sample rate", "optimizer", "GB per GPU", f"most classes on {args.gpus} GPUs", f"fewest GPUs for {found['classes']:,}")
+    print(table(header, choices, right=(0, 2, 3, 4)))
+    return 0 if found["fits"] else 1

@@ -1,0 +1,83 @@
+"""Labels: out-of-range ones are errors, reported at once on a CPU and by a later call on a GPU."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """``labels`` with -1 for ignored rows; raises where one is out of range.
+
+    On a CPU the labels are read at once. On a GPU that would stop the host, in every step, until the device has caught up. There
+    rows out of range are treated as ignored, so that nothing goes wrong meanwhile; the smallest and the largest such label are
+    copied to pinned host memory behind the step, and the first later call that finds the copy done raises.
+    :func:`raise_pending_label_errors` waits for it. Under CUDA-graph capture nothing is watched: such rows are just ignored.
+
+    Raises:
+        ValueError: a label is neither in [0, C) nor ``ignore_index``; on a GPU, one of an earlier call's.
+        TypeError: ``ignore_index`` is not an integer.
+    """
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    return cast(Tensor, _checked_labels(labels, num_classes, ignore_index))
+
+
+@torch.library.custom_op("marginkernels::checked_labels", mutates_args=())
+def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = (int(v) for v in torch.aminmax(labels))
+        if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:
+            return labels.clone(memory_format=torch.contiguous_format)
+    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if labels.device.type == "cuda":
+        if not torch.cuda.is_current_stream_capturing():
+            raise_pending_label_errors(wait=False)
+            _watch(labels, outside, num_classes, ignore_index)
+    elif labels.numel() and bool(outside.any()):
+        bad = labels[outside]
+        raise ValueError(_label_error(int(bad.min()), int(bad.max()), num_classes, ignore_index))
+    return torch.where(outside | (labels == ignore_index), -1, labels)
+
+
+@_checked_labels.register_fake
+def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(labels, memory_format=torch.contiguous_format)
+
+
+def _label_error(low: int, high: int, num_classes: int, ignore_index: int) -> str:
+    got = f"{low}" if low == high else f"values from {low} to {high}"
+    return f"labels: expected values in [0, {num_classes}) or ignore_index {ignore_index}, got {got}"
+
+
+_pending: list[tuple[torch.cuda.Event, Tensor, int, int]] = []
+
+
+def _watch(labels: Tensor, outside: Tensor, num_classes: int, ignore_index: int) -> None:
+    if len(_pending) >= 64 or not labels.numel():  # a host far ahead of its device still finds the error in one of these
+        return
+    inside = num_classes // 2  # any value that is not an error
+    bad = torch.where(outside, labels, inside)
+    host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+    host.copy_(torch.stack(torch.aminmax(bad)), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    _pending.append((event, host, num_classes, ignore_index))
+
+
+def raise_pending_label_errors(wait: bool = True) -> None:
+    """Raise for out-of-range labels that earlier calls met on a GPU; with ``wait`` every one of them, else those already known.
+
+    Raises:
+        ValueError: naming the smallest and largest label that was out of range.
+    """
+    while _pending and (wait or _pending[0][0].query()):
+        event, host, num_classes, ignore_index = _pending.pop(0)
+        event.synchronize()
+        low, high = host.tolist()
+        bad = [v for v in (low, high) if not 0 <= v < num_classes]
+        if bad:
+            _pending.clear()
+            raise ValueError(_label_error(min(bad), max(bad), num_classes, ignore_index) + " (in an earlier step on the GPU)")

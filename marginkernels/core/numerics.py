@@ -1,0 +1,82 @@
+"""Arithmetic that the layers share: unit rows, inverse norms, products of a chosen accumulation dtype, chunks of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: A row or a center whose norm lies below this counts as the zero vector: similarity 0 to everything, gradient 0.
+TINY = 1e-30
+#: Logits that a chunk holds at once; 4M float32 are 16 MB, small against any weight worth a chunk.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of ``dtype`` accumulate in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunks(n: int, c: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the chunks of ``c`` classes whose logits for ``n`` rows number about ``CHUNK_ELEMENTS``."""
+    width = max(256, CHUNK_ELEMENTS // max(n, 1))
+    return ((start, min(start + width, c)) for start in range(0, c, width))
+
+
+def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v/|v| (N, D) float64 with zero for a zero row, |v| (N,), and 1/|v| (N,) with 0 there. float64 holds the square of any float32."""
+    v = v.to(torch.float64)
+    norm = torch.linalg.vector_norm(v, dim=1)
+    inverse = norm.reciprocal().masked_fill(norm < TINY, 0.0)
+    return v * inverse[:, None], norm, inverse
+
+
+def inverse_norm(w: Tensor) -> Tensor:
+    """1/|w_j| (C,), 0 for a zero center; squares neither overflow nor vanish, whatever the norm."""
+    exponent = torch.frexp(w.abs().amax(1)).exponent
+    norm = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(w, -exponent[:, None]), dim=1), exponent)
+    return torch.where(norm < TINY, 0.0, 1 / norm)
+
+
+def target_centers(w: Tensor, labels: Tensor) -> Tensor:
+    """(N, D) float64 center of each row's label, zero where the label is not one of ``w``'s."""
+    if w.shape[0] == 0:
+        return torch.zeros(labels.shape[0], w.shape[1], dtype=torch.float64, device=w.device)
+    near = labels.clamp(0, w.shape[0] - 1)
+    return w.index_select(0, near).to(torch.float64).masked_fill((near != labels)[:, None], 0.0)
+
+
+def target_biases(bias: Tensor | None, labels: Tensor) -> Tensor:
+    """(N,) float64 bias of each row's label, 0 where there is none."""
+    return torch.zeros_like(labels, dtype=torch.float64) if bias is None else target_centers(bias[:, None], labels)[:, 0]
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b accumulated in, and returned as, ``dtype``."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def per_row(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value``, a number or a tensor of shape (), (1,) or (N,), as (N,) on the device of ``like`` (N, ...). Never waits for the device."""
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=dtype, device=like.device)
+    return value.to(dtype=dtype, device=like.device).expand(like.shape[0])
+
+
+def reduce_losses(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """(N,) losses by ``reduction``; summed in float64, so that the order of the sum does not show.
+
+    Args:
+        losses: (N,), 0 where the row is ignored.
+        valid: (N,) bool, False where the row is ignored.
+        reduction: ``"none"``, ``"mean"`` over the valid rows (0 where there is none) or ``"sum"``.
+    """
+    if reduction == "none":
+        return losses
+    total = losses.sum(dtype=torch.float64)
+    return (total if reduction == "sum" else total / valid.sum().clamp_min(1)).to(losses.dtype)

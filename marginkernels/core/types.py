@@ -1,0 +1,238 @@
+"""The records that a call hands down to a backend, and what comes back.
+
+Notation, here and in every backend: N rows (embeddings), D embedding dimensions, C classes (of this shard). With ``x`` (N, D) the
+prepared rows, ``f`` = ``row_factor`` (N,) and ``a`` = ``class_factor`` (C,), the similarity is
+
+    c_ij = f_i a_j (x_i . w_j),        a_j = 1/|w_j| where ``normalize_weight``, else 1,
+
+and the logit of a non-target class is ``z_ij = s_i N(c_ij) + b_j`` with N one of :class:`~marginkernels.core.nontarget.NonTarget`. The
+target column ``j == labels[i]`` takes part in neither sum of the row pass; a label outside [0, C) means that the row's target is not
+here. The accumulation dtype ``acc_dtype`` is float32, or float64 where ``x`` is float64.
+
+The records cross the boundary to ``torch.library`` field by field (:mod:`marginkernels.ops.schema`): a field that is added here appears
+in the operators without another change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from .nontarget import NonTarget
+from .numerics import accumulation_dtype
+
+
+class Reduction(IntEnum):
+    """What the row pass sums over the non-target classes of a row."""
+
+    LOG_SUM_EXP = 0  #: ``log sum_{j != y} exp(z_ij)``
+    LOGIT_SUM = 1  #: ``sum_{j != y} z_ij``, for label smoothing
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Embeddings, class centers and labels as they came.
+
+    Attributes:
+        x: (N, D) embeddings.
+        w: (C, D) class centers, any float dtype, any strides.
+        labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
+        normalize_embedding: whether the similarity uses x/|x|.
+        normalize_weight: whether the similarity uses w/|w|.
+    """
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor
+    normalize_embedding: bool
+    normalize_weight: bool
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """The embeddings as the passes take them, and each row's similarity to the center of its own class.
+
+    Attributes:
+        x: (N, D), contiguous: the embeddings times a power of two each, so that 1/2 <= |x_i| < 1 (or x_i = 0).
+        row_factor: (N,) acc_dtype, what is left of each row's normalization; the power of two where the embedding's norm is kept.
+        target_similarity: (N,) float64 c_iy, 0 where the target is not here.
+        target_cos: (N,) float64 cosine between x_i and w_y whatever is normalized, 0 where the target is not here.
+    """
+
+    x: Tensor
+    row_factor: Tensor
+    target_similarity: Tensor
+    target_cos: Tensor
+
+
+@dataclass(frozen=True)
+class PassInputs:
+    """One head on one device, as both passes take it. State of the call is per row, so that rows of several calls can share a pass.
+
+    Attributes:
+        x: (N, D) prepared rows, contiguous. Their dtype is the products': ``w`` is converted to it inside the pass, and products
+            accumulate in acc_dtype.
+        row_factor: (N,) acc_dtype, f_i.
+        w: (C, D) class centers, any float dtype, any strides with a unit one last.
+        bias: (C,) acc_dtype, or None.
+        labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
+        scale: (N,) acc_dtype, s_i > 0.
+        threshold: (N,) acc_dtype, or None where the transform is the identity.
+        t: (N,) acc_dtype, the transform's parameter; None where the transform is the identity.
+        non_target: the transform N of non-target similarities.
+        normalize_weight: whether a_j is 1/|w_j|; a center with |w_j| < ``TINY`` has a_j = 0.
+    """
+
+    x: Tensor
+    row_factor: Tensor
+    w: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    scale: Tensor
+    threshold: Tensor | None
+    t: Tensor | None
+    non_target: NonTarget
+    normalize_weight: bool
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.x.dtype)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a row pass is asked for; made by :meth:`log_sum_exp` or :meth:`logit_sum`.
+
+    Attributes:
+        reduction: which sum over the non-target classes.
+        need_center: also its derivative in the row, over s_i.
+        need_cos: also its derivative in s_i.
+        workspace_bytes: how much the pass may save for the class pass, as :meth:`~marginkernels.backend.base.Backend.workspace_bytes` gave.
+    """
+
+    reduction: Reduction
+    need_center: bool
+    need_cos: bool
+    workspace_bytes: int
+
+    @classmethod
+    def log_sum_exp(cls, *, need_center: bool = False, need_cos: bool = False, workspace_bytes: int = 0) -> Request:
+        return cls(Reduction.LOG_SUM_EXP, need_center, need_cos, workspace_bytes)
+
+    @classmethod
+    def logit_sum(cls, *, need_center: bool = False, need_cos: bool = False) -> Request:
+        return cls(Reduction.LOGIT_SUM, need_center, need_cos, 0)
+
+
+@dataclass(frozen=True)
+class RowPassOutput:
+    """What the row pass gives, in acc_dtype. A field that the request did not ask for has no rows: (0,) or (0, D).
+
+    With ``p_ij = softmax_{j != y}(z_ij)``:
+
+    Attributes:
+        lse: (N,) ``log sum_{j != y} exp(z_ij)``, -inf for an empty sum.
+        max_logit: (N,) ``max_{j != y} (s_i c_ij + b_j)``, -inf where there is none.
+        mean_cos: (N,) ``sum_{j != y} p_ij N(c_ij)``: lse's derivative in s_i.
+        mean_center: (N, D) ``sum_{j != y} p_ij N'(c_ij) a_j w_j``: lse's derivative in the (normalized) row, over s_i.
+        logit_sum: (N,) ``sum_{j != y} z_ij``.
+        cos_sum: (N,) ``sum_{j != y} N(c_ij)``: logit_sum's derivative in s_i.
+        center_sum: (N, D) ``sum_{j != y} N'(c_ij) a_j w_j``: logit_sum's derivative in the row, over s_i.
+        class_factor: (C,) a_j, for the class pass; (0,) where the weights are not normalized.
+        saved: (bytes,) uint8, what the class pass need not compute again, in the backend's own layout.
+    """
+
+    lse: Tensor
+    max_logit: Tensor
+    mean_cos: Tensor
+    mean_center: Tensor
+    logit_sum: Tensor
+    cos_sum: Tensor
+    center_sum: Tensor
+    class_factor: Tensor
+    saved: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        *,
+        value: Tensor,
+        max_logit: Tensor,
+        cos: Tensor,
+        center: Tensor,
+        class_factor: Tensor,
+        saved: Tensor | None = None,
+    ) -> RowPassOutput:
+        """From the sums of a pass: ``value`` (N,), ``cos`` (N,) or (0,) and ``center`` (N, D) or (0, D) go where the request's
+        reduction has them. ``max_logit`` is dropped where the reduction has none."""
+        if saved is None:
+            saved = value.new_empty(0, dtype=torch.uint8)
+        empty = value.new_empty  # each field a tensor of its own: an operator's results may not alias
+        no_center = empty(0, center.shape[1])
+        if request.reduction == Reduction.LOGIT_SUM:
+            return cls(empty(0), empty(0), empty(0), no_center, value, cos, center, class_factor, saved)
+        return cls(value, max_logit, cos, center, empty(0), empty(0), no_center, class_factor, saved)
+
+    @classmethod
+    def allocate(cls, inputs: PassInputs, request: Request) -> RowPassOutput:
+        """Uninitialized tensors of the right shapes and dtypes."""
+        (n, d), c, acc_dtype = inputs.x.shape, inputs.w.shape[0], inputs.acc_dtype
+
+        def new(*shape: int) -> Tensor:
+            return inputs.x.new_empty(shape, dtype=acc_dtype)
+
+        return cls.of(
+            request,
+            value=new(n),
+            max_logit=new(n),
+            cos=new(n if request.need_cos else 0),
+            center=new(n if request.need_center else 0, d),
+            class_factor=new(c if inputs.normalize_weight else 0),
+            saved=inputs.x.new_empty(request.workspace_bytes, dtype=torch.uint8),
+        )
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The upstream gradient of the class pass and of the row gradient: each (N,) acc_dtype. With L the loss and lambda = lse,
+
+        G_ij = N'(c_ij) (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i)   for j != y_i,    G_iy = d_target_cos_i,
+        v_j  = sum_i G_ij f_i x_i,    dw_j = a_j (v_j - (v_j . a_j w_j) a_j w_j), or v_j where weights are not normalized.
+        db_j = sum_i (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i) / s_i  over j != y_i, plus d_target_bias_i over j == y_i.
+
+    Attributes:
+        lse: lambda_i, +inf (never -inf) for an empty sum.
+        d_lse: dL/dlambda_i times s_i.
+        d_logit_sum: dL/d(sum of logits)_i times s_i, or None.
+        d_target_cos: dL/dc_iy.
+        d_target_bias: dL/db_y of the row's own target, or None.
+    """
+
+    lse: Tensor
+    d_lse: Tensor
+    d_logit_sum: Tensor | None
+    d_target_cos: Tensor
+    d_target_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class ClassPassOutput:
+    """The gradients of the class pass.
+
+    Attributes:
+        d_weight: (C, D) in w's dtype, or (0, D) where it was not asked for.
+        d_bias: (C,) acc_dtype, or (0,).
+    """
+
+    d_weight: Tensor
+    d_bias: Tensor
+
+    @classmethod
+    def allocate(cls, inputs: PassInputs, need_weight: bool, need_bias: bool) -> ClassPassOutput:
+        """Uninitialized, contiguous tensors of the right shapes and dtypes."""
+        c, d = inputs.w.shape
+        return cls(inputs.w.new_empty(c if need_weight else 0, d), inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype))

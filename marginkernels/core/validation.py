@@ -1,0 +1,103 @@
+"""Validation of arguments: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    workspace_mb: float | None,
+    *,
+    shard: bool = False,
+) -> None:
+    """Everything that can be seen without reading a tensor's values. A ``shard`` of the classes may be empty.
+
+    Raises:
+        TypeError: something is not a tensor, or has a dtype that no head takes.
+        ValueError: shapes or devices do not fit, or an option is out of range.
+    """
+    given = {"embeddings": embeddings, "weight": weight, "labels": labels}
+    if bias is not None:
+        given["bias"] = bias
+    for name, v in given.items():
+        if not isinstance(v, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(v).__name__}")
+        if v.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
+        if name != "labels":
+            check_float(name, v)
+    check_embeddings(embeddings, weight, shard=shard)
+    check_labels_shape(labels, embeddings)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
+    for name, v in given.items():
+        if v.device != embeddings.device:
+            raise ValueError(f"{name}: expected device {embeddings.device}, where the embeddings are, got {v.device}")
+    if weight.dtype == torch.float64 and embeddings.dtype != torch.float64:
+        raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if workspace_mb is not None:
+        check_number("workspace_mb", workspace_mb, 0.0, None)
+
+
+def check_float(name: str, v: object) -> None:
+    """A tensor of a floating dtype that heads take."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(v).__name__}")
+    if v.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {v.dtype}")
+
+
+def check_embeddings(embeddings: Tensor, weight: Tensor, *, shard: bool = False) -> None:
+    """Embeddings (N, D) against class centers (C, D): dtypes and shapes."""
+    check_float("embeddings", embeddings)
+    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
+        raise ValueError(f"embeddings: expected shape (N, D) with D >= 1, got {tuple(embeddings.shape)}")
+    if weight.ndim != 2 or (weight.shape[0] == 0 and not shard):
+        raise ValueError(f"weight: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
+    if weight.shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"weight: expected shape (C, {embeddings.shape[1]}) to match embeddings {tuple(embeddings.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def check_labels_shape(labels: object, embeddings: Tensor) -> None:
+    """Labels (N,) int64 against embeddings (N, D), on the same device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.ndim != 1 or labels.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"labels: expected shape ({embeddings.shape[0]},) to match embeddings, got {tuple(labels.shape)}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels: expected device {embeddings.device}, where the embeddings are, got {labels.device}")
+
+
+def positive(name: str, value: object) -> int:
+    """``value``, an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    return value
+
+
+def check_reduction(reduction: object) -> None:
+    """One of the three reductions."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
+    """A number in [low, high], or in (low, high] where ``open_low``; ``high`` None is no bound."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
+    if not ((value > low if open_low else value >= low) and (high is None or value <= high)):
+        bound = f"in {'(' if open_low else '['}{low:g}, {high:g}]" if high is not None else f"{'>' if open_low else '>='} {low:g}"
+        raise ValueError(f"{name}: expected a number {bound}, got {value!r}")

@@ -1,0 +1,311 @@
+"""Cross-entropy of a margin head: validation, the margin, the passes over the classes, and the assembly of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from . import ops, reference
+from .core.labels import checked_labels
+from .core.nontarget import NonTarget
+from .core.numerics import accumulation_dtype, per_row, reduce_losses, target_biases
+from .core.types import HeadInputs, PassInputs, PreparedRows, Request
+from .core.validation import check_inputs, check_reduction
+from .margins import BatchInfo, Margin, check_margin
+
+if TYPE_CHECKING:
+    from .distributed._shard import Shard
+    from .sampling import Sampler
+
+
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: Margin,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+    workspace_mb: float | None = None,
+) -> Tensor:
+    """Cross-entropy of a margin head over C classes, without the N x C logits.
+
+    Args:
+        embeddings: (N, D), float16, bfloat16, float32 or float64; N may be 0. Under autocast they are cast to its dtype.
+        weight: (C, D) class centers, any float dtype, on the same device. Products run in the embeddings' dtype (the weight is converted
+            a tile at a time) and accumulate in float32, or float64 for float64 embeddings.
+        labels: (N,) int64 in [0, C), or ``ignore_index``.
+        margin: a :class:`Margin`; in training mode its state advances by one step.
+        bias: (C,), added to every logit after the scale, or None.
+        reduction: ``"none"`` (N,), ``"mean"`` over the rows that are not ignored (0 where there is none) or ``"sum"``.
+        ignore_index: rows with this label have no loss and no gradient.
+        label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
+        backend: ``"auto"``, or one of :func:`backends`; an explicit backend never falls back: it raises and lists the reasons.
+        workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
+            as fit, for which the backward pass then needs one matrix product instead of two. 0 saves nothing, infinity all; None is the
+            backend's own choice: 128 for ``cpu``, where that was measured to pay, else 0. A backend that has no use for it ignores it.
+
+    Returns:
+        The loss, float32 (float64 for float64 embeddings).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. Out-of-range labels on a GPU are counted there,
+            left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
+    """
+    check_reduction(reduction)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_mb)
+    losses, valid, _ = local_head_losses(embeddings, weight, labels, margin, bias, options)
+    return reduce_losses(losses, valid, reduction)
+
+
+def head_losses(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: Margin,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+    workspace_mb: float | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The per-row losses behind :func:`margin_cross_entropy`, whose arguments these are, and the step's statistics.
+
+    Returns:
+        losses (N,), float32 or float64, 0 for ignored rows; valid (N,) bool; and detached scalar tensors by name: ``target_cosine``
+        (mean), ``scale`` (mean over rows), ``top1`` (share of rows whose target is the top class, margin apart) and the margin's own
+        state.
+    """
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_mb)
+    return local_head_losses(embeddings, weight, labels, margin, bias, options)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Options of :func:`margin_cross_entropy` by the same names."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    backend: str = "auto"
+    workspace_mb: float | None = None
+
+
+def local_head_losses(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    bias: Tensor | None,
+    options: LossOptions,
+    *,
+    shard: Shard | None = None,
+    sampler: Sampler | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """:func:`head_losses` where this process may hold only part of the classes.
+
+    Args:
+        shard: where ``weight`` and ``bias`` are one rank's part of the classes; labels count over all of them. See :class:`MarginHead`.
+        sampler: draws the classes that take part. The others are as if they were not there, also to the label smoothing.
+
+    Returns:
+        As :func:`head_losses`; with a shard, of the rows of all ranks, each rank's padded to one number of rows.
+    """
+    check_margin(margin)
+    check_inputs(embeddings, weight, labels, bias, options.label_smoothing, options.workspace_mb, shard=shard is not None)
+    device = embeddings.device.type
+    if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
+        embeddings = embeddings.to(torch.get_autocast_dtype(device))
+    name = backends.resolve(options.backend, device, embeddings.dtype, weight.dtype, weight.shape[1])
+    if name == "reference" and (shard is not None or sampler is not None):
+        raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
+    num_classes = weight.shape[0] if shard is None else shard.num_classes
+    if shard is not None:
+        embeddings, labels = shard.gather(embeddings, labels, options.ignore_index)
+    margin.bind(num_classes)
+    labels = checked_labels(labels, num_classes, options.ignore_index)
+    with torch.autocast(device, enabled=False):
+        if name == "reference":
+            losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
+        else:
+            batch = BatchInfo(embeddings, labels, num_classes)
+            classes = LocalClasses.of(weight, bias, labels, shard, sampler)
+            workspace = _workspace_bytes(options.workspace_mb, name)
+            losses, stats = _fused_losses(batch, classes, margin, options.label_smoothing, name, workspace)
+    stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
+    losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
+    return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}
+
+
+def _workspace_bytes(workspace_mb: float | None, backend: str) -> int:
+    asked = backends.get(backend).workspace_mb if workspace_mb is None else workspace_mb
+    return int(min(asked, 2**40) * 2**20)
+
+
+@dataclass(frozen=True)
+class LocalClasses:
+    """The classes that the passes of this process run over: all C of them, a shard's, or those drawn from either.
+
+    Attributes:
+        w: (K, D).
+        bias: (K,) or None, with what sampling adds to it.
+        labels: (N,) within K, -1 where the row's class is not here.
+        log_q_sum: () what sampling has added to the biases in all, or None.
+        count: how many classes take part on all ranks.
+        shard: None where all of them are here.
+    """
+
+    w: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    log_q_sum: Tensor | None
+    count: int
+    shard: Shard | None
+
+    @classmethod
+    def of(cls, w: Tensor, bias: Tensor | None, labels: Tensor, shard: Shard | None, sampler: Sampler | None) -> LocalClasses:
+        widths = [w.shape[0]] if shard is None else shard.widths()
+        labels = labels if shard is None else shard.local(labels)
+        log_q_sum = None
+        if sampler is not None:
+            widths = [sampler.count(labels.shape[0], c) for c in widths]
+            w, bias, labels, correction = sampler(w, bias, labels, 0 if shard is None else shard.start)
+            if correction is not None:
+                bias, log_q_sum = correction if bias is None else bias + correction, correction.sum(dtype=torch.float64)
+        return cls(w, bias, labels, log_q_sum, sum(widths), shard)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The margin's part of the logits: (N,) each, float64.
+
+    Attributes:
+        value, slope: of the target logit before the scale, and its derivative in the similarity.
+        scale: s_i.
+        threshold, t: of the non-target transform, detached; None for the identity.
+    """
+
+    value: Tensor
+    slope: Tensor
+    scale: Tensor
+    threshold: Tensor | None
+    t: Tensor | None
+
+
+def _fused_losses(
+    batch: BatchInfo, classes: LocalClasses, margin: Margin, label_smoothing: float, backend: str, workspace_bytes: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(N,) losses and the statistics of a step, by the two passes of ``backend``."""
+    inputs = HeadInputs(batch.embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
+    rows, owner_bias = _prepare(inputs, classes, backend)
+    if margin.training:
+        _update_state(margin, batch, rows, classes, backend)
+    target = _evaluate(margin, batch, rows.target_similarity)
+    options = ops.SumOptions(
+        non_target=margin.non_target,
+        normalize_embedding=margin.normalize_embedding,
+        normalize_weight=margin.normalize_weight,
+        logit_sum=label_smoothing > 0,
+        grad=torch.is_grad_enabled(),
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    sums = ops.sum_over_classes(inputs, rows, classes.bias, target.scale, target.threshold, target.t, options)
+    sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
+    losses = _assemble(sums, target, rows.target_similarity, classes.count, label_smoothing, margin.focal_gamma)
+    return torch.where(batch.valid, losses, 0), _statistics(batch, rows, sums, target)
+
+
+@torch.no_grad()
+def _prepare(inputs: HeadInputs, classes: LocalClasses, backend: str) -> tuple[PreparedRows, Tensor]:
+    """The rows as the passes take them, with the target similarity and, beside them, the target bias from the rank that holds it."""
+    detached = HeadInputs(inputs.x.detach(), inputs.w.detach(), inputs.labels, inputs.normalize_embedding, inputs.normalize_weight)
+    rows = ops.prepare_inputs(detached, backend)
+    bias = target_biases(classes.bias, classes.labels)
+    if classes.shard is not None:
+        similarity, cos, bias = classes.shard.from_owner(rows.target_similarity, rows.target_cos, bias)
+        rows = PreparedRows(rows.x, rows.row_factor, similarity, cos)
+    return rows, bias
+
+
+@torch.no_grad()
+def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes: LocalClasses, backend: str) -> None:
+    """Advance the margin's state by one step; it may ask for a pass over the classes."""
+
+    def non_target_lse(scale: Tensor) -> Tensor:
+        inputs = PassInputs(
+            x=rows.x,
+            row_factor=rows.row_factor,
+            w=classes.w,
+            bias=None,
+            labels=classes.labels,
+            scale=scale.to(accumulation_dtype(rows.x.dtype)).expand(rows.x.shape[0]).contiguous(),
+            threshold=None,
+            t=None,
+            non_target=NonTarget.IDENTITY,
+            normalize_weight=margin.normalize_weight,
+        )
+        out = ops.row_pass(inputs, Request.log_sum_exp(), backend)
+        lse = out.lse.to(torch.float64)
+        return lse if classes.shard is None else classes.shard.combine(lse, None, out.max_logit)[0]
+
+    margin.update(rows.target_similarity, batch, non_target_lse)
+
+
+def _evaluate(margin: Margin, batch: BatchInfo, similarity: Tensor) -> _Target:
+    """The margin at the target similarities (N,)."""
+    value, slope = margin.target(similarity, batch)
+    scale = per_row(margin.row_scale(batch), similarity, torch.float64)
+    threshold = t = None
+    if margin.non_target != NonTarget.IDENTITY:
+        threshold = margin.threshold(similarity, batch).detach()
+        t = per_row(margin.t, similarity, torch.float64).detach().clone()  # the state moves on before the backward pass
+    return _Target(value, slope, scale, threshold, t)
+
+
+def _exchange(
+    sums: ops.ClassSums, target: _Target, owner_bias: Tensor, classes: LocalClasses, with_logit_sum: bool
+) -> tuple[ops.ClassSums, _Target]:
+    """Sums over the classes here to sums over all, with gradients of O(N) terms on the rank that holds the row's class alone."""
+    lse, logit_sum, max_logit, target_bias = sums.lse, sums.logit_sum, sums.max_logit, sums.target_bias
+    if classes.log_q_sum is not None:
+        logit_sum = logit_sum - classes.log_q_sum
+    if classes.shard is not None:
+        lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
+        logit_sum = logit_sum if combined is None else combined
+        target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
+        value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
+        target = _Target(value, target.slope, scale, target.threshold, target.t)
+    return ops.ClassSums(lse, sums.target_similarity, target_bias, logit_sum, max_logit), target
+
+
+def _assemble(
+    sums: ops.ClassSums, target: _Target, similarity: Tensor, num_classes: int, label_smoothing: float, focal_gamma: float
+) -> Tensor:
+    """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
+    # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
+    value = target.value + target.slope.detach() * (sums.target_similarity - similarity)
+    target_logit = target.scale * value + sums.target_bias
+    gap = sums.lse - target_logit
+    zero = torch.zeros_like(gap)
+    losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold
+    if label_smoothing:
+        losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / num_classes)
+    if focal_gamma:
+        losses = losses * torch.exp(-focal_gamma * torch.logaddexp(-gap, zero))
+    return losses
+
+
+@torch.no_grad()
+def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: _Target) -> dict[str, Tensor]:
+    """See :func:`head_losses`."""
+    top1 = (target.scale * rows.target_similarity + sums.target_bias > sums.max_logit).to(torch.float64)
+    means = batch.mean(torch.stack([rows.target_cos, target.scale, top1]))
+    return dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))

@@ -1,0 +1,79 @@
+"""The reference: eager, plain and slow, in any float dtype on any device; what every backend is compared with.
+
+It forms all N x C logits from the margin's target *value* and lets autograd differentiate. It uses neither the margin's slope nor any
+of the passes. Half-precision inputs are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .core import nontarget
+from .core.nontarget import NonTarget
+from .core.numerics import TINY, per_row
+from .margins import BatchInfo, Margin
+
+
+def normalize(v: Tensor) -> Tensor:
+    """Rows of ``v`` over their norms; a row below ``TINY`` becomes zero, with zero gradient."""
+    largest = v.detach().abs().amax(1, keepdim=True) if v.shape[1] else v.new_zeros(v.shape[0], 1)
+    zero = largest < TINY / v.shape[1] ** 0.5 if v.shape[1] else largest == 0
+    v = v / torch.where(zero, 1, largest)
+    v = torch.where(zero, 1, v)
+    return torch.where(zero, 0, v / torch.linalg.vector_norm(v, dim=1, keepdim=True))
+
+
+def losses(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    bias: Tensor | None,
+    label_smoothing: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`.
+
+    Computed in ``dtype``; by default the inputs' own, but at least float32.
+    """
+    dtype = dtype or torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
+    x, w = embeddings.to(dtype), weight.to(dtype)
+    b = 0 if bias is None else bias.to(dtype)
+    c = w.shape[0]
+    batch = BatchInfo(x, labels, c)
+    cos = (normalize(x) if margin.normalize_embedding else x) @ (normalize(w) if margin.normalize_weight else w).T
+    own = labels[:, None] == torch.arange(c, device=labels.device)
+    column = labels.clamp_min(0)[:, None]
+    target = cos.gather(1, column)[:, 0]
+    if margin.normalize_embedding and margin.normalize_weight:  # rounding may leave [-1, 1]
+        target = target + (target.clamp(-1, 1) - target).detach()
+    if margin.training:
+        with torch.no_grad():
+            margin.update(target, batch, lambda s: torch.logsumexp((s.to(dtype) * cos).masked_fill(own, -torch.inf), 1))
+    value, _ = margin.target(target, batch)
+    scale = per_row(margin.row_scale(batch), x, dtype)[:, None]
+    threshold = t = None
+    if margin.non_target != NonTarget.IDENTITY:
+        threshold = margin.threshold(target, batch).detach()
+        t = per_row(margin.t, x, dtype).detach().clone()
+    others = nontarget.value(margin.non_target, cos, threshold, t)
+    logits = scale * torch.where(own, value[:, None].to(dtype), others) + b
+    log_p = torch.log_softmax(logits, 1)
+    log_py = log_p.gather(1, column)[:, 0]
+    loss = -(1 - label_smoothing) * log_py - label_smoothing * log_p.mean(1)
+    if margin.focal_gamma:
+        # A sure row has 1 - p = 0, where a power below one has no derivative.
+        loss = loss * (-torch.expm1(log_py)).clamp_min(torch.finfo(dtype).tiny) ** margin.focal_gamma
+    with torch.no_grad():
+        raw = scale * cos + b
+        best = raw.masked_fill(own, -torch.inf).amax(1)
+        length = torch.linalg.vector_norm(x, dim=1) if not margin.normalize_embedding else 1
+        width = torch.linalg.vector_norm(w, dim=1)[column[:, 0]] if not margin.normalize_weight else 1
+        unit = length * width
+        stats = {
+            "target_cosine": batch.mean(torch.where(torch.as_tensor(unit > 0, device=x.device), target / unit, 0)),
+            "scale": batch.mean(scale[:, 0]),
+            "top1": batch.mean((raw.gather(1, column)[:, 0] > best).to(dtype)),
+        }
+    return torch.where(batch.valid, loss, 0), stats

@@ -1,0 +1,144 @@
+"""Comparison with the float64 reference: the cases, the tolerances and the error measure that tests, ``verify`` and benchmarks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import margins as m
+from . import reference
+from .loss import margin_cross_entropy
+
+#: Largest relative error ||got - want|| / ||want|| in loss and in each gradient, by the embeddings' dtype.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+
+#: Every head by name, and how to make one for C classes. Scales are such that small random problems have gradients worth comparing.
+HEADS: dict[str, Callable[[int], m.Margin]] = {
+    "softmax": lambda c: m.Softmax(),
+    "w-norm-softmax": lambda c: m.Softmax(normalize_weight=True),
+    "normface": lambda c: m.NormFace(scale=32.0),
+    "l2-softmax": lambda c: m.L2Softmax(num_classes=c),
+    "l2-softmax-trainable": lambda c: m.L2Softmax(num_classes=c, trainable=True),
+    "sphereface": lambda c: m.SphereFace(),
+    "sphereface-annealed": lambda c: m.SphereFace(annealing=True),
+    "sphereface-fnorm": lambda c: m.SphereFace(margin=3, scale=32.0),
+    "cosface": lambda c: m.CosFace(),
+    "arcface": lambda c: m.ArcFace(),
+    "arcface-none": lambda c: m.ArcFace(beyond_pi="none"),
+    "arcface-easy": lambda c: m.ArcFace(beyond_pi="easy"),
+    "arcface-continuous": lambda c: m.ArcFace(beyond_pi="continuous"),
+    "arcface-clip": lambda c: m.ArcFace(beyond_pi="clip"),
+    "arcface-detached": lambda c: m.ArcFace(gradient="detached"),
+    "combined": lambda c: m.CombinedMargin(m1=1.35, m2=0.3, m3=0.2),
+    "adacos-fixed": lambda c: m.AdaCos(c, dynamic=False),
+    "adacos": lambda c: m.AdaCos(c),
+    "mv-arc": lambda c: m.MVSoftmax(),
+    "mv-am": lambda c: m.MVSoftmax(kind="am", margin=0.35),
+    "curricularface": lambda c: m.CurricularFace(),
+    "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one comparison, already rounded to the dtypes they are given in."""
+
+    x: Tensor  # (N, D)
+    w: Tensor  # (C, D)
+    labels: Tensor  # (N,)
+    bias: Tensor | None  # (C,)
+
+    @classmethod
+    def random(
+        cls,
+        n: int,
+        d: int,
+        c: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        bias: bool = False,
+        ignored: bool = True,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> Case:
+        """Every other row lies near its class center, as in training, the rest anywhere; one is ignored, one label repeated."""
+        g = torch.Generator().manual_seed(seed)
+        w = torch.randn(c, d, generator=g) * 0.1
+        labels = torch.randint(c, (n,), generator=g)
+        if n > 2:
+            labels[1] = labels[0]
+        x = torch.randn(n, d, generator=g)
+        near = torch.arange(n) % 2 == 0
+        x[near] = 0.6 * x[near] + 12 * w[labels[near]]
+        if ignored and n > 4:
+            labels[n // 2] = -100
+        b = torch.randn(c, generator=g) if bias else None
+        weight_dtype = dtype if weight_dtype is None else weight_dtype
+        return cls(
+            x=x.to(device=device, dtype=dtype),
+            w=w.to(device=device, dtype=weight_dtype),
+            labels=labels.to(device),
+            bias=None if b is None else b.to(device=device, dtype=weight_dtype),
+        )
+
+
+def run(
+    case: Case, margin: m.Margin, backend: str, *, dtype: torch.dtype | None = None, upstream: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Loss and gradients of a copy of ``margin`` on ``case``, computed by ``backend``.
+
+    Args:
+        dtype: the inputs are converted to it first, if given.
+        upstream: the gradient of the loss; ones by default.
+        options: of :func:`marginkernels.margin_cross_entropy`.
+
+    Returns:
+        ``{"loss", "dx", "dw"}`` and, where there are such, ``"dbias"`` and ``"d<parameter of the margin>"``.
+    """
+    margin = copy.deepcopy(margin).to(case.x.device)
+
+    def leaf(v: Tensor) -> Tensor:
+        return v.detach().to(dtype or v.dtype).requires_grad_()
+
+    x, w = leaf(case.x), leaf(case.w)
+    b = None if case.bias is None else leaf(case.bias)
+    loss = margin_cross_entropy(x, w, case.labels, margin=margin, bias=b, backend=backend, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    leaves = {"dx": x, "dw": w} | ({} if b is None else {"dbias": b}) | {f"d{name}": p for name, p in margin.named_parameters()}
+    return {"loss": loss.detach()} | _gradients(leaves)
+
+
+def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
+
+
+def eager(case: Case, margin: m.Margin) -> dict[str, Tensor]:
+    """What plain PyTorch gets when all of it is computed in the embeddings' dtype: the measure of what error is fair. As :func:`run`."""
+    margin = copy.deepcopy(margin).to(case.x.device)
+    margin.bind(case.w.shape[0])
+    leaves = {"dx": case.x, "dw": case.w} | ({} if case.bias is None else {"dbias": case.bias})
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in leaves.items()}
+    labels = torch.where(case.labels < 0, -1, case.labels)
+    losses, _ = reference.losses(leaves["dx"], leaves["dw"], labels, margin, leaves.get("dbias"), 0.0, case.x.dtype)
+    loss = losses.sum() / (labels >= 0).sum().clamp_min(1)
+    loss.backward()
+    return {"loss": loss.detach()} | _gradients(leaves)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||, NaN or infinite where ``got`` is not finite."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def errors(case: Case, margin: m.Margin, backend: str, **options: Any) -> dict[str, float]:
+    """Relative error of ``backend`` against the float64 reference on the same rounded inputs, by output."""
+    want = run(case, margin, "reference", dtype=torch.float64, **options)
+    got = run(case, margin, backend, **options)
+    return {name: relative_error(got[name], want[name]) for name in want}

@@ -1,0 +1,335 @@
+"""The Triton kernels on CPU tensors under Triton's interpreter. Run by test_triton.py in processes of their own, since the interpreter
+has to be on
+before the kernels are imported; by hand: TRITON_INTERPRET=1 python -m pytest tests/backends/interpreted_triton.py."""
+
+import itertools
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import NonTarget, testing
+from marginkernels.backend import FUSED
+from marginkernels.cli import tune
+from marginkernels.core.types import Reduction, Request
+
+pytest.importorskip("triton")
+from helpers.passes import compare_passes, pass_inputs
+
+from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, saved_layout, use_tiles
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+
+#: dtypes of embeddings and weight.
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "mixed": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "float16-mixed": (torch.float16, torch.float32),
+    "float32-narrow": (torch.float32, torch.bfloat16),
+}
+#: Largest relative error by kind: dw comes in the weight's dtype.
+TOLERANCE = {kind: max(testing.TOLERANCE[dtype] for dtype in pair) for kind, pair in DTYPES.items()}
+SHAPES = [(7, 40, 101), (31, 64, 1000), (33, 128, 517)]
+TRITON = FUSED["triton"]
+
+
+@pytest.fixture(autouse=True)
+def ran(monkeypatch):
+    """Every launch of the test, so that a test can see which ways were taken."""
+    assert interpreting(), "TRITON_INTERPRET=1 must be set before Triton is imported"
+    seen, run = [], launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda one: (seen.append(one), run(one))[1])
+    return seen
+
+
+@pytest.fixture
+def narrow_chunks(monkeypatch):
+    """Converted centers 256 at a time, at D = 64."""
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 256 * 64 * 2)
+
+
+def ways(ran):
+    """Of the row pass: for every launch, whether it carried a running maximum."""
+    return [one.constants["ONLINE"] for one in ran if one.kernel is launch.row_pass_kernel]
+
+
+@pytest.mark.parametrize("head", testing.HEADS)
+def test_heads(head):
+    """Every head: float32 on one shape after another, and two of the other dtypes by turns."""
+    number = list(testing.HEADS).index(head)
+    others = list(DTYPES)[1:]
+    for shape, kind in ((SHAPES[number % 3], "float32"), (SHAPES[0], others[number % 5]), (SHAPES[0], others[(number + 2) % 5])):
+        x, w = DTYPES[kind]
+        case = testing.Case.random(*shape, x, weight_dtype=w, bias=number % 2 == 1)
+        found = testing.errors(case, testing.HEADS[head](shape[2]), "triton")
+        assert max(found.values()) <= TOLERANCE[kind], (shape, kind, found)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_options(kind, narrow_chunks, ran):
+    x, w = DTYPES[kind]
+    case = testing.Case.random(17, 64, 600, x, weight_dtype=w, bias=True)
+    for head in ("curricularface", "l2-softmax-trainable"):
+        found = testing.errors(case, testing.HEADS[head](600), "triton", label_smoothing=0.1)
+        assert max(found.values()) <= TOLERANCE[kind], (head, found)
+    chunks = {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel}
+    assert chunks == {0} if x == w == torch.float32 or kind == "bfloat16" else chunks == set(range(0, 600, 256 * 2 // x.itemsize))
+
+
+@pytest.mark.parametrize("dim", [1, 33, 96, 200])
+def test_dimensions(dim):
+    """Odd rows, which TMA cannot load, and columns that do not fill a tile."""
+    for kind in ("float32", "mixed"):
+        x, w = DTYPES[kind]
+        found = testing.errors(testing.Case.random(19, dim, 150, x, weight_dtype=w), mk.CosFace(scale=16.0), "triton")
+        # In one dimension a cosine is 1 or -1 and has no gradient: rounding is all there is.
+        found = found if dim > 1 else {"loss": found["loss"]}
+        assert max(found.values()) <= TOLERANCE[kind], (kind, found)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 1), (1, 40, 2), (3, 40, 1), (1, 40, 300), (70, 40, 2), (130, 40, 129)])
+def test_small_shapes(shape):
+    case = testing.Case.random(*shape, ignored=False)
+    want = testing.run(case, mk.ArcFace(), "reference", dtype=torch.float64)
+    got = testing.run(case, mk.ArcFace(), "triton")
+    for key, value in want.items():  # with one class all of it is 0, hence the absolute part
+        assert (got[key] - value).norm() <= 2e-5 * value.norm() + 1e-7, key
+
+
+def test_no_row_counts():
+    case = testing.Case.random(9, 40, 101)
+    labels = torch.full((9,), -100)
+    got = testing.run(testing.Case(case.x, case.w, labels, None), mk.ArcFace(), "triton")
+    assert all((v == 0).all() for v in got.values())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "mixed", "float16-mixed"])
+def test_norms_far_from_one(kind, ran):
+    """Centers of norm 1e18, 1e-18 and 0, and embeddings of the like where the dtype holds them."""
+    x, w = DTYPES[kind]
+    case = testing.Case.random(33, 40, 150, x, weight_dtype=w)
+    case.w[3::5] *= 1e18
+    case.w[4::5] *= 1e-18
+    case.w[7] = 0
+    if x != torch.float16:
+        case.x[::3] *= 1e18
+        case.x[1::3] *= 1e-18
+    want = testing.run(case, mk.ArcFace(), "reference", dtype=torch.float64)
+    got = testing.run(case, mk.ArcFace(), "triton")
+    tolerance = TOLERANCE[kind]
+    assert testing.relative_error(got["loss"], want["loss"]) <= tolerance
+    for part in (slice(3, None, 5), slice(4, None, 5), slice(0, None, 5)):  # each size by itself: the largest gradients hide the rest
+        assert testing.relative_error(got["dw"][part], want["dw"][part]) <= tolerance
+    for part in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
+        assert testing.relative_error(got["dx"][part], want["dx"][part]) <= tolerance
+    assert (got["dw"][7] == 0).all()
+
+
+@pytest.mark.parametrize(("scale", "online"), [(64.0, False), (1024.0, True)])
+def test_the_way_that_the_exponents_allow(scale, online, ran):
+    """A scale of 64 needs no running maximum; of the two launches the device lets one return at once. Both ways give the same."""
+    case = testing.Case.random(33, 64, 300)
+    found = testing.errors(case, mk.CosFace(scale=scale), "triton")
+    assert max(found.values()) <= 2e-5, found
+    assert ways(ran) == [False, True]
+    bound = next(one.args["bound"] for one in ran if one.kernel is launch.row_pass_kernel)
+    assert (float(bound) > launch.LIMIT) == online
+
+
+def test_what_is_not_needed_is_not_run(ran):
+    case = testing.Case.random(9, 40, 101)
+    x, w = case.x.requires_grad_(), case.w.requires_grad_()
+    with torch.no_grad():
+        mk.margin_cross_entropy(x, w, case.labels, margin=mk.ArcFace(), backend="triton")
+    assert {one.constants["NEED_CENTER"] for one in ran if one.kernel is launch.row_pass_kernel} == {False}
+    ran.clear()
+    mk.margin_cross_entropy(x, w.detach(), case.labels, margin=mk.ArcFace(), backend="triton").backward()
+    assert not any(one.kernel is launch.class_pass_kernel for one in ran)
+    ran.clear()
+    mk.margin_cross_entropy(x.detach(), w, case.labels, margin=mk.ArcFace(), backend="triton").backward()
+    assert {one.constants["NEED_CENTER"] for one in ran if one.kernel is launch.row_pass_kernel} == {False}
+
+
+def test_strided_centers_and_crowded_classes():
+    """Centers that are columns of a larger tensor; all rows of one class."""
+    for kind in ("float32", "mixed"):
+        x, w = DTYPES[kind]
+        case = testing.Case.random(33, 40, 300, x, weight_dtype=w)
+        wide = torch.randn(300, 60, dtype=w)
+        wide[:, 8:48] = case.w
+        labels = torch.full((33,), 299)
+        labels[5] = -100
+        want = testing.run(testing.Case(case.x, case.w, labels, None), mk.ArcFace(), "reference", dtype=torch.float64)
+        got = testing.run(testing.Case(case.x, wide[:, 8:48], labels, None), mk.ArcFace(), "triton")
+        assert max(testing.relative_error(got[k], want[k]) for k in want) <= TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_bits_repeat(groups):
+    case = testing.Case.random(70, 64, 700, torch.bfloat16, weight_dtype=torch.float32)
+    first, again = (testing.run(case, mk.CurricularFace(), "triton", **workspace(case, groups)) for _ in range(2))
+    assert all(torch.equal(again[k], v) for k, v in first.items())
+
+
+@pytest.mark.parametrize("upstream", [1e-6, 65536.0])
+def test_float16_holds_any_upstream(upstream):
+    """Weights of the class pass are brought into float16's range, be the loss scaled up or averaged over many rows."""
+    case = testing.Case.random(31, 64, 1000, torch.float16, weight_dtype=torch.float32)
+    scale = torch.tensor(upstream)
+    want = testing.run(case, mk.ArcFace(), "reference", dtype=torch.float64, upstream=scale)
+    got = testing.run(case, mk.ArcFace(), "triton", upstream=scale)
+    assert testing.relative_error(got["dw"], want["dw"]) <= 3e-2
+
+
+@pytest.mark.parametrize(("non_target", "reduction", "normalize"), list(itertools.product(NonTarget, Reduction, (True, False))))
+def test_passes_against_the_torch_backend(non_target, reduction, normalize, narrow_chunks):
+    """Everything the two passes may be asked for, and for nothing else, against plain PyTorch."""
+    for kind, bias in (("float32", True), ("float16-mixed", False)):
+        inputs = pass_inputs(64, DTYPES[kind], non_target, bias=bias, normalize_weight=normalize)
+        compare_passes(TRITON, inputs, reduction, 1e-5 if kind == "float32" else 4e-3)
+
+
+def workspace(case, groups):
+    """As an argument, in MB, enough for so many groups of saved classes and not for one more."""
+    return {"workspace_mb": (groups + 0.9) * saved_layout.group_bytes(case.x.shape[0], case.x.dtype) / 2**20}
+
+
+@pytest.mark.parametrize("head", testing.HEADS)
+def test_workspace_heads(head):
+    """Part of the classes saved, and all; a ragged last group."""
+    for kind, (x, w) in DTYPES.items():
+        case = testing.Case.random(9, 24, 300, x, weight_dtype=w)
+        margin = testing.HEADS[head](300)
+        want = testing.run(case, margin, "reference", dtype=torch.float64)
+        for groups in (1, 3):
+            got = testing.run(case, margin, "triton", **workspace(case, groups))
+            found = {k: testing.relative_error(got[k], v) for k, v in want.items()}
+            assert max(found.values()) <= TOLERANCE[kind], (kind, groups, found)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("float32", 1024.0), ("bfloat16", 1024.0), ("mixed", 64.0), ("float16-mixed", 64.0)])
+def test_workspace_ways(kind, scale, narrow_chunks, ran):
+    """With and without a running maximum, an end in the middle of a chunk of converted centers, more rows than one block, and a bias that
+    is not trained."""
+    x, w = DTYPES[kind]
+    case = testing.Case.random(70, 64, 600, x, weight_dtype=w, bias=True)
+    margin = mk.CosFace(scale=scale)
+    # A logit of up to scale is known to scale * 2^-24 in float32, and so is its exponential, relative to it.
+    tolerance = max(TOLERANCE[kind], scale * 2.0**-24)
+    for groups, saved in ((3, 384), (5, 600)):
+        ran.clear()
+        results = []
+        for inputs, backend, options in ((torch.float64, "reference", {}), (None, "triton", workspace(case, groups))):
+            a, b = (v.detach().to(inputs or v.dtype).requires_grad_() for v in (case.x, case.w))
+            bias = case.bias.to(inputs or case.bias.dtype)
+            mk.margin_cross_entropy(a, b, case.labels, margin=margin, bias=bias, backend=backend, **options).backward()
+            results.append((a.grad, b.grad))
+        for want, got in zip(*results, strict=True):
+            assert testing.relative_error(got, want) <= tolerance, (kind, groups)
+        assert [one.args["c"] for one in ran if one.kernel is launch.saved_pass_kernel] == [saved]
+
+
+def test_saved_classes_are_not_computed_again(ran):
+    """The class pass on the rest alone; nothing is saved where it would not do, and a limit below one group saves nothing."""
+    case = testing.Case.random(20, 40, 300)
+    seen = lambda kernel: [one.args["c"] for one in ran if one.kernel is kernel]  # noqa: E731
+    group = saved_layout.group_bytes(20, torch.float32)
+    sizes = [TRITON.workspace_bytes(20, 300, torch.float32, limit) for limit in (0, group - 1, group, 3 * group - 1, 10**9)]
+    assert sizes == [0, 0, group, 2 * group, 3 * group]
+    for groups, saved, again in ((0, [], [300]), (2, [256], [44]), (3, [300], [])):
+        ran.clear()
+        testing.run(case, mk.ArcFace(), "triton", **workspace(case, groups))
+        assert (seen(launch.saved_pass_kernel), seen(launch.class_pass_kernel)) == (saved, again)
+    for options, bias in (({"label_smoothing": 0.1}, None), ({}, torch.zeros(300))):
+        ran.clear()
+        asked = testing.Case(case.x, case.w, case.labels, bias)
+        found = testing.errors(asked, mk.ArcFace(), "triton", **workspace(case, 3), **options)
+        assert max(found.values()) <= TOLERANCE["float32"]
+        assert (seen(launch.saved_pass_kernel), seen(launch.class_pass_kernel)) == ([], [300])
+
+
+def test_saved_weights_are_the_softmax():
+    """exp(z - base) for every class and row, 0 at the row's own; times the class factor, since the centers were taken as they stand."""
+    p = pass_inputs(64, DTYPES["float32"])
+    n, c = p.x.shape[0], p.w.shape[0]
+    size = TRITON.workspace_bytes(n, c, p.x.dtype, 10**9)
+    r = TRITON.row_pass(p, Request.log_sum_exp(workspace_bytes=size))
+    weights, bases = saved_layout.parts(r.saved, n, p.x.dtype)
+    z = p.scale[:, None] * p.row_factor[:, None] * (p.x @ torch.nn.functional.normalize(p.w).T)
+    z[torch.arange(c) == p.labels[:, None]] = -torch.inf
+    base = bases[:, :n].T.repeat_interleave(primitives.SAVED_STEP.value, 1)[:, :c] * primitives.LN2.value
+    torch.testing.assert_close((weights[:c, :n] / r.class_factor[:, None]).T, (z - base).exp(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("upstream", [1e-6, 65536.0])
+def test_workspace_in_float16_holds_any_upstream(upstream):
+    case = testing.Case.random(31, 64, 300, torch.float16, weight_dtype=torch.float32)
+    scale = torch.tensor(upstream)
+    want = testing.run(case, mk.ArcFace(), "reference", dtype=torch.float64, upstream=scale)
+    got = testing.run(case, mk.ArcFace(), "triton", upstream=scale, **workspace(case, 3))
+    assert testing.relative_error(got["dw"], want["dw"]) <= 3e-2
+
+
+@pytest.fixture
+def heuristic_tiles():
+    yield
+    use_tiles(None)
+
+
+def test_tuning(tmp_path, ran, heuristic_tiles):
+    """Everything but the GPU's own times: what stays out, what is timed, what is chosen, written, read and taken."""
+    shape = tune.Shape(40, 100, 300, torch.float32, torch.float32)
+    calls = []
+
+    def look(shape, key, tile):
+        if tile.queries == 2 * heuristics.default(key).queries:
+            raise RuntimeError("no such tile")
+        return aot.Resources(100, 8 if tile.stages == 2 else 0, 1000)
+
+    def timer(run):
+        ((key, tile),) = heuristics.CHOSEN.items()
+        calls.append(key)
+        return {32: 1.0, 16: 3.0, 64: 2.0}[tile.queries] + (key.kernel == "saved" and tile.keys == 32) * -0.5
+
+    size = TRITON.workspace_bytes(40, 300, torch.float32, 10**9)
+    rows = tune.tune(shape, "cpu", "interpreter", workspace=size, rounds=2, timer=timer, look=look)
+    best = {row["what"]: row["tile"] for row in rows if row["best"]}
+    assert list(best) == ["row pass", "row pass, no gradient", "class pass", "class pass, weights saved"]
+    assert [t.queries for t in best.values()] == [32] * 4
+    assert {row["why"] for row in rows} == {"", "uses the stack", "does not compile (RuntimeError)"}
+    assert all((row["ms"] is None) == bool(row["why"]) for row in rows)
+    assert len(calls) == 2 * sum(not row["why"] for row in rows)
+    assert not heuristics.CHOSEN
+    assert "does not compile" in tune.show(rows)
+    tune.save(tmp_path / "tiles.json", rows, gpu="none")
+    keys = use_tiles(tmp_path / "tiles.json")
+    assert len(keys) == 4
+    ran.clear()
+    case = testing.Case.random(40, 100, 300)
+    assert max(testing.errors(case, mk.CosFace(scale=16.0), "triton").values()) <= 2e-5
+    bounded = next(one for one in ran if one.kernel is launch.row_pass_kernel and not one.constants["ONLINE"])
+    assert bounded.constants["BLOCK_N"] == 32
+
+
+def test_tuning_leaves_out_what_is_wrong():
+    key = heuristics.Key.of("class", 64, torch.float32, "interpreter")
+    first, other = tune.candidates(key)[:2]
+    run = lambda: [torch.ones(3) * (1 if heuristics.tile(key) == first else 2)]  # noqa: E731
+    assert tune.disagreement(key, first, run, [torch.ones(3)]) == ""
+    assert "off by" in tune.disagreement(key, other, run, [torch.ones(3)])
+    assert "does not run" in tune.disagreement(key, other, lambda: 1 / 0, [torch.ones(3)])
+
+
+def test_transforms_have_the_numbers_of_the_package():
+    assert {one.name: getattr(primitives, one.name).value for one in NonTarget} == {one.name: int(one) for one in NonTarget}
+
+
+def test_splits_fill_the_device_and_stay_few():
+    for programs, blocks in itertools.product((1, 3, 8, 64, 100, 1000), (1, 5, 10_000)):
+        splits = launch._splits(programs, blocks, 132)
+        assert 1 <= splits <= blocks
+        assert splits == 1 or programs * splits <= 2 * 132
+    assert launch._splits(8, 10_000, 132) * 8 >= 128
+    assert launch._splits(64, 10_000, 132) * 64 == 128

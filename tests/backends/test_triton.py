@@ -1,0 +1,184 @@
+"""The Triton backend without a GPU: under the interpreter, in processes of its own, and compiled for GPUs that are not there."""
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import marginkernels as mk
+from benchmarks import resources, resources_triton
+from marginkernels.backend import FUSED
+
+pytest.importorskip("triton")
+CHECKS = Path(__file__).with_name("interpreted_triton.py")
+
+
+PARTS = ("test_heads", "test_workspace_heads", "test_options or test_passes")
+
+
+@pytest.mark.parametrize("part", [*PARTS, " and ".join(f"not ({part})" for part in PARTS)])
+def test_under_the_interpreter(part):
+    """In parts, so that parallel workers share them."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS), "-k", part]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tiles are too small to share
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parents[2])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def _compiled(arch, dim, dtype, weight_dtype, saved=0.0):
+    """Kernel name -> compiled kernel, of the launches that do the work of a step."""
+    from marginkernels.backend.triton import aot
+
+    p = aot.meta_inputs(1024, dim, 1_000_000, dtype, weight_dtype)
+    wanted = [
+        one for one in aot.distinct(aot.launches(p, arch, saved=saved)) if "pass" in one.kernel.__name__ and not one.constants.get("ONLINE")
+    ]
+    return {one.kernel.__name__: aot.compile(one, arch) for one in wanted}
+
+
+def test_the_million_class_kernels_on_hopper():
+    """What the heuristics promise for D = 512: no stack, Hopper's tensor cores, keys loaded by TMA, two products a step."""
+    from marginkernels.backend.triton import aot, heuristics
+
+    found = _compiled("sm_90", 512, torch.bfloat16, torch.bfloat16)
+    assert set(found) == {"row_pass_kernel", "class_pass_kernel"}
+    for kernel in found.values():
+        used = aot.resources(kernel)
+        assert used.stack_bytes == 0
+        assert used.shared_bytes <= heuristics.SHARED["sm_90"]
+        assert kernel.asm["ttgir"].count("= ttng.warp_group_dot ") == 2
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+        assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype"),
+    [
+        ("sm_80", 64, torch.float16),
+        ("sm_86", 512, torch.bfloat16),
+        ("sm_90", 64, torch.float32),
+        ("sm_100", 64, torch.bfloat16),
+        ("sm_120", 512, torch.bfloat16),
+    ],
+)
+def test_compiles_ahead_of_time(arch, dim, dtype):
+    from marginkernels.backend.triton import aot, heuristics
+
+    for name, kernel in _compiled(arch, dim, dtype, torch.float32, saved=0.5).items():
+        assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch), name
+
+
+def _every_key():
+    from marginkernels.backend.triton.heuristics import MAX_DIM, SHARED, Key
+
+    switches = [dict(zip(("accumulates", "online", "busy"), on, strict=True)) for on in itertools.product((True, False), repeat=3)]
+    for arch, dim, dtype in itertools.product(
+        (*SHARED, "sm_120"), range(1, MAX_DIM + 1, 7), (torch.float16, torch.bfloat16, torch.float32)
+    ):
+        yield dim, dtype, Key.of("saved", dim, dtype, arch)
+        yield from ((dim, dtype, Key.of(kernel, dim, dtype, arch, **on)) for kernel in ("row", "class") for on in switches)
+
+
+def test_every_tile_fits_its_architecture():
+    """Blocks of queries and keys alone, whatever else the compiler keeps in shared memory."""
+    from marginkernels.backend.triton.heuristics import default, fault, shared_limit
+
+    for dim, dtype, key in _every_key():
+        t = default(key)
+        whole = t.depth >= dim
+        saved = key.kernel == "saved"
+        held = 0 if saved else t.queries * t.depth * (1 if whole else t.stages)
+        held += t.keys * (t.width if saved else t.depth) * t.stages
+        assert held * dtype.itemsize <= shared_limit(key.arch), (key, t)
+        assert t.width >= dim or t.width % t.depth == 0
+        assert fault(key, t) is None, (key, t)
+
+
+def test_tiles_by_file(tmp_path):
+    """What tuning writes is taken by this process alone and until told otherwise; what cannot serve raises."""
+    from marginkernels.backend.triton import heuristics, use_tiles
+
+    path = tmp_path / "tiles.json"
+    key = heuristics.Key.of("saved", 500, torch.bfloat16, "sm_90")
+    one = heuristics.Tile(32, 64, 512, 512)
+    heuristics.save_tiles(path, [(key, one, {"ms": 1.0})], gpu="some")
+    try:
+        assert use_tiles(path) == [key]
+        assert heuristics.tile(heuristics.Key.of("saved", 512, torch.bfloat16, "sm_90")) == one
+        assert heuristics.tile(key._replace(arch="sm_80")) == heuristics.default(key._replace(arch="sm_80"))
+        for wrong in (replace(one, queries=48), replace(one, queries=128), replace(one, width=256), replace(one, stages=0)):
+            heuristics.save_tiles(path, [(key, wrong, {})])
+            with pytest.raises(ValueError, match="the tile for Key"):
+                use_tiles(path)
+            assert heuristics.tile(key) == one
+    finally:
+        assert use_tiles(None) == []
+    assert heuristics.tile(key) == heuristics.default(key)
+    path.write_text('{"schema": "something/1"}')
+    with pytest.raises(ValueError, match="expected a file of"):
+        use_tiles(path)
+
+
+def test_tuning_without_a_gpu(capsys, monkeypatch):
+    from marginkernels.__main__ import main
+    from marginkernels.backend.triton import aot, heuristics
+    from marginkernels.cli import tune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["tune", "--dim", "64"]) == 1
+    assert "no GPU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="such as sm_90"):
+        main(["tune", "--compile-only", "hopper"])
+    shape = tune.Shape(64, 64, 1000, torch.bfloat16, torch.float32)
+    rows = tune.compiled(shape, "sm_90", saved=True, look=lambda *_: aot.Resources(255, 0, heuristics.SHARED["sm_90"] + 1))
+    assert {row["key"].kernel for row in rows} == {"row", "class", "saved"}
+    assert all("shared memory" in row["why"] for row in rows)
+    monkeypatch.setattr(tune, "CHANGES", ({},))
+    assert main(["tune", "--compile-only", "sm_90", "--dim", "64", "--classes", "1e5", "--workspace-mb", "64"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("default") == 4
+
+
+def test_never_chosen_by_auto_before_it_is_verified():
+    assert not FUSED["triton"].verified
+    assert "never run on a GPU" in FUSED["triton"].note
+
+
+def test_refusals_say_why():
+    x, w, y = torch.randn(3, 8), torch.randn(4, 8), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="only under Triton's interpreter"):
+        mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace(), backend="triton")
+    assert "1024" in FUSED["triton"].unsupported_reason("cuda", torch.float32, torch.float32, 1032)
+    assert "float64" in FUSED["triton"].unsupported_reason("cuda", torch.float64, torch.float32, 64)
+    assert FUSED["triton"].unsupported_reason("cuda", torch.bfloat16, torch.float32, 512) is None
+
+
+def test_the_package_does_not_import_the_kernels():
+    code = (
+        "import sys, marginkernels; marginkernels.backends()\n"
+        "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(('.backend', '.heuristics', '.saved_layout'))]\n"
+        "assert not kernels, kernels"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[2])
+
+
+def test_stack_is_explained_up_to_what_is_known():
+    for known in resources_triton.EXPLAINED:
+        name = ", ".join(known.words)
+        assert resources_triton.explanation(name, known.arch, known.most) == known.why
+        assert resources_triton.explanation(name, known.arch, known.most + 8) is None
+        assert resources_triton.explanation(name, known.arch, 0) is None
+        assert resources_triton.explanation("class_pass_kernel<D=64>", known.arch, known.most) is None
+
+
+def test_resource_faults():
+    good = {"kernel": "k", "backend": "b", "arch": "sm_90", "registers": 9, "stack_bytes": 0, "shared_bytes": 5, "shared_limit": 5}
+    assert resources.faults([good, good | {"stack_bytes": 8, "explained": "why"}]) == []
+    assert "8 bytes of stack" in resources.faults([good | {"stack_bytes": 8}])[0]
+    assert "6 bytes of shared" in resources.faults([good | {"shared_bytes": 6}])[0]

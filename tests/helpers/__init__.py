@@ -1,0 +1,1 @@
+"""What the tests share: formulas from the papers, starters of processes, and comparisons of passes."""

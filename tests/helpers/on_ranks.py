@@ -1,0 +1,398 @@
+"""What each rank does in test_distributed.py. Each ``check_*`` runs on all ranks of a group; an error on any rank fails its test."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import marginkernels as mk
+from marginkernels import optim, testing
+from marginkernels.cli import plan
+from marginkernels.distributed import GradScaler
+from marginkernels.distributed import _collectives as collectives
+from marginkernels.distributed._shard import bounds
+
+TOLERANCE = 5e-5
+D = 16
+ROWS = (5, 0, 7, 3)  # by rank
+
+
+def mine(n: int | None = None) -> slice:
+    """This rank's rows of the whole batch."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = [n] * size if n is not None else ROWS[:size]
+    return slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+
+
+def case(c: int, bias: bool = False, seed: int = 0) -> testing.Case:
+    return testing.Case.random(sum(ROWS[: dist.get_world_size()]), D, c, bias=bias, seed=seed)
+
+
+def sharded(whole: testing.Case, margin: mk.Margin, **options) -> mk.MarginHead:
+    head = mk.MarginHead(D, whole.w.shape[0], margin, bias=whole.bias is not None, process_group=dist.group.WORLD, **options)
+    state = head.state_dict() | {"weight": whole.w}
+    if whole.bias is not None:
+        state["bias"] = whole.bias
+    head.load_state_dict(state)
+    return head
+
+
+def same_everywhere(*values: torch.Tensor) -> None:
+    """Bit for bit."""
+    for v in values:
+        every = [torch.empty_like(v) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, v.detach().contiguous())
+        for other in every:
+            assert other.numpy().tobytes() == v.detach().numpy().tobytes(), (other, v)
+
+
+def compare(got: torch.Tensor, want: torch.Tensor, what, scale: float | None = None) -> None:
+    """Compare ``got`` with ``want``: the whole, or this rank's part of it; then ``scale`` is the norm of the whole."""
+    got, want = got.detach().double(), want.detach().double()
+    error = float((got - want).norm()) / max(float(want.norm()) if scale is None else scale, 1e-300)
+    assert error <= TOLERANCE, (what, error)
+
+
+def against_one_process(whole: testing.Case, margin: mk.Margin, steps: int = 1, reduction: str = "mean", **options) -> None:
+    """Compare loss, gradients and state of ``steps`` steps with the float64 reference in one process."""
+    single = copy.deepcopy(margin)
+    head = sharded(whole, margin, reduction=reduction, **options)
+    options.pop("batch_size", None)
+    rank, size, own = dist.get_rank(), dist.get_world_size(), mine()
+    start, stop = bounds(whole.w.shape[0], size, rank)
+    assert (head.class_start, tuple(head.weight.shape)) == (start, (stop - start, D))
+    g = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        x = whole.x.roll(step, 0)
+        ours = x[own].clone().requires_grad_()
+        upstream = torch.rand(x.shape[0] if reduction == "none" else (), generator=g) + 0.5
+        head.zero_grad()
+        loss = head(ours, whole.labels[own])
+        loss.backward(upstream[own] if reduction == "none" else upstream)
+        leaf = [None if v is None else v.double().requires_grad_() for v in (x, whole.w, whole.bias)]
+        single.zero_grad()
+        want = mk.margin_cross_entropy(
+            *leaf[:2], whole.labels, margin=single, bias=leaf[2], backend="reference", reduction=reduction, **options
+        )
+        want.backward(upstream.double())
+        if reduction == "none":
+            compare(loss, want[own], "loss", float(want.detach().norm()))
+        else:
+            same_everywhere(loss)
+            compare(loss, want, "loss")
+        same_everywhere(*head.margin.buffers(), *head.stats.values())
+        for (name, b), other in zip(head.margin.named_buffers(), single.buffers(), strict=True):
+            compare(b, other, name)
+        dx, dw = leaf[0].grad, leaf[1].grad
+        compare(ours.grad / size, dx[own], "dx", float(dx.norm()))
+        compare(head.weight.grad, dw[start:stop], "dw", float(dw.norm()))
+        if whole.bias is not None:
+            compare(head.bias.grad, leaf[2].grad[start:stop], "dbias", float(leaf[2].grad.norm()))
+        for (name, p), other in zip(head.margin.named_parameters(), single.parameters(), strict=True):
+            same_everywhere(p.grad)
+            compare(p.grad, other.grad, name)
+
+
+def check_every_head():
+    for c in (37, 40):
+        for name, make in testing.HEADS.items():
+            try:
+                against_one_process(case(c), make(c), steps=2)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, C = {c}") from error
+
+
+def check_options():
+    for make in (mk.ArcFace, mk.Softmax, mk.CurricularFace, lambda: mk.L2Softmax(trainable=True), mk.SphereFace):
+        against_one_process(case(37, bias=True), make(), label_smoothing=0.1)
+        against_one_process(case(37, bias=True), make(), batch_size=9)
+    against_one_process(case(37), mk.ArcFace(focal_gamma=2.0), label_smoothing=0.2)
+    for reduction in ("none", "sum"):
+        against_one_process(case(37, bias=True), mk.MVSoftmax(), reduction=reduction, label_smoothing=0.1)
+    whole = case(37)
+    some = (torch.arange(len(whole.labels)) % 3 == 0) | (whole.labels == -100)
+    ignored = testing.Case(whole.x, whole.w, torch.where(some, 7, whole.labels), None)
+    against_one_process(ignored, mk.ArcFace(), ignore_index=7)
+
+
+def check_fewer_classes_than_ranks():
+    for c in (1, 2, 3):
+        for make in (mk.CosFace, mk.Softmax, mk.CurricularFace):
+            against_one_process(case(c, bias=True), make(), label_smoothing=0.1 if c > 1 else 0.0)  # with one class everything is exactly 0
+    assert mk.MarginHead(D, 3, mk.ArcFace(), process_group=dist.group.WORLD).topk(torch.randn(2, D), 3)[0].isfinite().all()
+
+
+def check_repeated_runs():
+    whole, own = case(37), mine()
+    bits = set()
+    for _ in range(3):
+        head = sharded(whole, mk.AdaCos(37))
+        x = whole.x[own].clone().requires_grad_()
+        loss = head(x, whole.labels[own])
+        loss.backward()
+        bits.add(tuple(v.detach().numpy().tobytes() for v in (loss, x.grad, head.weight.grad, head.margin.s)))
+    assert len(bits) == 1
+
+
+def check_no_rows():
+    """No rows on any rank, and rows without a graph on some: no rank waits forever."""
+    whole = case(37)
+    for batch_size in (None, 8):
+        head = sharded(whole, mk.AdaCos(37), batch_size=batch_size)
+        before = head.margin.s.clone()
+        loss = head(torch.zeros(0, D), torch.zeros(0, dtype=torch.int64))
+        assert float(loss.detach()) == 0
+        assert float(head.margin.s) == float(before)
+        x = whole.x[mine()].clone().requires_grad_(dist.get_rank() == 0)
+        head(x, whole.labels[mine()]).backward()
+        assert head.weight.grad.isfinite().all()
+        with torch.no_grad():
+            same_everywhere(head(x, whole.labels[mine()]))
+
+
+def check_half_precision():
+    whole, own = case(64), mine()
+    head = sharded(whole, mk.ArcFace())
+    x = whole.x[own].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(x, whole.labels[own])
+    loss.backward()
+    single = mk.MarginHead(D, 64, mk.ArcFace())
+    single.load_state_dict({"weight": whole.w})
+    every = whole.x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        single(every, whole.labels).backward()
+    same_everywhere(loss)
+    error = (x.grad / dist.get_world_size() - every.grad[own]).norm() / every.grad.norm()
+    assert float(error) < testing.TOLERANCE[torch.bfloat16]
+
+
+def check_topk():
+    whole = case(37, bias=True)
+    for margin in (mk.ArcFace(), mk.Softmax()):
+        single = mk.MarginHead(D, 37, margin, bias=True)
+        single.load_state_dict({"weight": whole.w, "bias": whole.bias})
+        scores, classes = single.topk(whole.x, 11)
+        for batch_size in (None, 1):  # of training steps; a search may have more rows
+            got = sharded(whole, copy.deepcopy(margin), batch_size=batch_size).topk(whole.x[mine()], 11)
+            assert torch.equal(got[1], classes[mine()])
+            compare(got[0], scores[mine()], "scores", float(scores.norm()))
+
+
+def check_start_does_not_depend_on_ranks():
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    for c in (3, 10000):
+        torch.manual_seed(5)
+        head = mk.MarginHead(D, c, mk.ArcFace(), process_group=dist.group.WORLD)
+        torch.manual_seed(5)
+        whole = mk.MarginHead(D, c, mk.ArcFace(), process_group=alone).weight
+        assert torch.equal(head.weight, whole[head.shard.start : head.shard.stop])
+        assert abs(float(whole.detach().std()) / 0.01 - 1) < (0.5 if c == 3 else 0.02)
+
+
+def check_errors_reach_every_rank():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    head = mk.MarginHead(D, 37, mk.ArcFace(), process_group=dist.group.WORLD)
+    _raises(ValueError, "labels: expected values in [0, 37)", lambda: head(torch.randn(2, D), torch.tensor([3, 37 if rank == 0 else 3])))
+    if size > 1:
+        _raises(ValueError, "num_classes: expected one value on all ranks", lambda: _head(37 + rank))
+        _raises(ValueError, "margin: expected one value on all ranks", lambda: _head(37, mk.ArcFace(margin=0.1 * (rank + 1))))
+    _raises(
+        ValueError, "backend: expected a fused backend", lambda: _head(37, backend="reference")(torch.randn(2, D), torch.tensor([3, 3]))
+    )
+    _raises(ValueError, "at most batch_size = 1 rows, got 2", lambda: _head(37, batch_size=1)(torch.randn(2, D), torch.tensor([3, 3])))
+
+
+def _head(c: int, margin: mk.Margin | None = None, **options) -> mk.MarginHead:
+    return mk.MarginHead(D, c, margin or mk.ArcFace(), process_group=dist.group.WORLD, **options)
+
+
+def _raises(kind, text: str, what) -> None:
+    with pytest.raises(kind, match=re.escape(text)):
+        what()
+
+
+def check_copies():
+    """A copied head is in the same group, and the gradient of its margin is still summed."""
+    whole, own = case(37), mine()
+    head = copy.deepcopy(sharded(whole, mk.L2Softmax(num_classes=37, trainable=True)))
+    head(whole.x[own], whole.labels[own]).backward()
+    same_everywhere(head.margin.alpha.grad)
+
+
+def backbone(seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, D))
+
+
+def one_process(c: int, batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float = 0.1, **options):
+    """Train a backbone and a head on one device: the losses, and both at the end. ``batches``: inputs and labels of all ranks."""
+    model, head = backbone(), mk.MarginHead(D, c, mk.ArcFace(scale=16.0), **options)
+    head.load_state_dict(head.state_dict() | {"weight": case(c).w})
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=lr, momentum=0.9)
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = head(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), model, head
+
+
+def batches(c: int, steps: int, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(9)
+    return [(torch.randn(rows, 12, generator=g), torch.randint(c, (rows,), generator=g)) for _ in range(steps)]
+
+
+def train_beside(wrap, compile: bool = False) -> None:
+    """Training a wrapped backbone with a sharded head gives the same as training in one process."""
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    data = batches(c, 5, 4 * size)
+    want, model, whole = one_process(c, data)
+    net = wrap(backbone())
+    head = sharded(testing.Case(torch.empty(0), case(c).w, torch.empty(0), None), mk.ArcFace(scale=16.0), batch_size=4)
+    call = torch.compile(head, fullgraph=True) if compile else head
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9, foreach=False)
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = call(net(x[rank * 4 : rank * 4 + 4]), y[rank * 4 : rank * 4 + 4])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    same_everywhere(losses)
+    compare(losses, want, "losses")
+    compare(head.weight, whole.weight[head.shard.start : head.shard.stop], "weight", float(whole.weight.detach().norm()))
+    for p, q in zip(net.parameters(), model.parameters(), strict=True):
+        full = p.full_tensor() if hasattr(p, "full_tensor") else p
+        compare(full, q, "backbone")
+
+
+def check_ddp():
+    train_beside(nn.parallel.DistributedDataParallel)
+
+
+def check_fsdp2():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    train_beside(lambda net: fully_shard(net, mesh=mesh))
+
+
+def check_compile():
+    if dist.get_world_size() != 2:
+        return  # compiling takes half a minute, and does not depend on the number of ranks
+    train_beside(nn.parallel.DistributedDataParallel, compile=True)
+
+
+def check_accumulation():
+    """Two backward passes of half the batch, with halved losses, give the gradient of the whole batch (all rows are valid)."""
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    ((x, y),) = batches(c, 1, 4 * size)
+    grads = []
+    for parts in (1, 2):
+        net = nn.parallel.DistributedDataParallel(backbone())
+        head = sharded(testing.Case(torch.empty(0), case(c).w, torch.empty(0), None), mk.ArcFace(scale=16.0))
+        own = torch.arange(rank * 4, rank * 4 + 4).chunk(parts)
+        for i, rows in enumerate(own):
+            net.require_backward_grad_sync = i == parts - 1
+            (head(net(x[rows]), y[rows]) / parts).backward()
+        grads.append([head.weight.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*grads, strict=True):
+        compare(a, b, "gradient")
+
+
+def check_sampling():
+    """Only drawn rows have a gradient, that of the loss over the classes drawn by all ranks; the optimizer changes no other rows."""
+    whole, own, size = case(400, bias=True), mine(), dist.get_world_size()
+    for log_q in (False, True):
+        head = sharded(whole, mk.ArcFace(), sample_rate=0.2, sample_seed=4, log_q=log_q)
+        optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        for _ in range(3):
+            before = head.weight.detach().clone()
+            start, held = head.class_start, head.weight.shape[0]
+            x = whole.x[own].clone().requires_grad_()
+            optimizer.zero_grad()
+            loss = head(x, whole.labels[own])
+            loss.backward()
+            same_everywhere(loss)
+            index = head.weight.grad.indices()[0]
+            rows = -(-len(whole.labels) // size) if size == 1 else max(ROWS[:size]) * size  # padded
+            assert len(index) == min(held, max(round(0.2 * held), rows))
+            here = whole.labels[(whole.labels >= start) & (whole.labels < start + held)] - start
+            assert torch.isin(here, index).all()
+            # The same loss by the float64 reference, over the drawn classes of all ranks only.
+            drawn = [None] * size
+            dist.all_gather_object(drawn, (index + start).tolist())
+            biases = torch.zeros(400, dtype=torch.float64)
+            for r, classes in enumerate(drawn):
+                low, high = bounds(400, size, r)
+                positive = torch.isin(torch.tensor(classes), whole.labels)
+                if log_q:
+                    free = high - low - int(positive.sum())
+                    biases[torch.tensor(classes)[~positive]] = -torch.log(torch.tensor(int((~positive).sum()) / free).double())
+            every = torch.tensor([c for part in drawn for c in part])
+            place = torch.searchsorted(every, whole.labels)
+            w = [torch.empty(0)] * size
+            dist.all_gather_object(w, before)
+            b = [torch.empty(0)] * size
+            dist.all_gather_object(b, head.bias.detach())
+            leaf = [whole.x.double().requires_grad_(), torch.cat(w)[every].double().requires_grad_()]
+            want = mk.margin_cross_entropy(
+                *leaf,
+                torch.where(whole.labels < 0, -100, place),
+                margin=copy.deepcopy(head.margin),
+                bias=torch.cat(b)[every].double() + biases[every],
+                backend="reference",
+            )
+            want.backward()
+            compare(loss, want, "loss")
+            compare(x.grad / size, leaf[0].grad[own], "dx", float(leaf[0].grad.norm()))
+            part = (every >= start) & (every < start + held)
+            compare(head.weight.grad.values(), leaf[1].grad[part], "dw", float(leaf[1].grad.norm()))
+            optimizer.step()
+            still = torch.ones(held, dtype=torch.bool)
+            still[index] = False
+            assert torch.equal(head.weight[still], before[still])
+            assert not torch.equal(head.weight[index], before[index])
+
+
+def check_grad_scaler():
+    """With an infinite gradient on one rank, all ranks skip the step and lower the scale; else all take it."""
+    for kind in (torch.optim.SGD, optim.SGD):
+        head = _head(2 * dist.get_world_size() + 1, batch_size=3)
+        optimizer = kind(head.parameters(), lr=0.1)
+        scaler = GradScaler("cpu", init_scale=8.0, growth_interval=10, process_group=dist.group.WORLD)
+        for poisoned in (None, 0, 1 % dist.get_world_size()):  # with 4 ranks the last holds no class
+            optimizer.zero_grad()
+            scaler.scale(head(torch.randn(3, D), torch.tensor([0, 1, 2]))).backward()
+            if dist.get_rank() == poisoned:
+                head.weight.grad[-1] = torch.inf
+            before, scale = head.weight.detach().clone(), scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(head.weight, before) == (poisoned is not None or not len(before))
+            assert scaler.get_scale() == (scale if poisoned is None else scale / 2)
+
+
+def check_received_bytes():
+    """The bytes that the collectives count are those that the planner states."""
+    size = dist.get_world_size()
+    for options, plan_options in (({}, {}), ({"label_smoothing": 0.1}, {"label_smoothing": True})):
+        head = _head(37, batch_size=4, **options)
+        collectives.forget(head.shard.group)
+        x = torch.randn(3, D, requires_grad=True)
+        head(x, torch.tensor([1, 2, 3])).backward()
+        want = plan.exchanged(dim=D, ranks=size, batch=4, embedding_bytes=4, **plan_options)
+        assert collectives.received(head.shard.group) == want
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

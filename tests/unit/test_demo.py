@@ -1,0 +1,176 @@
+"""The demo: its images, its verification, and that heads train and agree with eager ones."""
+
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+
+from marginkernels import margin_cross_entropy, testing
+from marginkernels.__main__ import main
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+pytest.importorskip("fontTools")
+
+from marginkernels.demo import data, evaluate, heads, train
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return data.load(min_typefaces=4)
+
+
+@pytest.fixture(scope="module")
+def few(glyphs):
+    """Training and unseen identities, 120 and 30 of those with many typefaces."""
+    many = np.bincount(glyphs.identities) >= 10
+    many[np.flatnonzero(many)[150:]] = False
+    return glyphs.subset(many).split(0.2, seed=0)
+
+
+def test_a_few_thousand_identities(glyphs):
+    assert len(glyphs.characters) > 3000
+    assert len(glyphs.typefaces) > 30
+    assert "A" in glyphs.characters
+
+
+def test_images_and_identities_belong_together(glyphs):
+    counts = np.bincount(glyphs.identities, minlength=len(glyphs.characters))
+    assert glyphs.images.shape == (len(glyphs.identities), data.SIZE, data.SIZE)
+    assert counts.min() >= 4
+    assert (np.diff(glyphs.identities) >= 0).all()
+    assert glyphs.images.reshape(len(glyphs.images), -1).max(1).min() >= 64, "a blank image"
+
+
+def test_no_image_twice_in_an_identity(glyphs):
+    seen = {(k, image.tobytes()) for k, image in zip(glyphs.identities, glyphs.images, strict=True)}
+    assert len(seen) == len(glyphs.images)
+
+
+def test_no_typeface_draws_two_identities_alike(glyphs):
+    seen = {(face, image.tobytes()) for face, image in zip(glyphs.faces, glyphs.images, strict=True)}
+    assert len(seen) == len(glyphs.images)
+
+
+def test_characters_have_a_drawing_of_their_own(glyphs):
+    assert all(unicodedata.category(c)[0] in "LNPS" for c in glyphs.characters)
+    assert not {"\u0391", "\u0410", " "} & set(glyphs.characters), "Alpha and the Cyrillic A are drawn as A; a space is not drawn"
+
+
+def test_split_shares_no_identity(glyphs):
+    train_part, unseen = glyphs.split(0.2, seed=3)
+    assert not set(train_part.characters) & set(unseen.characters)
+    assert set(train_part.characters) | set(unseen.characters) == set(glyphs.characters)
+    assert len(unseen.characters) == round(0.2 * len(glyphs.characters))
+    for part in (train_part, unseen):
+        assert set(part.identities) == set(range(len(part.characters)))
+        k = len(part.characters) // 2
+        original = glyphs.characters.index(part.characters[k])
+        np.testing.assert_array_equal(part.images[part.identities == k], glyphs.images[glyphs.identities == original])
+    assert glyphs.split(0.2, seed=3)[1].characters == unseen.characters
+    assert glyphs.split(0.2, seed=4)[1].characters != unseen.characters
+
+
+def test_fonts_of_ones_own(tmp_path, capsys, glyphs):
+    with pytest.raises(ValueError, match="fonts: expected a folder"):
+        data.load(tmp_path)
+    (tmp_path / "broken.ttf").write_bytes(b"not a font")
+    own = next(p for p in data.font_files() if p.stem == "DejaVuSerif")
+    (tmp_path / "again.otf").write_bytes(own.read_bytes())
+    found = data.load(tmp_path, min_typefaces=4)
+    assert "skipped broken.ttf" in capsys.readouterr().out
+    assert found.typefaces == [*glyphs.typefaces, "again"]
+    np.testing.assert_array_equal(found.images, glyphs.images)  # the same drawings again add nothing
+
+
+def test_too_much_asked_of_the_fonts():
+    with pytest.raises(ValueError, match="min_typefaces"):
+        data.load(min_typefaces=1000)
+
+
+def by_hand(embeddings, identities, far):
+    """TAR at FAR and rank-1 from a full matrix, threshold by threshold."""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    cos = unit @ unit.T
+    np.fill_diagonal(cos, -2)
+    same = identities[:, None] == identities
+    off = ~np.eye(len(cos), dtype=bool)
+    genuine, impostor = np.sort(cos[same & off]), np.sort(cos[~same])
+    allowed = int(far * len(impostor))
+    threshold = impostor[len(impostor) - allowed - 1]
+    return (genuine > threshold).mean(), (identities[cos.argmax(1)] == identities).mean()
+
+
+def test_verification_against_a_full_matrix():
+    rng = np.random.default_rng(0)
+    identities = rng.integers(0, 40, 300)
+    centers = rng.standard_normal((40, 16))
+    embeddings = (centers[identities] + 0.9 * rng.standard_normal((300, 16))) * rng.uniform(0.1, 10, (300, 1))
+    found = evaluate.verify_pairs(torch.from_numpy(embeddings).float(), torch.from_numpy(identities), block=77)
+    assert found.genuine.sum() + found.impostor.sum() == 300 * 299
+    for far in (1e-1, 1e-2, 1e-3):
+        tar, rank1 = by_hand(embeddings, identities, far)
+        assert found.tar(far) == pytest.approx(tar, abs=2e-3)
+        assert found.rank1 == pytest.approx(rank1)
+
+
+def test_verification_of_sure_things():
+    identities = torch.arange(50).repeat_interleave(3)
+    perfect = evaluate.verify_pairs(torch.eye(50)[identities], identities)
+    assert perfect.rank1 == 1
+    assert all(perfect.tar(far) == 1 for far in evaluate.FARS)
+    same = evaluate.verify_pairs(torch.ones(150, 8), identities)
+    assert all(same.tar(far) == 0 for far in evaluate.FARS)
+
+
+@pytest.mark.parametrize("name", heads.names())
+def test_what_is_timed_as_eager_is_the_same_loss(name):
+    case = testing.Case.random(32, 16, 300, ignored=False)
+    found = []
+    for loss_of in (heads.eager_loss, lambda x, w, y, m: margin_cross_entropy(x, w, y, margin=m, backend="reference")):
+        margin = heads.make(name, 300)
+        margin.bind(300)
+        x, w = case.x.clone().requires_grad_(), case.w.clone().requires_grad_()
+        loss = loss_of(x, w, case.labels, margin)
+        loss.backward()
+        found.append((loss.detach(), x.grad, w.grad))
+    for got, want in zip(*found, strict=True):
+        assert testing.relative_error(got, want) < 2e-5
+
+
+@pytest.mark.parametrize("name", heads.names())
+def test_every_head_trains_and_agrees(name, few):
+    run = train.fit(name, *few, train.Settings(steps=12, batch_size=64, dim=32, width=8))
+    assert all(np.isfinite(run.losses))
+    assert max(run.differences) < 1e-5
+
+
+def test_learns_unseen_identities_and_repeats_to_the_bit(few):
+    runs = [train.fit("arcface", *few, train.Settings(steps=60, batch_size=64, dim=32, width=8)) for _ in range(2)]
+    first = runs[0]
+    assert np.mean(first.losses[-5:]) < 0.7 * np.mean(first.losses[:5])
+    assert first.verification.tar(1e-2) > 0.3
+    assert np.median(first.target_angles["end"]) < np.median(first.target_angles["middle"]) < np.median(first.target_angles["start"]) - 5
+    assert first.losses == runs[1].losses
+    assert torch.equal(first.verification.genuine, runs[1].verification.genuine)
+
+
+def test_unknown_head():
+    with pytest.raises(ValueError, match="head: expected one of"):
+        heads.make("nonsense", 10)
+
+
+def test_the_whole_command(tmp_path, capsys):
+    status = main(["demo", "--quick", "--steps", "8", "--compare", "arcface", "adacos", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert status == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["head"] for r in results["heads"]] == ["arcface", "adacos"]
+    assert all(len(r["losses"]) == 8 for r in results["heads"])
+    assert {(c["kind"], c["c"]) for c in results["costs"]} == {(k, c) for k in ("fused", "eager") for c in (320, 5000)}
+    for name in ("samples", "losses", "roc", "angles-arcface", "angles-adacos", "target-logits"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert "arcface" in out
+    assert "adacos" in out

@@ -1,0 +1,228 @@
+"""Bad input gets an error that names the argument, what was expected and what came; odd but legal input works and stays finite."""
+
+import math
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import testing
+from marginkernels.backend import FUSED
+
+N, D, C = 6, 16, 11
+X, W, Y = torch.randn(N, D), torch.randn(C, D), torch.arange(N)
+BACKENDS = ["reference", *(name for name, b in FUSED.items() if b.unavailable_reason() is None and "cpu" in b.device_types)]
+
+
+def call(x=X, w=W, y=Y, margin=None, **options):
+    return mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace() if margin is None else margin, **options)
+
+
+BAD = {
+    # what is called: (error, the argument it names, something of what came)
+    "label too large": (lambda: call(y=torch.tensor([0, 1, 2, 3, 4, 11])), ValueError, "labels", "11"),
+    "label negative": (lambda: call(y=torch.tensor([0, 1, -1, 3, 4, 5])), ValueError, "labels", "-1"),
+    "labels far off": (lambda: call(y=torch.tensor([0, 2**40, -(2**40), 3, 4, 5])), ValueError, "labels", str(2**40)),
+    "ignore_index of another": (lambda: call(y=torch.tensor([-100, 1, 2, 3, 4, 5]), ignore_index=-1), ValueError, "labels", "-100"),
+    "labels int32": (lambda: call(y=Y.int()), TypeError, "labels", "int32"),
+    "labels float": (lambda: call(y=Y.float()), TypeError, "labels", "float32"),
+    "labels one-hot": (lambda: call(y=torch.eye(N, C).long()), ValueError, "labels", "(6, 11)"),
+    "labels short": (lambda: call(y=Y[:4]), ValueError, "labels", "(4,)"),
+    "labels a list": (lambda: call(y=[0, 1, 2, 3, 4, 5]), TypeError, "labels", "list"),
+    "labels elsewhere": (lambda: call(y=Y.to("meta")), ValueError, "labels", "meta"),
+    "weight elsewhere": (lambda: call(w=W.to("meta")), ValueError, "weight", "meta"),
+    "weight transposed": (lambda: call(w=W.T), ValueError, "weight", "(16, 11)"),
+    "weight flat": (lambda: call(w=W.flatten()), ValueError, "weight", "(176,)"),
+    "weight without classes": (lambda: call(w=W[:0]), ValueError, "weight", "(0, 16)"),
+    "weight integer": (lambda: call(w=W.long()), TypeError, "weight", "int64"),
+    "weight finer than embeddings": (lambda: call(w=W.double()), TypeError, "weight", "float64"),
+    "weight sparse": (lambda: call(w=W.to_sparse()), TypeError, "weight", "sparse"),
+    "embeddings integer": (lambda: call(x=X.long()), TypeError, "embeddings", "int64"),
+    "embeddings complex": (lambda: call(x=X.to(torch.complex64)), TypeError, "embeddings", "complex64"),
+    "embeddings of three axes": (lambda: call(x=X[None]), ValueError, "embeddings", "(1, 6, 16)"),
+    "embeddings without dimensions": (lambda: call(x=X[:, :0], w=W[:, :0]), ValueError, "embeddings", "(6, 0)"),
+    "embeddings an array": (lambda: call(x=X.numpy()), TypeError, "embeddings", "ndarray"),
+    "bias of wrong length": (lambda: call(bias=torch.zeros(C + 1)), ValueError, "bias", "(12,)"),
+    "bias integer": (lambda: call(bias=torch.zeros(C, dtype=torch.int64)), TypeError, "bias", "int64"),
+    "reduction unknown": (lambda: call(reduction="avg"), ValueError, "reduction", "avg"),
+    "backend unknown": (lambda: call(backend="cudnn"), ValueError, "backend", "cudnn"),
+    "backend that cannot": (lambda: call(backend="cuda"), ValueError, "backend", "cpu"),
+    "smoothing above one": (lambda: call(label_smoothing=1.5), ValueError, "label_smoothing", "1.5"),
+    "smoothing a string": (lambda: call(label_smoothing="0.1"), TypeError, "label_smoothing", "0.1"),
+    "smoothing nan": (lambda: call(label_smoothing=math.nan), ValueError, "label_smoothing", "nan"),
+    "workspace nan": (lambda: call(workspace_mb=math.nan), ValueError, "workspace_mb", "nan"),
+    "workspace negative": (lambda: call(workspace_mb=-1), ValueError, "workspace_mb", "-1"),
+    "ignore_index a float": (lambda: call(ignore_index=0.5), TypeError, "ignore_index", "0.5"),
+    "margin a class": (lambda: call(margin=mk.ArcFace), TypeError, "margin", "ArcFace"),
+    "margin a number": (lambda: call(margin=0.5), TypeError, "margin", "0.5"),
+    "scale negative": (lambda: mk.CosFace(scale=-1.0), ValueError, "scale", "-1"),
+    "scale zero": (lambda: mk.ArcFace(scale=0), ValueError, "scale", "0"),
+    "scale infinite": (lambda: mk.NormFace(scale=math.inf), ValueError, "scale", "inf"),
+    "scale nan": (lambda: mk.NormFace(scale=math.nan), ValueError, "scale", "nan"),
+    "scale a string": (lambda: mk.NormFace(scale="64"), TypeError, "scale", "64"),
+    "arc margin in degrees": (lambda: mk.ArcFace(margin=28.6), ValueError, "margin", "28.6"),
+    "arc margin negative": (lambda: mk.ArcFace(margin=-0.1), ValueError, "margin", "-0.1"),
+    "beyond_pi unknown": (lambda: mk.ArcFace(beyond_pi="hard"), ValueError, "beyond_pi", "hard"),
+    "gradient unknown": (lambda: mk.ArcFace(gradient="straight"), ValueError, "gradient", "straight"),
+    "cos margin too large": (lambda: mk.CosFace(margin=3.0), ValueError, "margin", "3.0"),
+    "m1 zero": (lambda: mk.CombinedMargin(m1=0.0), ValueError, "m1", "0.0"),
+    "m3 negative": (lambda: mk.CombinedMargin(m3=-0.2), ValueError, "m3", "-0.2"),
+    "sphere margin fractional": (lambda: mk.SphereFace(margin=1.5), ValueError, "margin", "1.5"),
+    "sphere annealing a number": (lambda: mk.SphereFace(annealing=5.0), TypeError, "annealing", "5.0"),
+    "annealing negative": (lambda: mk.Annealing(minimum=-1.0), ValueError, "minimum", "-1"),
+    "alpha negative": (lambda: mk.L2Softmax(alpha=-3.0), ValueError, "alpha", "-3"),
+    "alpha's bound for two classes": (lambda: mk.L2Softmax(num_classes=2), ValueError, "num_classes", "2"),
+    "adacos for two classes": (lambda: mk.AdaCos(2), ValueError, "num_classes", "2"),
+    "mv kind": (lambda: mk.MVSoftmax(kind="cos"), ValueError, "kind", "cos"),
+    "mv t": (lambda: mk.MVSoftmax(t=-0.2), ValueError, "t", "-0.2"),
+    "momentum": (lambda: mk.CurricularFace(momentum=1.5), ValueError, "momentum", "1.5"),
+    "focal": (lambda: mk.CosFace(focal_gamma=-2.0), ValueError, "focal_gamma", "-2"),
+    "head without classes": (lambda: mk.MarginHead(D, 0, mk.CosFace()), ValueError, "num_classes", "0"),
+    "head of fractional dimension": (lambda: mk.MarginHead(0.5, C, mk.CosFace()), ValueError, "embedding_dim", "0.5"),
+    "head without margin": (lambda: mk.MarginHead(D, C, "arcface"), TypeError, "margin", "arcface"),
+    "head reduction": (lambda: mk.MarginHead(D, C, mk.CosFace(), reduction="max"), ValueError, "reduction", "max"),
+    "head of integers": (lambda: mk.MarginHead(D, C, mk.CosFace(), dtype=torch.int64), TypeError, "dtype", "int64"),
+    "head on wrong embeddings": (lambda: mk.MarginHead(D + 1, C, mk.CosFace())(X, Y), ValueError, "weight", "(11, 17)"),
+    "topk of too many": (lambda: mk.MarginHead(D, C, mk.CosFace()).topk(X, 12), ValueError, "k", "12"),
+    "topk of none": (lambda: mk.MarginHead(D, C, mk.CosFace()).topk(X, 0), ValueError, "k", "0"),
+    "topk of integers": (lambda: mk.MarginHead(D, C, mk.CosFace()).topk(X.long()), TypeError, "embeddings", "int64"),
+    "center labels": (lambda: mk.CenterLoss(C, D)(X, Y + 20), ValueError, "labels", "20"),
+    "center classes": (lambda: mk.CenterLoss(-1, D), ValueError, "num_classes", "-1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad(name):
+    what, error, argument, came = BAD[name]
+    with pytest.raises(error) as caught:
+        what()
+    message = str(caught.value)
+    assert message.startswith((f"{argument}:", f"annealing.{argument}:")), message
+    assert "expected" in message or argument == "backend", message
+    assert came in message, message
+
+
+def test_margin_must_define_target():
+    with pytest.raises(NotImplementedError, match="must define target"):
+        call(margin=mk.Margin())
+
+
+def all_finite(out):
+    return {k: bool(torch.isfinite(v).all()) for k, v in out.items()} == dict.fromkeys(out, True)
+
+
+def odd_cases():
+    g = torch.Generator().manual_seed(1)
+    x, w = torch.randn(N, D, generator=g), torch.randn(C, D, generator=g)
+    ones = torch.ones(N, dtype=torch.int64)
+    zero_x, zero_w = x.clone(), w.clone()
+    zero_x[2] = 0
+    zero_w[[1, 7]] = 0
+    mixed_x = x * torch.tensor([1e18, 1e-18, 1, 1e18, 1e-18, 1])[:, None]
+    mixed_w = w * torch.logspace(-18, 18, C)[:, None]
+    return {
+        "zero row": (zero_x, w, Y),
+        "zero center": (x, zero_w, Y),
+        "all zero": (x * 0, w * 0, Y),
+        "equal to center": (w[Y].clone(), w, Y),
+        "opposite to center": (-w[Y].clone(), w, Y),
+        "multiple of center": (3 * w[Y], w, Y),
+        "all centers equal": (x, w[:1].repeat(C, 1), Y),
+        "large norms": (x * 1e18, w * 1e18, Y),
+        "small norms": (x * 1e-18, w * 1e-18, Y),
+        "large and small norms": (mixed_x, mixed_w, Y),
+        "everything ignored": (x, w, Y * 0 - 100),
+        "some ignored": (x, w, torch.tensor([-100, 1, 2, -100, 4, 5])),
+        "no rows": (x[:0], w, Y[:0]),
+        "one row": (x[:1], w, Y[:1]),
+        "one class": (x, w[:1], ones * 0),
+        "two classes": (x, w[:2], ones),
+        "one dimension": (x[:, :1], w[:, :1], Y),
+        "repeated labels": (x, w, ones),
+        "one-hot embeddings": (torch.eye(N, D), torch.eye(C, D), Y),
+    }
+
+
+SMALL_HEADS = {k: v for k, v in testing.HEADS.items() if not k.startswith("arcface-")} | {
+    "arcface-1024": lambda c: mk.ArcFace(scale=1024.0),
+    "cosface-1024": lambda c: mk.CosFace(scale=1024.0, focal_gamma=0.5),
+    "curricularface-1024": lambda c: mk.CurricularFace(scale=1024.0),
+    "arcface-detached": testing.HEADS["arcface-detached"],
+    "normface-tiny-scale": lambda c: mk.NormFace(scale=1e-4),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", odd_cases())
+def test_odd_but_legal(name, backend):
+    x, w, y = odd_cases()[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        for head, make in SMALL_HEADS.items():
+            case = testing.Case(x.to(dtype), w, y, torch.randn(w.shape[0]))
+            for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
+                out = testing.run(case, make(max(3, w.shape[0])), backend, **options)
+                assert all_finite(out), (head, dtype, options, {k: float(v.abs().max()) if v.numel() else None for k, v in out.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_learn_from(backend):
+    for x, y in ((X, Y * 0 - 100), (X[:0], Y[:0])):
+        for reduction in ("mean", "sum"):
+            out = testing.run(testing.Case(x, W, y, None), mk.ArcFace(), backend, reduction=reduction)
+            assert all(float(v.abs().sum()) == 0 for v in out.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_do_not_count(backend):
+    y = Y.clone()
+    y[[1, 4]] = 255
+    kept = y != 255
+    for name in ("arcface", "adacos", "curricularface", "mv-arc", "arcface-focal"):
+        for smoothing in (0.0, 0.1):
+            some = testing.run(testing.Case(X, W, y, None), testing.HEADS[name](C), backend, ignore_index=255, label_smoothing=smoothing)
+            only = testing.run(testing.Case(X[kept], W, y[kept], None), testing.HEADS[name](C), backend, label_smoothing=smoothing)
+            assert testing.relative_error(some["loss"], only["loss"]) < 1e-6
+            assert testing.relative_error(some["dx"][kept], only["dx"]) < 1e-5
+            assert float(some["dx"][~kept].abs().sum()) == 0
+            assert testing.relative_error(some["dw"], only["dw"]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend):
+    wide = torch.randn(N, 2 * D)
+    variants = [
+        (wide[:, ::2], W, Y),
+        (torch.randn(D, N).T, W, Y),
+        (X, torch.randn(D, C).T, Y),
+        (X, torch.randn(C, 3 * D)[:, D : 2 * D], Y),
+        (X, torch.randn(2 * C, D)[::2], Y),
+        (X, W[:1].expand(C, D), Y),
+        (X[:1].expand(N, D), W, Y),
+        (X, W, torch.arange(2 * N)[::2] % C),
+    ]
+    for x, w, y in variants:
+        strided = testing.run(testing.Case(x, w, y, None), mk.ArcFace(), backend)
+        plain = testing.run(testing.Case(x.contiguous(), w.contiguous(), y.contiguous(), None), mk.ArcFace(), backend)
+        for name in strided:
+            assert testing.relative_error(strided[name], plain[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sure_rows_keep_their_gradient(backend):
+    """At p = 0.9999999 the gradient is 1 - p, which a softmax that subtracts p from 1 in float32 does not have."""
+    if backend == "reference":
+        pytest.skip("the reference subtracts in the dtype it is given; only its float64 is a reference")
+    w = torch.nn.functional.normalize(torch.randn(50, 32), dim=1)
+    for scale in (12.0, 20.0, 40.0):
+        case = testing.Case(w[:8] + 0.01 * torch.randn(8, 32), w, torch.arange(8), None)
+        assert max(testing.errors(case, mk.NormFace(scale), backend).values()) < 2e-5
+
+
+def test_refusal_lists_each_backend():
+    with pytest.raises(ValueError) as caught:
+        mk.margin_cross_entropy(X, W, Y, margin=mk.ArcFace(), backend="triton")
+    assert "triton" in str(caught.value)
+    listed = mk.backends()
+    assert {"reference", "torch"} <= set(listed)
+    for entry in listed.values():
+        assert (entry["reason"] is None) == entry["available"]

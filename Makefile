@@ -1,5 +1,5 @@
 # make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
-# make test    lint and all tests that need no GPU
+# make test    lint and all tests that need no GPU, with the share of the package's lines that they run
 # Both make a virtual environment first, in .venv, with the versions of requirements.lock.
 
 PYTHON ?= python3
@@ -13,21 +13,26 @@ TESTS ?=
 OUT ?= runs/gpu-report
 STEPS ?=
 
+CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
 .PHONY: demo test lint format build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --cov=marginkernels --cov-report=term:skip-covered
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/python -m mypy
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CSRC)
 
 # The build tools are pinned too, so the package is built with them instead of in an environment of its own.
 # Installed in place: edits of Python files need nothing, edits of C++ files rebuild here.
@@ -49,4 +54,4 @@ gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 clean:
-	rm -rf $(VENV) build marginkernels.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build marginkernels.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*

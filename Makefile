@@ -1,6 +1,8 @@
 # make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
 # make test    lint and all tests that need no GPU, with the share of the package's lines that they run
-# Both make a virtual environment first, in .venv, with the versions of requirements.lock.
+# make test-all  the same with the tests that take minutes
+# make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
+# All make a virtual environment first, in .venv, with the versions of requirements.lock.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,15 +15,25 @@ TESTS ?=
 OUT ?= runs/gpu-report
 STEPS ?=
 
+# How many problems fuzz makes, and more arguments for it, such as FUZZ="--backend cpu --seconds 600"
+N ?= 100000
+FUZZ ?=
+
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test lint format build test-gpu gpu-report clean
+.PHONY: demo test test-all fuzz lint format build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --cov=marginkernels --cov-report=term:skip-covered
+
+test-all: lint
+	$(VENV)/bin/python -m pytest -n 2 --slow
+
+fuzz: $(READY)
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases $(N) --record benchmarks/results/fuzz.json $(FUZZ)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+import marginkernels
+
 #: Name -> what it does. Each command is a module of this package (of the same name, unless ``MODULES`` says otherwise) with
 #: ``add_arguments(parser)`` and ``run(args) -> exit status``. Only the module of the given command is imported.
 COMMANDS = {
@@ -22,6 +24,7 @@ MODULES = {"peers": "listing"}
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of the fused heads and their peers.")
+    parser.add_argument("--version", action="version", version=f"benchmarks of marginkernels {marginkernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what)

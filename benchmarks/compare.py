@@ -11,16 +11,18 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
-from .records import Records, is_ours, timed
+from marginkernels.cli._text import number
+
+from .records import Records, is_ours, record_file, timed
 
 LIMIT = 0.10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="record file to compare with")
-    parser.add_argument("new", metavar="NEW", help="record file to check")
+    parser.add_argument("base", type=record_file, metavar="BASE", help="record file to compare with")
+    parser.add_argument("new", type=record_file, metavar="NEW", help="record file to check")
     parser.add_argument("--peer", help="compare relative to this peer only")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="slowdown that counts as a regression, 0.10 for 10%% (default)")
+    parser.add_argument("--limit", type=number(0), default=LIMIT, help="slowdown that counts as a regression, 0.10 for 10%% (default)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -178,6 +178,12 @@ def main() -> int:
         "--seconds", type=float, default=SECONDS, help="total time limit; a step whose own limit exceeds what is left is skipped"
     )
     args = parser.parse_args()
+    if not 0 < args.seconds < float("inf"):
+        parser.error(f"argument --seconds: expected a finite number > 0, got {args.seconds}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: expected a folder that can be written, got {str(args.out)!r} ({error.strerror})")
     steps = tuple(step for step in STEPS if not args.steps or step.name in args.steps)
     outcomes = report(args.out.resolve(), steps, args.seconds)
     return 1 if any(outcome.startswith("failed") for outcome in outcomes.values()) else 0

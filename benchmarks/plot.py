@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import RESULTS, Records, committed, is_ours
+from marginkernels.cli._text import writable_folder
+
+from .records import RESULTS, Records, committed, is_ours, record_file
 
 WIDTH = 10.0
 #: Backends of this package have warm colors, peers cool ones. A provider has the same color in every plot.
@@ -43,8 +45,8 @@ class Picture:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the plots (default: next to each record file)")
+    parser.add_argument("paths", nargs="*", type=record_file, metavar="RECORDS", help="record files (default: all in benchmarks/results)")
+    parser.add_argument("--out", type=writable_folder, metavar="DIR", help="folder for the plots (default: next to each record file)")
 
 
 def run(args: argparse.Namespace) -> int:

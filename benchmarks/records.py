@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "marginkernels-"
@@ -38,7 +40,7 @@ class Records:
         """Read a file, with provider names as they are today (see ``RENAMED``)."""
         path = Path(path)
         text = path.read_text()
-        loaded = json.loads(text)
+        loaded: dict[str, Any] = json.loads(text)
         lines = [i for i, line in enumerate(text.splitlines(), 1) if line.lstrip().startswith('{"provider"')]
         if len(lines) == len(loaded["records"]):  # else the file was reformatted, and has no line numbers
             loaded["records"] = [r | {"line": line} for r, line in zip(loaded["records"], lines, strict=True)]
@@ -83,6 +85,17 @@ def fastest(case: dict[str, dict], ours: bool | None = None) -> dict | None:
     """
     candidates = [r for name, r in timed(case).items() if ours is None or is_ours(name) == ours]
     return min(candidates, key=lambda r: r["ms_p50"], default=None)
+
+
+def record_file(text: str) -> Path:
+    """The ``argparse`` type of a record file of ``python -m benchmarks run``: it is read once, so that a bad one is refused at once."""
+    try:
+        Records.read(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"expected a record file, got {text!r} ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise argparse.ArgumentTypeError(f"expected a record file of `python -m benchmarks run`, got {text!r}") from None
+    return Path(text)
 
 
 def committed() -> list[Path]:

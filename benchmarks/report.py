@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from marginkernels.cli._text import writable_file
+
 from .plot import pictures
-from .records import Key, Records, committed, fastest, timed
+from .records import Key, Records, committed, fastest, record_file, timed
 
 TARGET = Path(__file__).parent / "RESULTS.md"
 
@@ -37,9 +39,9 @@ How to read it:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="RECORDS", help="record files (default: all in benchmarks/results)")
+    parser.add_argument("paths", nargs="*", type=record_file, metavar="RECORDS", help="record files (default: all in benchmarks/results)")
     parser.add_argument(
-        "--out", type=Path, help="where to write (default: benchmarks/RESULTS.md, or standard output if record files are given)"
+        "--out", type=writable_file, help="where to write (default: benchmarks/RESULTS.md, or standard output if record files are given)"
     )
 
 
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if out is None:
         print(render(files))
     else:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(render(files))
         print(f"{out}: {len(files)} record files")
     return 0

@@ -10,16 +10,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from pathlib import Path
+
+from marginkernels.cli._text import integer, writable_file
+from marginkernels.cli.tune import architecture
 
 COLLECTORS = {"triton": "resources_triton", "cuda": "resources_cuda"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], metavar="SM", help="architectures, such as sm_80 sm_90 sm_100")
+    parser.add_argument(
+        "--arch", nargs="+", type=architecture, default=["sm_80", "sm_90"], metavar="SM", help="architectures, such as sm_80 sm_90 sm_100"
+    )
     parser.add_argument("--only", nargs="+", choices=sorted(COLLECTORS), help="collectors to run; by default all that can run here")
-    parser.add_argument("--dims", nargs="+", type=int, help="embedding dimensions of the Triton kernels; all by default")
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--dims", nargs="+", type=integer(high=1024), help="embedding dimensions of the Triton kernels; all by default")
+    parser.add_argument("--json", type=writable_file, help="write the records here")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from marginkernels.cli._text import number, refuse, writable_file
+
 from .cases import DTYPES, Case, preset
 from .heads import HEADS
 from .peers import Provider, providers
@@ -36,39 +38,47 @@ TELLING = 10**9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=tuple(SECONDS), default="quick", help="quick: takes minutes; full: the committed records")
-    parser.add_argument("--json", required=True, metavar="PATH", help="output file; rewritten after each case")
-    parser.add_argument("--providers", metavar="NAME,...", help="run only these (see `peers`)")
+    parser.add_argument("--json", type=writable_file, required=True, metavar="PATH", help="output file; rewritten after each case")
+    parser.add_argument("--providers", type=_providers, metavar="NAME,...", help="run only these (see `peers`)")
     shape = "HEAD,DTYPE,N,D,C"
     parser.add_argument("--case", action="append", type=_case, metavar=shape, help="run this case instead of the preset; may be repeated")
     parser.add_argument("--train", action="store_true", help="also time the optimizer step, in every case")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case after this time")
+    parser.add_argument("--time-limit", type=number(0, open_low=True), metavar="SECONDS", help="start no case after this time")
 
 
 def _case(text: str) -> Case:
-    head, dtype, *sizes = text.split(",")
-    if head not in HEADS or dtype not in DTYPES or len(sizes) != 3:
-        raise ValueError(text)
-    return Case(head, *map(int, sizes), dtype)
+    """The ``argparse`` type of ``--case``."""
+    head, dtype, *sizes = text.split(",") if text.count(",") == 4 else ("", "")
+    if head not in HEADS or dtype not in DTYPES or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"expected HEAD,DTYPE,N,D,C with a head of {', '.join(HEADS)}, a dtype of {', '.join(DTYPES)} and sizes >= 1, got {text!r}"
+        )
+    n, d, c = map(int, sizes)
+    return Case(head, n, d, c, dtype)
+
+
+def _providers(text: str) -> list[str]:
+    """The ``argparse`` type of ``--providers``."""
+    chosen, known = text.split(","), providers()
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected names among {', '.join(known)}, got {', '.join(unknown)}")
+    return chosen
 
 
 def run(args: argparse.Namespace) -> int:
     from .environment import describe
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch sees no GPU", file=sys.stderr)
-        return 2
+        return refuse("--device: expected cpu where PyTorch sees no GPU, got cuda")
     known = providers()
-    chosen = args.providers.split(",") if args.providers else list(known)
-    unknown = [name for name in chosen if name not in known]
-    if unknown:
-        print(f"--providers: expected names among {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr)
-        return 2
+    chosen = args.providers or list(known)
     cases = args.case or preset(args.device, args.preset)
     if args.train:
         cases = [Case(**(case.as_dict() | {"train": True})) for case in cases]
     able = [known[name] for name in known if name in chosen and known[name].unavailable_reason(args.device) is None]
     results = {"environment": describe(args.device) | {"preset": "custom" if args.case else args.preset}, "records": []}
-    path = Path(args.json)
+    path = args.json
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tqdm(cases, unit="case", dynamic_ncols=True) as bar:

@@ -23,6 +23,7 @@ import marginkernels as mk
 from marginkernels import optim
 from marginkernels.backend.cpu import release_memory
 from marginkernels.cli import plan
+from marginkernels.cli._text import writable_folder
 from marginkernels.core.numerics import CHUNK_ELEMENTS
 from marginkernels.distributed import _collectives as collectives
 
@@ -140,9 +141,13 @@ def markdown(measured: list[dict], plans: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling", help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=writable_folder, default=Path(__file__).parent / "results" / "scaling", help="folder (default: %(default)s)"
+    )
     parser.add_argument("--render", action="store_true", help="measure nothing, and write scaling.md from the scaling.json in the folder")
     args = parser.parse_args()
+    if args.render and not (args.out / "scaling.json").is_file():
+        parser.error(f"argument --out: expected a folder with the scaling.json of an earlier run, got {str(args.out)!r}")
     if args.render:
         record = json.loads((args.out / "scaling.json").read_text())
         (args.out / "scaling.md").write_text(markdown(record["measured"], record["planned"]))

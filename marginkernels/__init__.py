@@ -28,6 +28,7 @@ from .margins import (
     Softmax,
     SphereFace,
 )
+from .retrieval import topk
 
 __all__ = [
     "AdaCos",
@@ -52,6 +53,7 @@ __all__ = [
     "margin_cross_entropy",
     "optim",
     "raise_pending_label_errors",
+    "topk",
 ]
 
 #: Parts that are loaded on first use.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import _deprecated
+from ._version import __version__
 
 #: Each command's module, which defines ``add_arguments(parser)`` and ``run(args) -> exit status``; only the one asked for is imported.
 COMMANDS = {
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"marginkernels: the command {argv[0]} is deprecated and goes with the next release; use {new}", file=sys.stderr)
         argv[0] = new
     parser = argparse.ArgumentParser(prog="python -m marginkernels", description="Fused margin-softmax heads.")
+    parser.add_argument("--version", action="version", version=f"marginkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -49,7 +49,7 @@ def backend_name(name: str) -> str:
     new = BACKENDS.get(name)
     if new is None:
         return name
-    warn(f"backend={name!r}", f"backend={new!r}", stacklevel=5)
+    warn(f"backend={name!r}", f"backend={new!r}", stacklevel=6)
     return new
 
 

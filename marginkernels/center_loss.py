@@ -20,7 +20,7 @@ class CenterLoss(nn.Module):
         num_classes: C.
         embedding_dim: D.
         reduction: ``"none"``, ``"mean"`` over the rows not ignored (0 where there is none) or ``"sum"``.
-        ignore_index: rows with this label have no loss.
+        ignore_index: rows with this label have no loss and no gradient, whatever they hold.
         sparse: give the centers' gradient as a sparse tensor.
         device, dtype: of the centers.
 
@@ -52,13 +52,15 @@ class CenterLoss(nn.Module):
         self.centers = nn.Parameter(torch.randn(self.num_classes, self.embedding_dim, device=device, dtype=dtype))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        check_embeddings(embeddings, self.centers)
+        check_embeddings(embeddings, self.centers, name="centers")
         check_labels_shape(labels, embeddings)
         labels = checked_labels(labels, self.num_classes, self.ignore_index)
         valid = labels >= 0
         own = nn.functional.embedding(torch.where(valid, labels, 0), self.centers, sparse=self.sparse)
         dtype = torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, own.dtype))
-        losses = torch.where(valid, 0.5 * (embeddings.to(dtype) - own.to(dtype)).square().sum(1), 0)
+        # Masked before the square, so that NaN in an ignored row reaches no gradient.
+        difference = torch.where(valid[:, None], embeddings.to(dtype) - own.to(dtype), 0)
+        losses = 0.5 * difference.square().sum(1)
         return reduce_losses(losses, valid, self.reduction)
 
     def extra_repr(self) -> str:

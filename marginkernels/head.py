@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import backend as backends
+from ._deprecated import BACKENDS
+from .core.labels import checked_ignore_index
 from .core.numerics import reduce_losses
-from .core.validation import FLOATS, check_reduction, positive
-from .loss import LossOptions, local_head_losses
+from .core.validation import FLOATS, check_number, check_reduction, positive
+from .loss import LossOptions, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
 from .retrieval import best, nearest
 from .sampling import Sampler
@@ -36,6 +42,9 @@ class MarginHead(nn.Module):
             :class:`marginkernels.optim.SGD` and :class:`marginkernels.optim.AdamW`, which leave every other row alone.
         sample_seed: of the draws; the count of draws is kept in ``state_dict``.
         log_q: correct the logits of drawn classes for the chance of being drawn; see :class:`marginkernels.sampling.Sampler`.
+        sparse_grad: False gives the sampled weight and bias dense gradients, zero in the rows that were not drawn, for trainers and tools
+            that do not take sparse ones (``torch.nn.utils.clip_grad_norm_``, Lightning, accelerate). It costs another tensor of the
+            weight's size, and optimizers then see, and decay, every row.
         device, dtype: of the weight and bias; float32 by default.
 
     Shapes:
@@ -47,11 +56,16 @@ class MarginHead(nn.Module):
           ``reduction="none"`` it is that of this rank's own rows (N,). Scale or divide it alike on all ranks.
         - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
-          in them, never the head.
+          in them, never the head; DDP around a module that contains the head raises.
         - The class centers drawn at the start do not depend on the number of ranks.
         - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks.
+        - Clip with :func:`marginkernels.distributed.clip_grad_norm_`: torch's would clip each rank by the norm of its own classes.
         - Gradients accumulate over backward passes as ever; divide each loss by how many there are, and have DDP wait for the last
           (``no_sync``). For float16 use :class:`marginkernels.distributed.GradScaler`, so that all ranks skip the same steps.
+
+    Under ``torch.utils.checkpoint`` the recomputation in the backward pass draws the same classes again and starts from the same state of
+    the margin, and neither advances. With ``use_reentrant=True`` that takes one forward pass outstanding at a time, with ``False`` one call
+    of the head in each checkpointed function; else the backward pass raises. A head that is itself compiled is not covered.
 
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).
@@ -63,6 +77,7 @@ class MarginHead(nn.Module):
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: in the backward pass of a checkpointed head, where it cannot tell which forward pass to repeat.
     """
 
     def __init__(
@@ -82,6 +97,7 @@ class MarginHead(nn.Module):
         sample_rate: float = 1.0,
         sample_seed: int = 0,
         log_q: bool = False,
+        sparse_grad: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -92,16 +108,20 @@ class MarginHead(nn.Module):
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
         check_reduction(reduction)
+        self.ignore_index = ignore_index = checked_ignore_index(ignore_index)
+        _check_options(label_smoothing, backend)
+        if not isinstance(sparse_grad, bool):
+            raise TypeError(f"sparse_grad: expected True or False, got {sparse_grad!r}")
+        fingerprint = "" if process_group is None else _fingerprint(margin)  # .to("meta") would leave no values
         self.margin = margin.to(device)
         self.margin.bind(self.num_classes)
         self.reduction = reduction
-        self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.backend = backend
         self.workspace_mb = workspace_mb
         self.sampler = None
         if sample_rate != 1:
-            self.sampler = Sampler(sample_rate, sample_seed, log_q).to(device)
+            self.sampler = Sampler(sample_rate, sample_seed, log_q, sparse_grad).to(device)
         elif log_q:
             raise ValueError("log_q: expected False where every class takes part (sample_rate = 1), got True")
         self.shard = None
@@ -112,12 +132,12 @@ class MarginHead(nn.Module):
             facts = {
                 "embedding_dim": embedding_dim,
                 "num_classes": num_classes,
-                "margin": margin.fingerprint(),
+                "margin": fingerprint,
                 "bias": bool(bias),
                 "dtype": str(dtype),
             }
             facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
-            facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q}
+            facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q, "sparse_grad": sparse_grad}
             self.shard.assert_same_on_all_ranks(**facts)
         elif batch_size is not None:
             raise ValueError(f"batch_size: expected None without a process_group, got {batch_size!r}")
@@ -125,22 +145,45 @@ class MarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(held, self.embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(held, device=device, dtype=dtype)) if bias else None
         self.stats: dict[str, Tensor] = {}
-        self._join()
-        self.reset_parameters()
+        self._passes = _Passes()
+        self._join(self.parameters())
+        self._draw_centers()
 
-    def _join(self) -> None:
-        """Hook into the gradients of the parameters."""
-        if self.sampler is not None:
-            for p in (self.weight, self.bias):
-                if p is not None:
-                    p.register_post_accumulate_grad_hook(self.sampler.mark)
-        if self.shard is not None:
-            for p in self.margin.parameters():
-                self.shard.sum_gradients(p)
+    def _join(self, parameters: Iterable[Tensor]) -> None:
+        """Hook into the gradients of ``parameters``, those of this head that have come anew, and mark those of a shard."""
+        for p in parameters:
+            if p is self.weight or p is self.bias:
+                if self.sampler is not None:
+                    _hook(p, self.sampler.watch)
+                if self.shard is not None:
+                    self.shard.mark(p)
+            elif self.shard is not None:
+                _hook(p, self.shard.sum_gradients)
+
+    def _rejoin(self, before: list[nn.Parameter]) -> None:
+        """:meth:`_join` for the parameters that have taken the place of those of ``before``."""
+        old = {id(p) for p in before}
+        self._join([p for p in self.parameters() if id(p) not in old])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._join()  # a copied parameter has lost its hooks
+        self._passes = _Passes()  # the outstanding ones are of the head that was copied
+        self._join(self.parameters())  # a copied parameter has lost its hooks
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginHead:
+        before = list(self.parameters())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._rejoin(before)  # to_empty() of a head on the meta device makes new parameters
+        return self
+
+    @property
+    def workspace_mb(self) -> float | None:
+        """See :func:`margin_cross_entropy`; may be set anew."""
+        return self._workspace_mb
+
+    @workspace_mb.setter
+    def workspace_mb(self, value: float | None) -> None:
+        self._workspace_mb, self._workspace_bytes = value, workspace_bytes(value)
 
     @property
     def class_start(self) -> int:
@@ -148,7 +191,18 @@ class MarginHead(nn.Module):
         return 0 if self.shard is None else self.shard.start
 
     def reset_parameters(self) -> None:
-        """Draw the class centers anew and set the bias to 0. With a process group every rank must call it."""
+        """Draw the class centers anew, set the bias to 0, and reset the draws of sampled classes and the margin's state: all that a head on
+        the meta device needs after ``to_empty()``. With a process group every rank must call it."""
+        self._draw_centers()
+        if self.sampler is not None:
+            self.sampler.reset()
+        reset = getattr(self.margin, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        self.stats = {}
+        self._passes = _Passes()
+
+    def _draw_centers(self) -> None:
         if self.shard is None:
             nn.init.normal_(self.weight, std=INIT_STD)
         else:
@@ -157,13 +211,23 @@ class MarginHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        if not self.training or torch.compiler.is_compiling():
+            return self._loss(embeddings, labels)
+        state = [*self.margin.buffers(), *([] if self.sampler is None else [self.sampler.draws])]
+        if not state:
+            return self._loss(embeddings, labels)
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            return self._passes.repeat(state, lambda: self._loss(embeddings, labels))
+        return self._passes.run(state, lambda: self._loss(embeddings, labels))
+
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         losses, valid, self.stats = local_head_losses(
             embeddings,
             self.weight,
             labels,
             self.margin,
             self.bias,
-            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self.workspace_mb),
+            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes),
             shard=self.shard,
             sampler=self.sampler if self.training else None,
         )
@@ -199,10 +263,156 @@ class MarginHead(nn.Module):
                 whole = state_dict.get(prefix + name)
                 if whole is not None and whole.shape[0] == self.num_classes != getattr(self, name).shape[0]:
                     state_dict[prefix + name] = whole[self.shard.start : self.shard.stop]
+        before = [p for p in (self.weight, self.bias) if p is not None]
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._join([p for p in (self.weight, self.bias) if p is not None and all(p is not q for q in before)])  # assign=True makes new ones
 
     def extra_repr(self) -> str:
-        shown = (
-            f"embedding_dim={self.embedding_dim}, num_classes={self.num_classes}, bias={self.bias is not None}, backend={self.backend!r}"
-        )
-        return shown if self.shard is None else f"{shown}, classes=[{self.shard.start}, {self.shard.stop}) of rank {self.shard.rank}"
+        shown: dict[str, object] = {"embedding_dim": self.embedding_dim, "num_classes": self.num_classes, "bias": self.bias is not None}
+        given: dict[str, object] = {"reduction": self.reduction, "ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        given |= {"workspace_mb": self.workspace_mb}
+        if self.sampler is not None:
+            drawn = self.sampler
+            given |= {"sample_rate": drawn.rate, "sample_seed": drawn.first_seed, "log_q": drawn.log_q, "sparse_grad": drawn.sparse_grad}
+        if self.shard is not None:
+            given |= {"batch_size": self.shard.batch_size}
+        shown |= {"backend": self.backend} | {k: v for k, v in given.items() if v != _DEFAULTS[k]}
+        text = ", ".join(f"{k}={v!r}" for k, v in shown.items())
+        if self.shard is None:
+            return text
+        return f"{text}, classes=[{self.shard.start}, {self.shard.stop}) of rank {self.shard.rank} of {self.shard.size}"
+
+
+#: What :class:`MarginHead` does not show of its options.
+_DEFAULTS: dict[str, object] = {
+    "reduction": "mean",
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "workspace_mb": None,
+    "sample_rate": 1.0,
+    "sample_seed": 0,
+    "log_q": False,
+    "sparse_grad": True,
+    "batch_size": None,
+}
+
+
+def _fingerprint(margin: Margin) -> str:
+    """:meth:`Margin.fingerprint`, without the tensors where they have no values yet."""
+    if any(v.is_meta for v in (*margin.parameters(), *margin.buffers())):
+        return f"{type(margin).__name__}; {margin.extra_repr()}"
+    return margin.fingerprint()
+
+
+def _check_options(label_smoothing: object, backend: object) -> None:
+    """What a call would refuse, with its messages. Whether a backend can serve only a call can tell."""
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    names = backends.NAMES
+    if not isinstance(backend, str) or backend not in (*names, *BACKENDS):
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+
+
+def _hook(p: Tensor, register: Callable[[Tensor], None]) -> None:
+    """``register(p)`` a hook of the gradient, which a frozen parameter refuses, but keeps for the time when it is trained."""
+    frozen = not p.requires_grad
+    register(p.requires_grad_())
+    if frozen:
+        p.requires_grad_(False)
+
+
+class _Pass:
+    """One forward pass that activation checkpointing may repeat.
+
+    Attributes:
+        before: the state that it started from, a copy of each buffer.
+        frame: () gives the checkpointed region that it ran in, or None once nothing can repeat that; None where the region is unknown, as
+            for a reentrant checkpoint, whose first pass runs without gradient.
+    """
+
+    def __init__(self, before: list[Tensor], frame: object):
+        self.before = before
+        self.frame = None if frame is None else weakref.ref(frame)
+
+
+class _Passes:
+    """The forward passes of a head in training mode that activation checkpointing may repeat, and the state that each started from.
+
+    ``torch.utils.checkpoint`` runs the forward pass again in the backward pass. It must then see the same state, and must not advance it.
+    A repeated pass is told by running within a backward pass of autograd; which pass it repeats is told by the checkpointed region, where
+    that is known and ran the head once, and otherwise by there being only one.
+    """
+
+    def __init__(self) -> None:
+        self.outstanding: list[_Pass] = []
+        self.copies: list[tuple[Tensor, int, Tensor]] = []  # each buffer of the last pass, its version and its copy
+
+    def run(self, state: list[Tensor], forward: Callable[[], Tensor]) -> Tensor:
+        """An ordinary pass, which advances ``state``."""
+        hooks = _saving_hooks()
+        if torch.is_grad_enabled() and hooks is None:
+            return forward()  # autograd itself keeps what the backward pass needs
+        last = {id(v): (version, copy) for v, version, copy in self.copies}
+        self.copies = [_copied(v, *last.get(id(v), (-1, v))) for v in state]
+        this = _Pass([copy for _, _, copy in self.copies], _frame_of(hooks) if torch.is_grad_enabled() else None)
+        self._prune()
+        for old in [p for p in self.outstanding if p.frame is None][:-1]:
+            self.outstanding.remove(old)  # of those in unknown regions, it only matters whether there are several
+        self.outstanding.append(this)
+        return forward()
+
+    def repeat(self, state: list[Tensor], forward: Callable[[], Tensor]) -> Tensor:
+        """A pass within a backward pass: from the state that its first run started from; ``state`` is left as it is.
+
+        Raises:
+            RuntimeError: no pass is outstanding, or several are and nothing tells them apart.
+        """
+        self._prune()
+        frame = _frame_of(_saving_hooks())
+        found = [p for p in self.outstanding if frame is not None and p.frame is not None and p.frame() is frame] or self.outstanding
+        if len({tuple(map(id, p.before)) for p in found}) != 1:  # a state that has not moved has one copy
+            raise RuntimeError(
+                "checkpoint: expected one outstanding forward pass of the MarginHead that a backward pass repeats, got "
+                f"{len(found) or 'none'}: which sampled classes and margin state to repeat is unknown. Call the head once in a "
+                "checkpointed function, and backward() after each forward pass, or call it outside: it never holds the N x C logits"
+            )
+        first = found[-1]
+        after = [v.clone() for v in state]
+        _write(state, first.before)
+        try:
+            return forward()
+        finally:  # a checkpoint that has all it needs leaves the pass by an exception
+            _write(state, after)
+            if first.frame is None and torch.is_grad_enabled():
+                self.outstanding.remove(first)
+
+    def _prune(self) -> None:
+        self.outstanding = [p for p in self.outstanding if p.frame is None or p.frame() is not None]
+
+
+def _saving_hooks() -> Any:
+    """The hooks through which autograd saves tensors now, or None: ``torch.utils.checkpoint`` without ``use_reentrant`` works by these."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _frame_of(hooks: Any) -> object:
+    """The record that ``torch.utils.checkpoint`` keeps of a region, the same in the first and in a repeated run; None if there is none."""
+    if hooks is None:
+        return None
+    for cell in getattr(inspect.unwrap(hooks[0]), "__closure__", None) or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if type(held).__module__ == "torch.utils.checkpoint":
+            return cast(object, held)
+    return None
+
+
+def _copied(v: Tensor, version: int, copy: Tensor) -> tuple[Tensor, int, Tensor]:
+    """``v``, its version and a copy of it: ``copy``, if ``v`` is still of the ``version`` that this was taken from."""
+    now = -1 if v.is_inference() else v._version
+    return v, now, copy if now == version != -1 else v.detach().clone()
+
+
+@torch.no_grad()
+def _write(state: list[Tensor], values: list[Tensor]) -> None:
+    for v, value in zip(state, values, strict=True):
+        v.copy_(value)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from . import backend as backends
 from . import ops, reference
-from .core.labels import checked_labels
+from .core.labels import checked_ignore_index, checked_labels
 from .core.nontarget import NonTarget
-from .core.numerics import accumulation_dtype, per_row, reduce_losses, target_biases
+from .core.numerics import accumulation_dtype, reduce_losses, target_biases
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
-from .core.validation import check_inputs, check_reduction
+from .core.validation import check_inputs, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_margin
+from .margins.contract import Evaluated, advance, evaluate
 
 if TYPE_CHECKING:
     from .distributed._shard import Shard
@@ -43,9 +44,10 @@ def margin_cross_entropy(
             a tile at a time) and accumulate in float32, or float64 for float64 embeddings.
         labels: (N,) int64 in [0, C), or ``ignore_index``.
         margin: a :class:`Margin`; in training mode its state advances by one step.
-        bias: (C,), added to every logit after the scale, or None.
+        bias: (C,), added to every logit after the scale, or None. ``-inf`` masks a class: it is as if it were not there, and its
+            gradients are 0. With label smoothing the loss is then infinite, as in ``torch.nn.functional.cross_entropy``.
         reduction: ``"none"`` (N,), ``"mean"`` over the rows that are not ignored (0 where there is none) or ``"sum"``.
-        ignore_index: rows with this label have no loss and no gradient.
+        ignore_index: rows with this label have no loss and no gradient, whatever they hold, NaN included.
         label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
         backend: ``"auto"``, or one of :func:`backends`; an explicit backend never falls back: it raises and lists the reasons.
         workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
@@ -60,7 +62,7 @@ def margin_cross_entropy(
             left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
     """
     check_reduction(reduction)
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_mb)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
     losses, valid, _ = local_head_losses(embeddings, weight, labels, margin, bias, options)
     return reduce_losses(losses, valid, reduction)
 
@@ -84,18 +86,19 @@ def head_losses(
         (mean), ``scale`` (mean over rows), ``top1`` (share of rows whose target is the top class, margin apart) and the margin's own
         state.
     """
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_mb)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
     return local_head_losses(embeddings, weight, labels, margin, bias, options)
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Options of :func:`margin_cross_entropy` by the same names."""
+    """Options of :func:`margin_cross_entropy` by the same names; ``workspace_bytes`` is ``workspace_mb`` as :func:`workspace_bytes` gives
+    it, an integer before anything is traced."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
     backend: str = "auto"
-    workspace_mb: float | None = None
+    workspace_bytes: int | None = None
 
 
 def local_head_losses(
@@ -119,7 +122,7 @@ def local_head_losses(
         As :func:`head_losses`; with a shard, of the rows of all ranks, each rank's padded to one number of rows.
     """
     check_margin(margin)
-    check_inputs(embeddings, weight, labels, bias, options.label_smoothing, options.workspace_mb, shard=shard is not None)
+    check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None)
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
@@ -127,26 +130,49 @@ def local_head_losses(
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
+    ignore_index = checked_ignore_index(options.ignore_index)
     if shard is not None:
-        embeddings, labels = shard.gather(embeddings, labels, options.ignore_index)
+        embeddings, labels = shard.gather(embeddings, labels, ignore_index)
     margin.bind(num_classes)
-    labels = checked_labels(labels, num_classes, options.ignore_index)
+    labels = checked_labels(labels, num_classes, ignore_index)
+    embeddings = _without_bad_ignored_rows(embeddings, labels)
     with torch.autocast(device, enabled=False):
         if name == "reference":
             losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
         else:
             batch = BatchInfo(embeddings, labels, num_classes)
             classes = LocalClasses.of(weight, bias, labels, shard, sampler)
-            workspace = _workspace_bytes(options.workspace_mb, name)
+            workspace = options.workspace_bytes
+            if workspace is None:
+                workspace = backends.get(name).workspace_mb << 20
             losses, stats = _fused_losses(batch, classes, margin, options.label_smoothing, name, workspace)
     stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}
 
 
-def _workspace_bytes(workspace_mb: float | None, backend: str) -> int:
-    asked = backends.get(backend).workspace_mb if workspace_mb is None else workspace_mb
-    return int(min(asked, 2**40) * 2**20)
+def _without_bad_ignored_rows(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """``embeddings`` (N, D) with ones in the ignored rows that hold NaN or infinity, which else would reach the gradients as 0 * NaN.
+    Every other row keeps its bits, and the gradient of such a row is 0. O(N D), without waiting for the device."""
+    if embeddings.dtype == torch.float64:
+        total = embeddings.detach().sum(1)
+    else:
+        total = embeddings.detach().sum(1, dtype=torch.float32)
+    # A sum that overflows only replaces one more ignored row.
+    bad = (labels < 0) & ~torch.isfinite(total)
+    return torch.where(bad[:, None], 1, embeddings)
+
+
+def workspace_bytes(workspace_mb: float | None) -> int | None:
+    """``workspace_mb`` in bytes, at most 2^60 of them; None for the backend's own choice.
+
+    Raises:
+        ValueError, TypeError: it is no number >= 0.
+    """
+    if workspace_mb is None:
+        return None
+    check_number("workspace_mb", workspace_mb, 0.0, None)
+    return int(min(workspace_mb, 2**40) * 2**20)
 
 
 @dataclass(frozen=True)
@@ -182,23 +208,6 @@ class LocalClasses:
         return cls(w, bias, labels, log_q_sum, sum(widths), shard)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The margin's part of the logits: (N,) each, float64.
-
-    Attributes:
-        value, slope: of the target logit before the scale, and its derivative in the similarity.
-        scale: s_i.
-        threshold, t: of the non-target transform, detached; None for the identity.
-    """
-
-    value: Tensor
-    slope: Tensor
-    scale: Tensor
-    threshold: Tensor | None
-    t: Tensor | None
-
-
 def _fused_losses(
     batch: BatchInfo, classes: LocalClasses, margin: Margin, label_smoothing: float, backend: str, workspace_bytes: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,7 +216,7 @@ def _fused_losses(
     rows, owner_bias = _prepare(inputs, classes, backend)
     if margin.training:
         _update_state(margin, batch, rows, classes, backend)
-    target = _evaluate(margin, batch, rows.target_similarity)
+    target = evaluate(margin, rows.target_similarity, batch, torch.float64)
     options = ops.SumOptions(
         non_target=margin.non_target,
         normalize_embedding=margin.normalize_embedding,
@@ -256,23 +265,12 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
         lse = out.lse.to(torch.float64)
         return lse if classes.shard is None else classes.shard.combine(lse, None, out.max_logit)[0]
 
-    margin.update(rows.target_similarity, batch, non_target_lse)
-
-
-def _evaluate(margin: Margin, batch: BatchInfo, similarity: Tensor) -> _Target:
-    """The margin at the target similarities (N,)."""
-    value, slope = margin.target(similarity, batch)
-    scale = per_row(margin.row_scale(batch), similarity, torch.float64)
-    threshold = t = None
-    if margin.non_target != NonTarget.IDENTITY:
-        threshold = margin.threshold(similarity, batch).detach()
-        t = per_row(margin.t, similarity, torch.float64).detach().clone()  # the state moves on before the backward pass
-    return _Target(value, slope, scale, threshold, t)
+    advance(margin, rows.target_similarity, batch, non_target_lse)
 
 
 def _exchange(
-    sums: ops.ClassSums, target: _Target, owner_bias: Tensor, classes: LocalClasses, with_logit_sum: bool
-) -> tuple[ops.ClassSums, _Target]:
+    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor, classes: LocalClasses, with_logit_sum: bool
+) -> tuple[ops.ClassSums, Evaluated]:
     """Sums over the classes here to sums over all, with gradients of O(N) terms on the rank that holds the row's class alone."""
     lse, logit_sum, max_logit, target_bias = sums.lse, sums.logit_sum, sums.max_logit, sums.target_bias
     if classes.log_q_sum is not None:
@@ -282,12 +280,12 @@ def _exchange(
         logit_sum = logit_sum if combined is None else combined
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
         value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
-        target = _Target(value, target.slope, scale, target.threshold, target.t)
+        target = Evaluated(value, target.slope, scale, target.threshold, target.t)
     return ops.ClassSums(lse, sums.target_similarity, target_bias, logit_sum, max_logit), target
 
 
 def _assemble(
-    sums: ops.ClassSums, target: _Target, similarity: Tensor, num_classes: int, label_smoothing: float, focal_gamma: float
+    sums: ops.ClassSums, target: Evaluated, similarity: Tensor, num_classes: int, label_smoothing: float, focal_gamma: float
 ) -> Tensor:
     """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
     # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
@@ -304,7 +302,7 @@ def _assemble(
 
 
 @torch.no_grad()
-def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: _Target) -> dict[str, Tensor]:
+def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: Evaluated) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
     top1 = (target.scale * rows.target_similarity + sums.target_bias > sums.max_logit).to(torch.float64)
     means = batch.mean(torch.stack([rows.target_cos, target.scale, top1]))

@@ -31,10 +31,23 @@ class _RowOptimizer(torch.optim.Optimizer):
     """Base of the optimizers: dense gradients in chunks, sparse ones row by row."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]):
+        self._check(defaults)
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_number("lr", group["lr"], 0.0, None)
-            check_number("weight_decay", group["weight_decay"], 0.0, None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim.Optimizer``; options of the group are checked like those of the constructor.
+
+        Raises:
+            ValueError, TypeError: naming the option, what was expected and what came; the group is then not added.
+        """
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raise where an option of the constructor or of a group is out of its range."""
+        check_number("lr", options["lr"], 0.0, None)
+        check_number("weight_decay", options["weight_decay"], 0.0, None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -91,10 +104,13 @@ class SGD(_RowOptimizer):
     """
 
     def __init__(self, params: Params, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False):
-        check_number("momentum", momentum, 0.0, None)
-        if nesterov and not momentum:
-            raise ValueError("momentum: expected a number > 0 for nesterov=True, got 0")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        check_number("momentum", options["momentum"], 0.0, None)
+        if options["nesterov"] and not options["momentum"]:
+            raise ValueError("momentum: expected a number > 0 for nesterov=True, got 0")
 
     def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["momentum"]:
@@ -128,10 +144,18 @@ class AdamW(_RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
-        for beta in betas:
-            check_number("betas", beta, 0.0, 1.0)
-        check_number("eps", eps, 0.0, None)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        check_number("eps", options["eps"], 0.0, None)
+        betas = options["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+        for beta in betas:
+            check_number("betas", beta, 0.0, None)
+            if beta >= 1:
+                raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
 
     def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["step"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1), dtype=torch.float32, device=p.device)

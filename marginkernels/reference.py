@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .core import nontarget
-from .core.nontarget import NonTarget
-from .core.numerics import TINY, per_row
+from .core.numerics import TINY
 from .margins import BatchInfo, Margin
+from .margins.contract import advance, evaluate
 
 
 def normalize(v: Tensor) -> Tensor:
@@ -50,18 +50,16 @@ def losses(
         target = target + (target.clamp(-1, 1) - target).detach()
     if margin.training:
         with torch.no_grad():
-            margin.update(target, batch, lambda s: torch.logsumexp((s.to(dtype) * cos).masked_fill(own, -torch.inf), 1))
-    value, _ = margin.target(target, batch)
-    scale = per_row(margin.row_scale(batch), x, dtype)[:, None]
-    threshold = t = None
-    if margin.non_target != NonTarget.IDENTITY:
-        threshold = margin.threshold(target, batch).detach()
-        t = per_row(margin.t, x, dtype).detach().clone()
-    others = nontarget.value(margin.non_target, cos, threshold, t)
-    logits = scale * torch.where(own, value[:, None].to(dtype), others) + b
+            advance(margin, target, batch, lambda s: torch.logsumexp((s.to(dtype) * cos).masked_fill(own, -torch.inf), 1))
+    at = evaluate(margin, target, batch, dtype)
+    scale = at.scale[:, None]
+    others = nontarget.value(margin.non_target, cos, at.threshold, at.t)
+    logits = scale * torch.where(own, at.value[:, None].to(dtype), others) + b
     log_p = torch.log_softmax(logits, 1)
     log_py = log_p.gather(1, column)[:, 0]
-    loss = -(1 - label_smoothing) * log_py - label_smoothing * log_p.mean(1)
+    loss = -(1 - label_smoothing) * log_py
+    if label_smoothing:  # 0 times the -inf of a masked class would be NaN
+        loss = loss - label_smoothing * log_p.mean(1)
     if margin.focal_gamma:
         # A sure row has 1 - p = 0, where a power below one has no derivative.
         loss = loss * (-torch.expm1(log_py)).clamp_min(torch.finfo(dtype).tiny) ** margin.focal_gamma

@@ -23,6 +23,7 @@ class Sampler(nn.Module):
         seed: any integer of 64 bits.
         log_q: add ``-log q`` to the logit of a drawn class, where q is its probability of being drawn. The sum of exponentials over the
             drawn classes is then an unbiased estimate of that over all classes.
+        sparse_grad: give the weight and bias sparse gradients of the drawn rows; else dense ones, zero in the other rows.
 
     Buffers (in ``state_dict``):
         seed, draws: () int64, the seed and the number of draws so far.
@@ -31,16 +32,25 @@ class Sampler(nn.Module):
     seed: Tensor
     draws: Tensor
 
-    def __init__(self, rate: float, seed: int = 0, log_q: bool = False):
+    def __init__(self, rate: float, seed: int = 0, log_q: bool = False, sparse_grad: bool = True):
         super().__init__()
         check_number("sample_rate", rate, 0.0, 1.0, open_low=True)
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"sample_seed: expected an integer of 64 bits, got {seed!r}")
         self.rate = float(rate)
         self.log_q = bool(log_q)
+        self.sparse_grad = bool(sparse_grad)
+        self.first_seed = seed
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.tensor(0))
         self.index: Tensor | None = None  # the classes of the last draw
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the seed that it was made with, and no draws; for state that was never filled, as after ``to_empty()``."""
+        self.seed.fill_(self.first_seed)
+        self.draws.zero_()
+        self.index = None
 
     def count(self, rows: int, num_classes: int) -> int:
         """How many of ``num_classes`` classes take part in a step with ``rows`` rows."""
@@ -52,8 +62,8 @@ class Sampler(nn.Module):
         """Draw classes, and gather their centers and biases.
 
         Args:
-            weight: (C, D) the centers of the classes here. Its gradient is a sparse tensor of the drawn rows.
-            bias: (C,) or None; its gradient is sparse too.
+            weight: (C, D) the centers of the classes here. Its gradient is a sparse tensor of the drawn rows, or dense (``sparse_grad``).
+            bias: (C,) or None; its gradient likewise.
             labels: (N,) in [0, C), or -1 for a row whose class is not here.
             first_class: the number of the first class here, among the classes of all ranks.
 
@@ -69,7 +79,13 @@ class Sampler(nn.Module):
             if self.log_q:
                 drawn, open_to_draw = (~positive).sum(), weight.shape[0] - positive.sum()
                 correction = torch.where(positive, 0.0, -torch.log(drawn / open_to_draw))
-        return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
+        if self.sparse_grad:
+            return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
+        return weight.index_select(0, index), None if bias is None else bias.index_select(0, index), labels, correction
+
+    def watch(self, p: Tensor) -> None:
+        """Have every gradient of ``p``, a weight or bias whose rows are drawn, go through :meth:`mark`."""
+        p.register_post_accumulate_grad_hook(self.mark)
 
     def mark(self, p: Tensor) -> None:
         """Post-accumulate hook of ``p.grad``: mark the gradient as coalesced if its rows are exactly those of the last draw.
@@ -83,7 +99,7 @@ class Sampler(nn.Module):
                 g._coalesced_(True)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate}, log_q={self.log_q}"
+        return f"rate={self.rate}, seed={self.first_seed}, log_q={self.log_q}, sparse_grad={self.sparse_grad}"
 
 
 def count(rate: float, rows: int, num_classes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import margins as m
 from . import reference
 from .loss import margin_cross_entropy
+from .margins.contract import evaluate
 
 #: Largest relative error ||got - want|| / ||want|| in loss and in each gradient, by the embeddings' dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -142,3 +144,92 @@ def errors(case: Case, margin: m.Margin, backend: str, **options: Any) -> dict[s
     want = run(case, margin, "reference", dtype=torch.float64, **options)
     got = run(case, margin, backend, **options)
     return {name: relative_error(got[name], want[name]) for name in want}
+
+
+#: Angles at which :func:`check_margin` looks, beside both ends, and the norms of the embeddings that it tries at each.
+CHECK_ANGLES, CHECK_NORMS = 2001, (1e-2, 1.0, 7.0, 30.0, 150.0)
+
+
+def check_margin(margin: m.Margin, num_classes: int | None = None) -> None:
+    """Check that a margin's slope is the derivative of its value, and what else a head takes for granted.
+
+    In float64, over theta in (0, pi), for several embedding norms and labels: the slope is what central differences of the value give,
+    and what autograd gives, with which the reference works. Value and slope are finite, at cos = +-1 as well. ``target`` changes no
+    buffer. Points where the value jumps or bends, such as the end of ``beyond_pi="linear"``, have no derivative and are skipped. A
+    margin that declares ``straight_through = True`` (or has ``gradient="detached"``) is checked against autograd alone. Where a side is
+    not normalized, similarities from -20 to 20 are tried too.
+
+    Args:
+        margin: a copy of it is checked; it does not change.
+        num_classes: C, for margins whose constants depend on it; by default the margin's own ``num_classes`` or 1000.
+
+    Raises:
+        AssertionError: naming the margin, the angle and both numbers.
+        ValueError, TypeError: a hook returned a wrong shape or dtype.
+    """
+    m.check_margin(margin)
+    name, margin = type(margin).__name__, copy.deepcopy(margin).cpu()
+    classes = num_classes or getattr(margin, "num_classes", None) or getattr(margin, "_bound_classes", None) or 1000
+    margin.bind(classes)
+    cos = torch.linspace(0, math.pi, CHECK_ANGLES + 2, dtype=torch.float64).cos()
+    if not (margin.normalize_embedding and margin.normalize_weight):
+        cos = torch.cat([cos, torch.linspace(-20, 20, CHECK_ANGLES, dtype=torch.float64)])
+    cos = cos.repeat(len(CHECK_NORMS))
+    norms = torch.tensor(CHECK_NORMS, dtype=torch.float64).repeat_interleave(len(cos) // len(CHECK_NORMS))
+    # Label and norm of a row have nothing to do with its angle: the 7 is prime to the number of angles.
+    labels = torch.arange(len(cos)) * 7 % min(classes, 10)
+    directions = torch.randn(len(cos), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    embeddings = directions * (norms / torch.linalg.vector_norm(directions, dim=1))[:, None]
+    batch = m.BatchInfo(embeddings, labels, classes)
+    buffers = {key: v.clone() for key, v in margin.named_buffers()}
+
+    def at(cos: Tensor) -> tuple[Tensor, Tensor]:
+        found = evaluate(margin, cos, batch, torch.float64)
+        return found.value, found.slope.detach()
+
+    def agree(slope: Tensor, want: Tensor, tolerance: Tensor | float, where: Tensor, how: str) -> None:
+        off = torch.where(where, (slope - want).abs() - tolerance, -math.inf)
+        worst = int(off.argmax())
+        if not bool((off <= 0).all()):
+            raise AssertionError(
+                f"{name}.target: expected the slope {float(want[worst]):.9g} at cos(theta) = {float(cos[worst]):.9g} (|x| = "
+                f"{float(norms[worst]):g}, label {int(labels[worst])}), the derivative of the value by {how}, got {float(slope[worst]):.9g}"
+            )
+
+    leaf = cos.clone().requires_grad_()
+    value, slope = at(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True) if value.requires_grad else (None,)
+    gradient = torch.zeros_like(cos) if gradient is None else gradient
+    value = value.detach()
+    for what, v in (("value", value), ("slope", slope)):
+        if not bool(torch.isfinite(v).all()):
+            worst = int((~torch.isfinite(v)).to(torch.int8).argmax())
+            raise AssertionError(
+                f"{name}.target: expected a finite {what} at cos(theta) = {float(cos[worst]):.9g} (|x| = {float(norms[worst]):g}), "
+                f"got {float(v[worst])}"
+            )
+    for key, v in margin.named_buffers():
+        if key not in buffers or not torch.equal(v, buffers[key]):
+            raise AssertionError(f"{name}.target: expected the buffer {key} unchanged, since only update() moves state, got another value")
+
+    # At the ends a slope may be held back where arccos has none; what it must be there is finite.
+    inside = cos.abs() != 1
+    agree(slope, gradient, 1e-7 * (1 + gradient.abs()), inside, "autograd")
+    if margin.straight_through or getattr(margin, "gradient", None) == "detached":
+        return
+    # Steps in proportion to sin(theta)^2, since derivatives grow as its powers towards the ends; the first 0.003 radians are autograd's.
+    reach = torch.where(cos.abs() <= 1, (1 - cos * cos).clamp_min(0), 1.0)
+    step = 2e-7 * reach
+    inside = reach > 1e-5
+    safe = torch.where(inside, step, 1.0)
+    with torch.no_grad():
+        up, down = (torch.where(inside, cos + sign * step, cos) for sign in (1, -1))
+        above, below = at(up)[0], at(down)[0]
+    forward, backward = (above - value) / safe, (value - below) / safe
+    smooth = (forward - backward).abs() <= 1e-3 * (1 + torch.minimum(forward.abs(), backward.abs()))
+    if int((inside & ~smooth).sum()) > 0.05 * len(cos):
+        raise AssertionError(f"{name}.target: expected a value that jumps at a few angles at most, got one that jumps at many")
+    # Where the value bends in its second derivative, as SphereFace's does, a difference is off by its step: hence 1e-4.
+    central = (above - below) / (2 * safe)
+    rounding = 8 * torch.finfo(torch.float64).eps * (1 + value.abs()) / safe
+    agree(slope, central, 1e-4 * (1 + central.abs()) + rounding, inside & smooth, "finite differences")

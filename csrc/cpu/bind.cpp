@@ -48,13 +48,24 @@ mk::HeadInputs make_head_inputs(int64_t n, int64_t d, int64_t c, Address x, int 
   return p;
 }
 
+// Runs Python's handlers of pending signals; true where one raised. The exception stays set for the caller. Does nothing outside Python's
+// main thread.
+bool signaled() noexcept {
+  const py::gil_scoped_acquire acquired;
+  return PyErr_CheckSignals() != 0;
+}
+
 void row_pass(const mk::PassInputs& p, const std::string& level, int threads, bool logit_sum, Address value, Address max_logit, Address cos,
               Address center, Address class_factor, Address saved, int64_t saved_bytes) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   const mk::RowOutput out{at<float>(value),        at<float>(max_logit), at<float>(cos), at<float>(center),
                           at<float>(class_factor), at<char>(saved),      saved_bytes};
-  py::gil_scoped_release released;
-  mk::row_pass(k, p, threads, logit_sum, out);
+  bool finished;
+  {
+    py::gil_scoped_release released;
+    finished = mk::row_pass(k, p, threads, logit_sum, out, &signaled);
+  }
+  if (!finished) throw py::error_already_set();
 }
 
 void class_pass(const mk::PassInputs& p, const std::string& level, int threads, Address lse, Address d_lse, Address d_logit_sum,
@@ -63,8 +74,12 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   const mk::ClassInput in{at<float>(lse),  at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias),
                           at<char>(saved), saved_bytes};
-  py::gil_scoped_release released;
-  mk::class_pass(k, p, threads, in, at<float>(class_factor), at<void>(d_weight), at<float>(d_bias));
+  bool finished;
+  {
+    py::gil_scoped_release released;
+    finished = mk::class_pass(k, p, threads, in, at<float>(class_factor), at<void>(d_weight), at<float>(d_bias), &signaled);
+  }
+  if (!finished) throw py::error_already_set();
 }
 
 void prepare_inputs(const mk::HeadInputs& p, int threads, Address x, Address row_factor, Address target_similarity, Address target_cos) {
@@ -89,7 +104,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init(&make_head_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
            "labels"_a, "normalize_embedding"_a, "normalize_weight"_a);
   py::class_<mk::Block>(m, "Block", py::buffer_protocol())
-      .def(py::init<int64_t>(), "bytes"_a)
+      .def(py::init<int64_t, const std::string&>(), "bytes"_a, "purpose"_a)
       .def_static("cached", &mk::Block::cached)
       .def_static("release", &mk::Block::release)
       .def_buffer([](mk::Block& b) {

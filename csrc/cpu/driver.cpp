@@ -5,6 +5,8 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +24,7 @@
 #endif
 
 #include "../scalar.h"
+#include "memory_error.h"
 #include "threads.h"
 
 namespace mk {
@@ -93,7 +96,7 @@ class Memory {
     const int64_t align = bytes >= 2 * HUGE ? HUGE : 64;
     bytes = (bytes + align - 1) / align * align;
     start_ = static_cast<char*>(std::aligned_alloc(align, bytes));
-    if (!start_) throw std::bad_alloc();
+    if (!start_) throw OutOfMemory(bytes, "the packed embeddings and the threads' buffers of a pass");
 #if defined(__linux__)
     if (align == HUGE) madvise(start_, bytes, MADV_HUGEPAGE);
 #endif
@@ -119,6 +122,34 @@ class Memory {
   char *start_, *end_, *at_;
 };
 
+// Stops all tasks of a pass once `poll`, which only the thread that made this calls, returns true.
+class Stop {
+ public:
+  explicit Stop(Poll poll) : poll_(poll) {}
+  Stop(const Stop&) = delete;
+
+  Interrupt interrupt() { return poll_ ? Interrupt{&asked, this} : Interrupt{nullptr, nullptr}; }
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static bool asked(void* context) {
+    Stop& self = *static_cast<Stop*>(context);
+    if (self.stopped()) return true;
+    if (std::this_thread::get_id() != self.caller_ || Clock::now() < self.next_) return false;
+    if (self.poll_()) self.stopped_.store(true, std::memory_order_relaxed);
+    self.next_ = Clock::now() + INTERVAL;
+    return self.stopped();
+  }
+
+  static constexpr std::chrono::milliseconds INTERVAL{100};
+  const Poll poll_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  Clock::time_point next_ = Clock::now() + INTERVAL;
+  std::atomic<bool> stopped_{false};
+};
+
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
 // Fewer threads where each would have less than about 0.1 ms of work.
@@ -131,6 +162,7 @@ int64_t padded_rows(const PassInputs& p) { return round_up(p.n, PANEL); }
 
 int64_t saved_chunks(const PassInputs& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.saved); }
 
+constexpr float LARGE_LSE = 128.0f;
 constexpr int ROW_VECTORS = 13;  // of Rows, in the class pass
 
 int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
@@ -139,8 +171,18 @@ int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
          ROW_VECTORS * Memory::padded<float>(n);
 }
 
+// Whether a row's log-sum-exp is so large that its rounding shows in the softmax. A cosine head of scale 64 has none.
+bool large(float lse) { return std::isfinite(lse) && std::fabs(lse) > LARGE_LSE; }
+
+// Of a row pass that the class pass repeats where a log-sum-exp is large.
+struct ExactSums {
+  std::vector<float> value, largest;
+  std::vector<double> log2_total;
+};
+
 // Packs the rows and fills their vectors. Padded rows are 0 and have no target.
-Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory) {
+Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory,
+               const ExactSums* exact = nullptr) {
   const int64_t n = padded_rows(p);
   Rows r{};
   uint32_t* along = memory.take<uint32_t>(n * l.along);
@@ -186,7 +228,14 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
     }
     const double lse = double(in->lse[i]) * 1.44269504088896340736;
     r.lse[i] = float(lse);
-    const double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0, f = p.row_factor[i];
+    double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0;
+    const double f = p.row_factor[i];
+    if (exact && large(in->lse[i]) && std::isfinite(exact->value[i])) {
+      // Of this shard's part of the log-sum-exp, `lse` and `value` lost the same to rounding: their difference, its share, is right.
+      r.lse[i] = exact->largest[i];
+      const double share = (double(exact->value[i]) - double(in->lse[i])) * 1.44269504088896340736;
+      lost = std::exp2(std::min(share, 1.0) - exact->log2_total[i]);
+    }
     const double d_lse = in->d_lse[i] * lost * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
     r.d_lse[i] = float(d_lse * f);
     r.d_logit_sum[i] = float(d_logit_sum * f);
@@ -247,7 +296,8 @@ SavedPanel saved_panel(const Kernels& k) {
   return {l.saved, PANEL, l.classes};
 }
 
-void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum, const RowOutput& out) {
+bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum, const RowOutput& out, Poll poll) {
+  Stop stop(poll);
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
   const int64_t blocks = (p.n + l.rows - 1) / l.rows, chunks = (p.c + l.classes - 1) / l.classes;
@@ -262,6 +312,7 @@ void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
   for (int64_t i = 0; i < tasks; ++i) {
     const int64_t block = i / parts, part = i % parts;
     RowTask& t = all[i];
+    t.interrupt = stop.interrupt();
     t.first_row = block * l.rows;
     t.last_row = std::min(p.n, t.first_row + l.rows);
     t.first_class = chunks * part / parts * l.classes;
@@ -286,6 +337,8 @@ void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
     k.row_task(p, r, t);
   });
 
+  if (stop.stopped()) return false;
+
   // Merge the parts of each row, always in the same order.
   const auto exp = [](float z) { return std::exp2(z); };
   for (int64_t i = 0; i < p.n; ++i) {
@@ -308,6 +361,7 @@ void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
       }
     }
     const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
+    if (out.largest) out.largest[i] = running_max, out.log2_total[i] = std::log2(total);
     out.value[i] = float(logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * 0.69314718055994530942);
     if (out.max_logit) out.max_logit[i] = (p.non_target == IDENTITY ? running_max : max_logit) * LN2;
     if (out.cos) out.cos[i] = float(cos_sum * inverse);
@@ -315,23 +369,33 @@ void row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
       for (int64_t j = 0; j < p.d; ++j) out.center[i * p.d + j] = u[j] * float(inverse);
     }
   }
+  return true;
 }
 
-void class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
-                float* d_bias) {
+bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
+                float* d_bias, Poll poll) {
+  Stop stop(poll);
+  ExactSums exact;
+  const bool any_large = std::any_of(in.lse, in.lse + p.n, large);
+  if (any_large) {
+    exact.value.resize(p.n), exact.largest.resize(p.n), exact.log2_total.resize(p.n);
+    RowOutput out{exact.value.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, exact.largest.data(), exact.log2_total.data()};
+    if (!row_pass(k, p, threads, false, out, poll)) return false;
+  }
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
   // Several tasks per thread, so that a delayed thread does not delay the others. The result of a class does not depend on the partition.
   const int64_t chunks = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
-  const Rows r = make_rows(k, p, l, &in, true, memory);
+  const Rows r = make_rows(k, p, l, &in, true, memory, any_large ? &exact : nullptr);
   // For a hard transform the saved weights already contain N'(c): d_logit_sum and d_bias need more than that.
   const bool use_saved = p.non_target == IDENTITY || (!in.d_logit_sum && !d_bias);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.class_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
     ClassTask t{};
+    t.interrupt = stop.interrupt();
     t.first_class = chunks * i / tasks * l.classes;
     t.last_class = std::min(p.c, chunks * (i + 1) / tasks * l.classes);
     t.class_factor = class_factor;
@@ -340,6 +404,7 @@ void class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassI
     t.scratch = scratch[thread];
     k.class_task(p, r, t);
   });
+  return !stop.stopped();
 }
 
 }  // namespace mk

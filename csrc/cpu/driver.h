@@ -13,6 +13,9 @@ struct RowOutput {
   float *value, *max_logit, *cos, *center, *class_factor;
   char* saved;  // of saved_bytes; filled with as many chunks as fit
   int64_t saved_bytes;
+  // What `value` is the rounded sum of, per row: the largest logit in units of log 2, and log2 of the sum relative to it. Both may be null.
+  float* largest = nullptr;
+  double* log2_total = nullptr;
 };
 
 // The upstream gradient, as Upstream there, and the workspace that the row pass filled. d_logit_sum and d_target_bias may be null.
@@ -34,8 +37,12 @@ std::vector<const Kernels*> levels();
 // The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);
 
-void row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&);
-void class_pass(const Kernels&, const PassInputs&, int threads, const ClassInput&, const float* class_factor, void* d_weight,
-                float* d_bias);
+// Looks for a reason to stop, such as a pending signal; called by the thread that called the pass, about ten times a second.
+using Poll = bool (*)();
+
+// Each returns whether it finished. Where `poll` returned true it did not, and its results are undefined. Throws OutOfMemory.
+[[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&, Poll poll = nullptr);
+[[nodiscard]] bool class_pass(const Kernels&, const PassInputs&, int threads, const ClassInput&, const float* class_factor, void* d_weight,
+                              float* d_bias, Poll poll = nullptr);
 
 }  // namespace mk

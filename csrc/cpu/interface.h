@@ -49,8 +49,15 @@ struct Rows {
   float pow2;
 };
 
+// Asked between two chunks of classes: whether the task should return at once, its results unfinished.
+struct Interrupt {
+  bool (*asked)(void* context);  // null where nothing interrupts
+  void* context;
+};
+
 // Rows [first_row, last_row) against classes [first_class, last_class).
 struct RowTask {
+  Interrupt interrupt;
   int64_t first_row, last_row, first_class, last_class;
   bool logit_sum, need_center, need_cos;
   float* class_factor;  // (c), or null where another task writes it
@@ -66,6 +73,7 @@ struct RowTask {
 };
 
 struct ClassTask {
+  Interrupt interrupt;
   int64_t first_class, last_class;
   const float* class_factor;
   const char* saved;  // of the first saved_chunks chunks

@@ -568,6 +568,7 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   const RowEpilogue plain = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, false);
   const RowEpilogue with_own = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, true);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+    if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES, even = up(count, 2);
     with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, m.centers, task.need_center ? m.values : nullptr, l});
     if (task.class_factor && p.normalize_weight) __builtin_memcpy(task.class_factor + first, factor, count * 4);
@@ -645,6 +646,7 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
   const ClassEpilogue saved_plain = choose_class<IDENTITY, true>(false, need_bias),
                       saved_own = choose_class<IDENTITY, true>(true, need_bias);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+    if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
     const float* known = p.normalize_weight ? task.class_factor + first : nullptr;
     const int64_t chunk = first / CLASSES;

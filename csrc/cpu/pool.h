@@ -6,23 +6,25 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <string>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "memory_error.h"
 
 namespace mk {
 
 // A buffer; its memory comes from the cache and returns there when it is destroyed.
 class Block {
  public:
-  explicit Block(int64_t bytes) : bytes_(bytes), capacity_(rounded(bytes)), start_(take(capacity_)) {
+  Block(int64_t bytes, const std::string& purpose) : bytes_(bytes), capacity_(rounded(bytes)), start_(take(capacity_)) {
     if (!start_) {
       release();  // the cached buffers may take the memory that is needed
       start_ = allocate(capacity_);
     }
-    if (!start_) throw std::bad_alloc();
+    if (!start_) throw OutOfMemory(bytes, purpose);
   }
   ~Block() { give_back(); }
   Block(const Block&) = delete;

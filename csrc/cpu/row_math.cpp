@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../scalar.h"
+#include "memory_error.h"
 #include "threads.h"
 
 // The vectors of the plain set, which every processor has: this arithmetic is a small part of a step, and in double.
@@ -95,7 +96,12 @@ template <class F>
 void each_row(const HeadInputs& p, int threads, F f) {
   constexpr int64_t BLOCK = 32;
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + p.n * p.d / 40000));
-  std::vector<double> buffers(2 * threads * p.d);
+  std::vector<double> buffers;
+  try {
+    buffers.resize(2 * threads * p.d);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(2 * threads * p.d * int64_t(sizeof(double)), "an embedding and a class center of each thread");
+  }
   parallel(threads, (p.n + BLOCK - 1) / BLOCK, [&](int thread, int64_t block) {
     Row row{buffers.data() + 2 * thread * p.d, buffers.data() + (2 * thread + 1) * p.d};
     for (int64_t i = block * BLOCK; i < std::min(p.n, (block + 1) * BLOCK); ++i) {

@@ -128,10 +128,10 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   std::vector<float> class_factor(p.normalize_weight ? c : 0);
   out.value.resize(n), out.max_logit.resize(p.need_max ? n : 0), out.cos.resize(p.need_cos ? n : 0);
   out.center.resize(p.need_center ? n * d : 0), out.d_bias.resize(p.has_bias ? c : 0);
-  mk::row_pass(
+  const bool rows_finished = mk::row_pass(
       k, inputs, threads, p.logit_sum,
       {out.value.data(), or_null(out.max_logit), or_null(out.cos), or_null(out.center), or_null(class_factor), saved.data(), saved_bytes});
-  if (c > 2 && !p.logit_sum && !finite(out.value)) return false;
+  if (!rows_finished || (c > 2 && !p.logit_sum && !finite(out.value))) return false;
   if (!finite(out.center) || !finite(out.cos)) return false;
 
   std::vector<float> lse = out.value;
@@ -140,7 +140,7 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   std::vector<char> d_weight(c * d * size_of(p.w_dtype) - missing);
   const float *one = p.one.data(), *d_logit_sum = p.logit_sum ? one : nullptr, *d_target_bias = p.has_bias ? one : nullptr;
   const mk::ClassInput in{lse.data(), one, d_logit_sum, one, d_target_bias, saved.data(), p.logit_sum ? 0 : saved_bytes};
-  mk::class_pass(k, inputs, threads, in, or_null(class_factor), d_weight.data(), or_null(out.d_bias));
+  if (!mk::class_pass(k, inputs, threads, in, or_null(class_factor), d_weight.data(), or_null(out.d_bias))) return false;
   if (p.w_dtype == mk::FLOAT32 && !missing) {
     out.d_weight.resize(c * d);
     __builtin_memcpy(out.d_weight.data(), d_weight.data(), d_weight.size());

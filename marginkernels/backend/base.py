@@ -27,7 +27,7 @@ class Backend(ABC):
     name: str
     dtypes: tuple[torch.dtype, ...]
     verified: bool = True
-    workspace_mb: float = 0.0
+    workspace_mb: int = 0
     summary: str = ""
 
     @property

@@ -43,7 +43,8 @@ PANELS = {} if _cpu is None else dict(_panels())
 
 class CpuBackend(Backend):
     """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
-    row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits; the class pass has no such sum.
+    row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits. The class pass has such a sum only
+    where a log-sum-exp exceeds 128.
 
     Args:
         level: the instruction set, one of :func:`levels`; "" takes the best that serves the dtype.
@@ -53,7 +54,7 @@ class CpuBackend(Backend):
     summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
     device_types = ("cpu",)
     dtypes = tuple(DTYPES)
-    workspace_mb = 128.0
+    workspace_mb = 128
 
     def __init__(self, level: str = ""):
         self.level = level
@@ -106,7 +107,7 @@ class CpuBackend(Backend):
             "cos": new(n if request.need_cos else 0),
             "center": new(n if request.need_center else 0, d),
             "class_factor": new(inputs.w.shape[0] if inputs.normalize_weight else 0),
-            "saved": _empty((request.workspace_bytes,), torch.uint8),
+            "saved": _empty((request.workspace_bytes,), torch.uint8, "the workspace (workspace_mb)"),
         }
         native, _alive = _pass_inputs(inputs)
         _cpu.row_pass(
@@ -124,7 +125,7 @@ class CpuBackend(Backend):
     ) -> ClassPassOutput:
         c, d = inputs.w.shape
         out = ClassPassOutput(
-            d_weight=_empty((c if need_weight else 0, d), inputs.w.dtype),
+            d_weight=_empty((c if need_weight else 0, d), inputs.w.dtype, "the gradient of weight"),
             d_bias=inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype),
         )
         native, _alive = _pass_inputs(inputs)
@@ -148,10 +149,14 @@ def _addresses(tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
     return {name: _extension.address(v) or 0 for name, v in tensors.items()}
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialized; large ones in memory that is cached for reuse by the next step once it is freed (csrc/cpu/pool.h)."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, purpose: str) -> Tensor:
+    """Uninitialized; large ones in memory that is cached for reuse by the next step once it is freed (csrc/cpu/pool.h).
+
+    Raises:
+        MemoryError: says how many bytes were wanted, and the ``purpose``.
+    """
     size = math.prod(shape) * dtype.itemsize
-    return torch.empty(shape, dtype=dtype) if size < POOLED_BYTES else torch.frombuffer(_cpu.Block(size), dtype=dtype).view(shape)
+    return torch.empty(shape, dtype=dtype) if size < POOLED_BYTES else torch.frombuffer(_cpu.Block(size, purpose), dtype=dtype).view(shape)
 
 
 def release_memory() -> None:

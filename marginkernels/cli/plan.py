@@ -13,9 +13,11 @@ from typing import Any
 from .. import optim
 from ..core.numerics import CHUNK_ELEMENTS
 from ..sampling import count
-from ._text import table, whole_number
+from ._text import integer, number, refuse, table
 
 GB = 1e9
+#: The most ranks that a plan is made for.
+MOST_RANKS = 65536
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 #: How many tensors of the weight's size each optimizer holds as its state.
 MOMENTS = {"sgd": 1, "adamw": 2}
@@ -123,7 +125,7 @@ def fewest_ranks(limit: int, classes: int, dim: int, batch: int, **options: Any)
     def fits(r: int) -> bool:
         return sum(memory(classes, dim, r, batch, **options).values()) <= limit
 
-    return next((r for r in range(1, 65537) if fits(r)), None)
+    return next((r for r in range(1, MOST_RANKS + 1) if fits(r)), None)
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,32 +171,33 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classes", type=whole_number, required=True, help="C, such as 30e6")
-    parser.add_argument("--dim", type=int, default=512, help="D (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that the classes are divided over (default: %(default)s)")
-    parser.add_argument("--memory", type=float, default=80.0, help="GB of each GPU (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=128, help="rows on each GPU (default: %(default)s)")
-    parser.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes in a step (default: %(default)s)")
+    rate = number(1e-9, 1e12)
+    parser.add_argument("--classes", type=integer(high=2**50), required=True, help="C, such as 30e6")
+    parser.add_argument("--dim", type=integer(), default=512, help="D (default: %(default)s)")
+    parser.add_argument("--gpus", type=integer(high=MOST_RANKS), default=8, help="how many GPUs hold the classes (default: %(default)s)")
+    parser.add_argument("--memory", type=rate, default=80.0, help="GB of each GPU (default: %(default)s)")
+    parser.add_argument("--batch", type=integer(), default=128, help="rows on each GPU (default: %(default)s)")
+    share = number(0, 1, open_low=True)
+    parser.add_argument("--sample-rate", type=share, default=1.0, help="share of the classes in a step (default: %(default)s)")
     parser.add_argument("--optimizer", choices=MOMENTS, default="sgd", help="sgd is with momentum (default: %(default)s)")
     parser.add_argument(
         "--weight", choices=("fp32", "bf16"), default="fp32", help="dtype of class centers and moments (default: %(default)s)"
     )
     parser.add_argument("--embedding", choices=BYTES, default="bf16", help="dtype of the embeddings (default: %(default)s)")
-    parser.add_argument("--workspace-mb", type=float, default=0.0, help="workspace_mb of the head (default: %(default)s)")
-    parser.add_argument("--reserve", type=float, default=10.0, help="GB for the backbone and everything else (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=400.0, help="assumed TFLOP/s of the passes (default: %(default)s)")
-    parser.add_argument("--bandwidth", type=float, default=2500.0, help="assumed memory bandwidth in GB/s (default: %(default)s)")
-    parser.add_argument("--link", type=float, default=50.0, help="assumed GB/s that each GPU receives (default: %(default)s)")
+    parser.add_argument("--workspace-mb", type=number(0, 2**40), default=0.0, help="workspace_mb of the head (default: %(default)s)")
+    parser.add_argument(
+        "--reserve", type=number(0, 1e12), default=10.0, help="GB for the backbone and everything else (default: %(default)s)"
+    )
+    parser.add_argument("--rate", type=rate, default=400.0, help="assumed TFLOP/s of the passes (default: %(default)s)")
+    parser.add_argument("--bandwidth", type=rate, default=2500.0, help="assumed memory bandwidth in GB/s (default: %(default)s)")
+    parser.add_argument("--link", type=rate, default=50.0, help="assumed GB/s that each GPU receives (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; returns 1 where it does not fit."""
-    for name in ("classes", "dim", "gpus", "batch", "memory", "rate", "bandwidth", "link"):
-        if not getattr(args, name) > 0:
-            raise SystemExit(f"--{name}: expected a number > 0, got {getattr(args, name)}")
-    if not 0 < args.sample_rate <= 1:
-        raise SystemExit(f"--sample-rate: expected a number in (0, 1], got {args.sample_rate}")
+    """Print the plan; returns 1 where it does not fit, 2 where the arguments contradict each other."""
+    if args.reserve >= args.memory:
+        return refuse(f"--reserve: expected fewer GB than --memory has ({args.memory:g}), got {args.reserve:g}")
     found = plan(args)
     if args.json:
         print(json.dumps(found, indent=1))

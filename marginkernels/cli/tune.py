@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from ..core.nontarget import NonTarget
 from ..core.types import PassInputs, Request, Upstream
 from ..testing import TOLERANCE, relative_error
 from ._progress import tqdm
-from ._text import table, whole_number
+from ._text import integer, number, table, writable_file
 
 if TYPE_CHECKING:
     from ..backend.triton.aot import Resources
@@ -259,29 +261,54 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table(header, lines, right=range(1, 11))
 
 
+def architecture(text: str) -> str:
+    """The ``argparse`` type of ``--compile-only``: a GPU architecture such as ``sm_90`` that Triton can compile for.
+
+    LLVM ends the process where it cannot, so an architecture that the heuristics do not list is tried in a process of its own.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", text):
+        raise argparse.ArgumentTypeError(f"expected an architecture such as sm_90, got {text!r}")
+    if text in heuristics.SHARED or TritonBackend().unavailable_reason() is not None:
+        return text
+    words = [sys.executable, "-c", f"from marginkernels.cli.tune import try_architecture; try_architecture({text!r})"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    if done.returncode != 0 or "not a recognized processor" in done.stderr:
+        listed = ", ".join(sorted(heuristics.SHARED, key=lambda name: int(name[3:])))
+        raise argparse.ArgumentTypeError(f"expected an architecture that Triton can compile for, such as {listed}, got {text!r}")
+    return text
+
+
+def try_architecture(arch: str) -> None:
+    """Compile one kernel for it; ends the process, or raises, where Triton cannot."""
+    shape = Shape(64, 64, 1024, torch.bfloat16, torch.float32)
+    key = shape.keys(arch, saved=False)["row pass"]
+    inspect(shape, key, heuristics.default(key))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--classes", type=whole_number, default=1_000_000, help="C, such as 1e6 (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=512, help="D (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1024, help="N (default: %(default)s)")
+    parser.add_argument("--classes", type=integer(), default=1_000_000, help="C, such as 1e6 (default: %(default)s)")
+    parser.add_argument("--dim", type=integer(high=heuristics.MAX_DIM), default=512, help="D (default: %(default)s)")
+    parser.add_argument("--batch", type=integer(), default=1024, help="N (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the embeddings (default: %(default)s)")
     parser.add_argument("--weight-dtype", choices=DTYPES, default="float32", help="dtype of the class centers (default: %(default)s)")
     parser.add_argument(
-        "--workspace-mb", type=float, default=0.0, help="workspace_mb of the head; tunes that class pass too (default: %(default)s)"
+        "--workspace-mb",
+        type=number(0, 2**40),
+        default=0.0,
+        help="workspace_mb of the head; tunes that class pass too (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=20, help="how often each tile is timed (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the fastest tiles to this file, for use_tiles")
+    parser.add_argument("--rounds", type=integer(high=1000), default=20, help="how often each tile is timed (default: %(default)s)")
+    parser.add_argument("--json", type=writable_file, metavar="PATH", help="write the fastest tiles to this file, for use_tiles")
     parser.add_argument(
-        "--compile-only", metavar="ARCH", help="only list candidates and their resources, for sm_90 or the like; needs no GPU"
+        "--compile-only",
+        type=architecture,
+        metavar="ARCH",
+        help="only list candidates and their resources, for sm_90 or the like; needs no GPU",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the candidates, timed where there is a GPU, and write the fastest; returns 1 where nothing can be done."""
-    for name, most in (("classes", 2**31), ("dim", heuristics.MAX_DIM), ("batch", 2**31), ("rounds", 1000)):
-        if not 0 < getattr(args, name) <= most:
-            raise SystemExit(f"--{name}: expected a number from 1 to {most}, got {getattr(args, name)}")
-    if args.compile_only and not re.fullmatch(r"sm_\d+", args.compile_only):
-        raise SystemExit(f"--compile-only: expected an architecture such as sm_90, got {args.compile_only!r}")
     reason = TritonBackend().unavailable_reason()
     if reason is None and not args.compile_only and not torch.cuda.is_available():
         reason = "PyTorch sees no GPU to time kernels on; --compile-only sm_90 lists the candidates without one"
@@ -301,6 +328,7 @@ def run(args: argparse.Namespace) -> int:
     rows = tune(shape, "cuda", arch, workspace=workspace, rounds=args.rounds)
     print(show(rows))
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         save(args.json, rows, gpu=torch.cuda.get_device_name(), shape=str(shape))
         print(f"written to {args.json}; load it with marginkernels.backend.triton.use_tiles({str(args.json)!r})")
     return 0

@@ -12,7 +12,7 @@ from .. import testing
 from .._deprecated import backend_name
 from ..backend import FUSED
 from ._progress import tqdm
-from ._text import table, usable_device
+from ._text import MAX_SEED, integer, table, usable_device
 
 #: (N, D, C, whether there are bias and label smoothing): sizes that are no multiples of any tile.
 SHAPES = ((5, 24, 19, False), (33, 67, 259, True), (66, 136, 1031, False))
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", action="append", choices=list(testing.HEADS), metavar="NAME", help="only this one (may be repeated)")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="of embeddings and weight; only this one (may be repeated)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random problems (default: %(default)s)")
+    parser.add_argument("--seed", type=integer(0, MAX_SEED), default=0, help="of the random problems (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import cast
 
 import torch
@@ -20,9 +21,14 @@ def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tenso
         ValueError: a label is neither in [0, C) nor ``ignore_index``; on a GPU, one of an earlier call's.
         TypeError: ``ignore_index`` is not an integer.
     """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    return cast(Tensor, _checked_labels(labels, num_classes, checked_ignore_index(ignore_index)))
+
+
+def checked_ignore_index(ignore_index: object) -> int:
+    """``ignore_index``, an integer of Python or NumPy, as an int; a ``TypeError`` for anything else."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | Integral):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
-    return cast(Tensor, _checked_labels(labels, num_classes, ignore_index))
+    return int(ignore_index)
 
 
 @torch.library.custom_op("marginkernels::checked_labels", mutates_args=())

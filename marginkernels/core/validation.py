@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,6 @@ def check_inputs(
     labels: Tensor,
     bias: Tensor | None,
     label_smoothing: float,
-    workspace_mb: float | None,
     *,
     shard: bool = False,
 ) -> None:
@@ -44,8 +45,6 @@ def check_inputs(
     if weight.dtype == torch.float64 and embeddings.dtype != torch.float64:
         raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-    if workspace_mb is not None:
-        check_number("workspace_mb", workspace_mb, 0.0, None)
 
 
 def check_float(name: str, v: object) -> None:
@@ -56,16 +55,19 @@ def check_float(name: str, v: object) -> None:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {v.dtype}")
 
 
-def check_embeddings(embeddings: Tensor, weight: Tensor, *, shard: bool = False) -> None:
-    """Embeddings (N, D) against class centers (C, D): dtypes and shapes."""
+def check_embeddings(embeddings: Tensor, weight: Tensor, *, name: str = "weight", shard: bool = False) -> None:
+    """Embeddings (N, D) against class centers (C, D), an argument called ``name``: dtypes and shapes, and that there are values at all."""
     check_float("embeddings", embeddings)
+    check_float(name, weight)
+    if embeddings.device.type == "meta":
+        raise ValueError("embeddings: expected a device that holds values, such as cpu or cuda, got meta; see to_empty()")
     if embeddings.ndim != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings: expected shape (N, D) with D >= 1, got {tuple(embeddings.shape)}")
     if weight.ndim != 2 or (weight.shape[0] == 0 and not shard):
-        raise ValueError(f"weight: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: expected shape (C, D) with C >= 1, got {tuple(weight.shape)}")
     if weight.shape[1] != embeddings.shape[1]:
         raise ValueError(
-            f"weight: expected shape (C, {embeddings.shape[1]}) to match embeddings {tuple(embeddings.shape)}, got {tuple(weight.shape)}"
+            f"{name}: expected shape (C, {embeddings.shape[1]}) to match embeddings {tuple(embeddings.shape)}, got {tuple(weight.shape)}"
         )
 
 
@@ -82,10 +84,15 @@ def check_labels_shape(labels: object, embeddings: Tensor) -> None:
 
 
 def positive(name: str, value: object) -> int:
-    """``value``, an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    return value
+    """``value``, an integer of at least 1, as an int."""
+    return integer(name, value, 1)
+
+
+def integer(name: str, value: object, low: int) -> int:
+    """``value`` as an int where it is an integer of Python or NumPy of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int | Integral) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+    return int(value)
 
 
 def check_reduction(reduction: object) -> None:
@@ -96,8 +103,9 @@ def check_reduction(reduction: object) -> None:
 
 def check_number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
     """A number in [low, high], or in (low, high] where ``open_low``; ``high`` None is no bound."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
-    if not ((value > low if open_low else value >= low) and (high is None or value <= high)):
+    number = float(value)
+    if not ((number > low if open_low else number >= low) and (high is None or number <= high)):
         bound = f"in {'(' if open_low else '['}{low:g}, {high:g}]" if high is not None else f"{'>' if open_low else '>='} {low:g}"
         raise ValueError(f"{name}: expected a number {bound}, got {value!r}")

@@ -18,7 +18,7 @@ import torch
 from .. import __version__, testing
 from .._deprecated import backend_name
 from ..backend import NAMES, resolve
-from ..cli._text import table, usable_device
+from ..cli._text import MAX_SEED, folder, integer, number, refuse, table, usable_device, writable_folder
 
 #: The heads that ``--compare`` trains if it names none.
 COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
@@ -32,21 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads = list(testing.HEADS)
     add("--head", default="arcface", choices=heads, metavar="NAME", help=f"one of {', '.join(heads)} (default: %(default)s)")
     add("--compare", nargs="*", choices=heads, metavar="NAME", help=f"train several heads (default: {' '.join(COMPARED)})")
-    add("--fonts", type=Path, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), in addition to those of matplotlib")
-    add("--min-typefaces", type=int, default=4, metavar="N", help="fewest distinct images of an identity (default: %(default)s)")
-    add("--epochs", type=float, default=8, help="passes over the training images (default: %(default)s)")
-    add("--steps", type=int, help="training steps, instead of --epochs")
-    add("--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    add("--dim", type=int, default=128, metavar="D", help="embedding dimension (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the split, the weights and the order of images (default: %(default)s)")
+    add("--fonts", type=folder, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), in addition to those of matplotlib")
+    add("--min-typefaces", type=integer(), default=4, metavar="N", help="fewest distinct images of an identity (default: %(default)s)")
+    add("--epochs", type=number(0, 1e6, open_low=True), default=8, help="passes over the training images (default: %(default)s)")
+    add("--steps", type=integer(), help="training steps, instead of --epochs")
+    add("--batch-size", type=integer(2), default=256, metavar="N", help="at least 2 (default: %(default)s)")
+    add("--dim", type=integer(high=65536), default=128, metavar="D", help="embedding dimension (default: %(default)s)")
+    add("--seed", type=integer(0, MAX_SEED), default=0, help="of the split, the weights and the order of images (default: %(default)s)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--backend", default="auto", type=backend_name, choices=NAMES, help="backend of the head (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder for plots and results (default: %(default)s)")
+    add("--out", type=writable_folder, default=Path("runs/demo"), metavar="DIR", help="folder for plots and results (default: %(default)s)")
     add("--quick", action="store_true", help="only a few hundred identities and 60 steps, to see that everything works")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, verify, measure, and write plots and ``results.json``; returns 1 where a package is missing."""
+    """Train, verify, measure, and write plots and ``results.json``; returns 1 where a package is missing, 2 where the
+    arguments cannot work on this machine."""
     try:
         import fontTools  # noqa: F401
         import matplotlib  # noqa: F401
@@ -58,9 +59,17 @@ def run(args: argparse.Namespace) -> int:
     from .evaluate import FARS
 
     device = torch.device(args.device)
+    try:  # what argparse cannot see, before the minutes that rendering and training take
+        chosen = resolve(args.backend, device.type, torch.float32, torch.float32, args.dim)
+        data.font_files(args.fonts)
+    except ValueError as error:
+        return refuse(f"--{error}")
     names = [args.head] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
     quick = {"max_identities": 400} if args.quick else {}
-    glyphs = data.load(args.fonts, min_typefaces=args.min_typefaces, seed=args.seed, **quick)
+    try:
+        glyphs = data.load(args.fonts, min_typefaces=args.min_typefaces, seed=args.seed, **quick)
+    except ValueError as error:
+        return refuse(f"--{error}".replace("_", "-", 1))
     training, unseen = glyphs.split(0.2, args.seed)
     classes = len(training.characters)
     print(f"{len(glyphs.images):,} images of {len(glyphs.characters):,} characters in {len(glyphs.typefaces)} typefaces")
@@ -68,14 +77,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"verify on {len(unseen.characters):,} identities not seen in training ({len(unseen.images):,} images)")
     settings = train.Settings(
         epochs=args.epochs,
-        steps=args.steps or (60 if args.quick else None),
+        steps=args.steps if args.steps is not None else (60 if args.quick else None),
         batch_size=args.batch_size,
         dim=args.dim,
         seed=args.seed,
         device=args.device,
         backend=args.backend,
     )
-    chosen = resolve(args.backend, device.type, torch.float32, torch.float32, args.dim)
     print(f"fused backend: {chosen} on {_device_name(device)}, {settings.total_steps(len(training.images))} steps of {args.batch_size}\n")
 
     runs = [train.fit(name, training, unseen, settings) for name in names]

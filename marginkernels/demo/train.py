@@ -41,7 +41,9 @@ class Settings:
     backend: str = "auto"
 
     def total_steps(self, images: int) -> int:
-        return self.steps or max(1, round(self.epochs * images / self.batch_size))
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.epochs * images / self.batch_size))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""For class-parallel heads (``MarginHead(..., process_group=...)``): checkpoints, export and import of class centers, gradient scaling."""
+"""For class-parallel heads (``MarginHead(..., process_group=...)``): checkpoints, export and import of class centers, gradient clipping
+and scaling."""
 
 from typing import Any
 
 from .. import _deprecated
 from .centers import export_centers, full_state_dict, import_centers
 from .checkpoint import latest, load, save
+from .clipping import clip_grad_norm_
 from .grad_scaler import GradScaler
 
-__all__ = ["GradScaler", "export_centers", "full_state_dict", "import_centers", "latest", "load", "save"]
+__all__ = ["GradScaler", "clip_grad_norm_", "export_centers", "full_state_dict", "import_centers", "latest", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.validation import positive
 from . import _collectives as collectives
@@ -28,6 +28,39 @@ def bounds(num_classes: int, size: int, rank: int) -> tuple[int, int]:
     """The shard [start, stop) of a rank: ceil(C / size) classes, fewer or none on the last ranks, as in ``DTensor``."""
     width = -(-num_classes // size)
     return min(rank * width, num_classes), min((rank + 1) * width, num_classes)
+
+
+#: The attribute of a parameter that is divided over ranks: the name of the group, for :func:`group_of_parameter`.
+_MARK = "_marginkernels_group"
+
+
+def group_of_parameter(p: Tensor) -> str | None:
+    """The name of the group over which a parameter is divided (see :meth:`Shard.mark`), or None."""
+    name: str | None = getattr(p, _MARK, None)
+    return name
+
+
+def _check_not_in_ddp(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Hook of every registration of a submodule: refuses a ``DistributedDataParallel`` that would take a parameter that is divided over
+    ranks for replicas of one, and so overwrite it with the first rank's and average its gradient. DDP registers its module before that.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    if name != "module" or module is None or not isinstance(parent, nn.parallel.DistributedDataParallel):
+        return
+    ignored: set[str] = getattr(parent, "parameters_to_ignore", set())
+    for parameter, p in module.named_parameters():
+        group = group_of_parameter(p)
+        if group is not None and collectives.group_of(group).size() > 1 and parameter not in ignored:
+            raise ValueError(
+                f"module: expected a module without a sharded MarginHead for DistributedDataParallel, got one whose {parameter!r} is "
+                "divided over ranks: wrap the backbone alone, or have DDP ignore the head by setting, before it is wrapped, "
+                "module._ddp_params_and_buffers_to_ignore to the names of its parameters and buffers"
+            )
+
+
+nn.modules.module.register_module_module_registration_hook(_check_not_in_ddp)
 
 
 class Shard:
@@ -60,6 +93,11 @@ class Shard:
         self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
         self.start, self.stop = bounds(num_classes, self.size, self.rank)
         self.group = collectives.register(group)
+
+    def mark(self, p: Tensor) -> None:
+        """Mark a parameter as divided over the ranks of this group, so that clipping and DDP can tell. Pickling a parameter keeps the mark,
+        copying it does not."""
+        setattr(p, _MARK, self.group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
         return self  # the copy of a head is in the same group

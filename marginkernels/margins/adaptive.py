@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.validation import integer
 from .base import BatchInfo, Margin, NonTargetLSE, settled
 
 
@@ -20,7 +21,7 @@ class AdaCos(Margin):
     empty batch; two classes far apart) keeps the old scale.
 
     Args:
-        num_classes: C >= 3.
+        num_classes: C >= 3, that of the head.
         dynamic: follow the batch; ``False`` keeps the fixed scale.
         focal_gamma: see :class:`Margin`.
 
@@ -31,11 +32,17 @@ class AdaCos(Margin):
 
     def __init__(self, num_classes: int, dynamic: bool = True, *, focal_gamma: float = 0.0):
         super().__init__(None, focal_gamma=focal_gamma)
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 3:
-            raise ValueError(f"num_classes: expected an integer >= 3, got {num_classes!r}")
-        self.num_classes = num_classes
+        self.num_classes = integer("num_classes", num_classes, 3)
         self.dynamic = bool(dynamic)
-        self.register_buffer("s", torch.full((1,), math.sqrt(2.0) * math.log(num_classes - 1), dtype=torch.float64))
+        self.register_buffer("s", torch.empty(1, dtype=torch.float64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.s.fill_(math.sqrt(2.0) * math.log(self.num_classes - 1))
+
+    def bind(self, num_classes: int) -> None:
+        if num_classes != self.num_classes:
+            raise ValueError(f"num_classes: expected {num_classes} in AdaCos, as many as the head has, got {self.num_classes}")
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]

@@ -6,8 +6,6 @@ a constant sine, and at the end itself the tangent of the sphere is zero, so the
 where the floor lies at 1.5e-8 radians.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,10 +24,11 @@ def angle(cos: Tensor) -> tuple[Tensor, Tensor]:
     return torch.atan2(sin, cos), dsin * cos - sin
 
 
-def added(cos: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """cos(theta + margin), and its slope in cos, without taking the angle: better conditioned and cheaper."""
+def added(cos: Tensor, cos_margin: Tensor, sin_margin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(theta + margin), and its slope in cos, without taking the angle: better conditioned and cheaper. The margin comes as its
+    cosine and its sine, tensors of shape () each."""
     sin, dsin = sine(cos)
-    return cos * math.cos(margin) - sin * math.sin(margin), math.cos(margin) - dsin * math.sin(margin)
+    return cos * cos_margin - sin * sin_margin, cos_margin - dsin * sin_margin
 
 
 def detached(cos: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .angles import added, angle, detached
-from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range
+from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range, setting
 
 BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
 GRADIENTS = ("exact", "detached")
@@ -24,12 +27,27 @@ class CosFace(Margin):
         focal_gamma: see :class:`Margin`.
     """
 
+    _fixed_scale = True
+    margin: float = setting("margin", "m, a float; assigning is :meth:`set_margin`.")
+
     def __init__(self, scale: float = 64.0, margin: float = 0.35, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
-        self.margin = check_range("margin", margin, 0.0, 2.0)
+        self.margin = margin
+        self._hold()
+
+    def _checked(self, name: str, value: Any) -> float:
+        return check_range("margin", value, 0.0, 2.0)
+
+    def _numbers(self) -> Iterable[float]:
+        return (self.margin,)
+
+    def set_margin(self, margin: float) -> None:
+        """Change m; see :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        return cos - self.margin, torch.ones_like(cos)
+        (margin,) = self._read(cos)
+        return cos - margin, torch.ones_like(cos)
 
 
 class CombinedMargin(Margin):
@@ -69,43 +87,66 @@ class CombinedMargin(Margin):
         focal_gamma: float = 0.0,
     ):
         super().__init__(scale, focal_gamma=focal_gamma)
-        self.m1 = check_range("m1", m1, 0.0, open_low=True)
-        self.m2 = check_range(self._m2_name, m2, 0.0, math.nextafter(math.pi, 0), unit="radians")
-        self.m3 = check_range("m3", m3, 0.0, 2.0)
         if beyond_pi not in BEYOND_PI:
             raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {beyond_pi!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
+        self._change(m1=m1, m2=m2, m3=m3)
         self.beyond_pi = beyond_pi
         self.gradient = gradient
+        self._hold()
 
+    _fixed_scale = True
     _m2_name = "m2"
+    m1: float = setting("m1", "m1, a float; assigning is :meth:`set_margin`.")
+    m2: float = setting("m2", "m2 in radians, a float; assigning is :meth:`set_margin`.")
+    m3: float = setting("m3", "m3, a float; assigning is :meth:`set_margin`.")
 
-    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        value, slope = self._shifted(cos)
+    def _checked(self, name: str, value: Any) -> float:
+        if name == "m1":
+            return check_range("m1", value, 0.0, open_low=True)
+        if name == "m2":
+            return check_range(self._m2_name, value, 0.0, math.nextafter(math.pi, 0), unit="radians")
+        return check_range("m3", value, 0.0, 2.0)
+
+    def _numbers(self) -> Iterable[float]:
         # M = pi - theta*, where m1 theta* + m2 = pi; at or below 0 the end is never reached.
         reach = math.pi - (math.pi - self.m2) / self.m1
+        end = -math.cos(reach) if reach > 0 else -math.inf
+        drop = reach * math.sin(reach) if self.beyond_pi == "linear" else 1 - math.cos(reach)
+        return self.m1, self.m2, math.cos(self.m2), math.sin(self.m2), self.m3, end, drop
+
+    def set_margin(self, *values: Any, m1: float | None = None, m2: float | None = None, m3: float | None = None) -> None:
+        """``set_margin(m1, m2, m3)``, all three, also as one tuple; or some of them by name. See :meth:`Margin.set_margin`."""
+        named = {name: value for name, value in (("m1", m1), ("m2", m2), ("m3", m3)) if value is not None}
+        given = values[0] if len(values) == 1 and isinstance(values[0], tuple | list) else values
+        if (given and (named or len(given) != 3)) or not (given or named):
+            raise TypeError(f"set_margin: expected m1, m2 and m3, or some of them by name, got {values!r} and {named!r}")
+        self._change(**(dict(zip(("m1", "m2", "m3"), given, strict=True)) if given else named))
+
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        m1, m2, cos_m2, sin_m2, m3, end, drop = self._read(cos)
+        value, slope = self._shifted(cos, m1, m2, cos_m2, sin_m2)
         if self.beyond_pi == "easy":
             inside = cos > 0
             value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
-        elif self.beyond_pi != "none" and reach > 0:
-            inside = cos > -math.cos(reach)
+        elif self.beyond_pi != "none":
+            inside = cos > end
             if self.beyond_pi == "clip":
                 past, past_slope = torch.full_like(cos, -1.0), 0.0
             else:
-                drop = reach * math.sin(reach) if self.beyond_pi == "linear" else 1 - math.cos(reach)
                 past, past_slope = cos - drop, 1.0
             value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
-        value = value - self.m3
+        value = value - m3
         return detached(cos, value) if self.gradient == "detached" else (value, slope)
 
-    def _shifted(self, cos: Tensor) -> tuple[Tensor, Tensor]:
+    def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
         """cos(m1 theta + m2) and its slope in cos(theta)."""
-        if self.m1 == 1.0:  # no angle needed: better conditioned and cheaper
-            return added(cos, self.m2)
         theta, dtheta = angle(cos)
-        phi = self.m1 * theta + self.m2
-        return phi.cos(), -self.m1 * phi.sin() * dtheta
+        phi = m1 * theta + m2
+        # Where m1 = 1 no angle is needed: better conditioned. Both are computed, so that m1 may pass 1 without compiling again.
+        plain, plain_slope = added(cos, cos_m2, sin_m2)
+        return torch.where(m1 == 1, plain, phi.cos()), torch.where(m1 == 1, plain_slope, -m1 * phi.sin() * dtheta)
 
 
 class ArcFace(CombinedMargin):
@@ -128,7 +169,19 @@ class ArcFace(CombinedMargin):
 
     @property
     def margin(self) -> float:
+        """m in radians, a float; assigning is :meth:`set_margin`."""
         return self.m2
+
+    @margin.setter
+    def margin(self, margin: float) -> None:
+        self._change(m2=margin)
+
+    def set_margin(self, margin: float) -> None:  # type: ignore[override]
+        """Change m; see :meth:`Margin.set_margin`."""
+        self._change(m2=margin)
+
+    def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
+        return added(cos, cos_m2, sin_m2)
 
     def extra_repr(self) -> str:
         shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
@@ -163,14 +216,13 @@ class SphereFace(Margin):
     """
 
     iteration: Tensor
+    margin: int = setting("margin", "m, an int; assigning is :meth:`set_margin`.")
 
     def __init__(self, margin: int = 4, scale: float | None = None, annealing: Annealing | bool | None = None, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
         if scale is None:
             self.scale = None  # type: ignore[assignment]
-        if isinstance(margin, bool) or int(margin) != margin or margin < 1:
-            raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {margin!r}")
-        self.margin = int(margin)
+        self.margin = margin
         if annealing is True:
             annealing = Annealing()
         elif annealing is False:
@@ -180,6 +232,20 @@ class SphereFace(Margin):
         self.annealing = annealing
         if annealing is not None:
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+
+    def _checked(self, name: str, value: Any) -> int:
+        number = isinstance(value, int | float | Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 1 or int(value) != value:
+            raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {value!r}")
+        return int(value)
+
+    def set_margin(self, margin: int) -> None:
+        """Change m, an integer; a compiled step is compiled again for each new one. See :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
+
+    def reset_parameters(self) -> None:
+        if self.annealing is not None:
+            self.iteration.zero_()
 
     def row_scale(self, batch: BatchInfo) -> float | Tensor:
         return batch.norm if self.scale is None else self.scale

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,20 +18,33 @@ from ..core.nontarget import NonTarget
 NonTargetLSE = Callable[[Tensor], Tensor]
 
 
-def check_range(name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False, unit: str = "") -> float:
+def check_range(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, unit: str = "") -> float:
     """``value`` as a float, or a ``ValueError``/``TypeError`` naming the argument, what was expected and what came."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
-    inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
+    number = float(value)
+    inside = (number > low if open_low else number >= low) and number <= high and math.isfinite(number)
     if not inside:
         bound = f"a finite number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
         raise ValueError(f"{name}: expected {bound}{' ' + unit if unit else ''}, got {value!r}")
-    return float(value)
+    return number
 
 
 def settled(state: Tensor) -> Tensor:
     """``state`` (float64) to the nearest 2^-40, for state that must be the same bits whoever summed the batch, and in whatever order."""
     return torch.round(state * 2.0**40) * 2.0**-40
+
+
+def setting(name: str, doc: str) -> Any:
+    """A property of a :class:`Margin`: a float that :meth:`Margin.set_margin` or an assignment changes, checked as by the constructor."""
+
+    def get(margin: Margin) -> Any:
+        return margin.__dict__[name]
+
+    def change(margin: Margin, value: Any) -> None:
+        margin._change(**{name: value})
+
+    return property(get, change, doc=doc)
 
 
 class BatchInfo:
@@ -79,16 +93,21 @@ class Margin(nn.Module):
         normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
         non_target: the transform of non-target logits, a :class:`NonTarget`; the two hard transforms also need :meth:`threshold` and ``t``.
         t: the parameter of the hard transforms: a number, or a tensor of shape (), (1,) or (N,).
+        straight_through: the slope is by intention not the derivative of the value, so :func:`marginkernels.testing.check_margin`
+            compares it with the gradient that autograd gives to the value (which a ``detach()`` changes) and not with differences.
     """
 
     normalize_embedding: bool = True
     normalize_weight: bool = True
     non_target: NonTarget = NonTarget.IDENTITY
+    straight_through: bool = False
     t: float | Tensor
+    #: Whether the constructor needs a number as its scale; None is then an error unless row_scale is overridden.
+    _fixed_scale: bool = False
 
     def __init__(self, scale: float | None = 64.0, *, focal_gamma: float = 0.0):
         super().__init__()
-        if scale is not None:
+        if scale is not None or (self._fixed_scale and type(self).row_scale is Margin.row_scale):
             self.scale = check_range("scale", scale, 0.0, open_low=True)
         self.focal_gamma = check_range("focal_gamma", focal_gamma, 0.0)
 
@@ -106,8 +125,10 @@ class Margin(nn.Module):
             batch: what else is known of the rows, for margins that depend on norm or identity.
 
         Returns:
-            value and slope, (N,) each. The reference differentiates ``value`` in ``cos`` by autograd; the fused backends
-            multiply by ``slope`` and differentiate ``value`` in anything else (``batch.norm``, the margin's own parameters).
+            value and slope, (N,) each, at least as precise as ``cos``; a slope that is the same for all rows may be a number. Shapes and
+            dtypes are checked in every call, which costs nothing on the device. The reference differentiates ``value`` in ``cos`` by
+            autograd; the fused backends multiply by ``slope`` and differentiate ``value`` in anything else (``batch.norm``, the margin's
+            own parameters).
         """
         raise NotImplementedError(f"{type(self).__name__} must define target(cos, batch)")
 
@@ -132,7 +153,51 @@ class Margin(nn.Module):
         """
 
     def bind(self, num_classes: int) -> None:
-        """Told the number of classes before the first use, for margins whose constants depend on it."""
+        """Told the number of classes before the first use and at each later one, for margins whose constants depend on it.
+
+        Raises:
+            ValueError: the margin was made for another number of classes.
+        """
+
+    def set_margin(self, *values: Any, **named: Any) -> None:
+        """Change the margin between two steps, as a warm-up does, within the ranges of the constructor. Under ``torch.compile`` the new
+        value is read like any tensor, so nothing is compiled again (:class:`SphereFace` is the exception). With several ranks every
+        rank must call it. The value is not part of ``state_dict()``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came; TypeError where there is no margin to set.
+        """
+        raise TypeError(f"{type(self).__name__} has no margin to set")
+
+    def reset_parameters(self) -> None:
+        """Set the state and the parameters back to where the constructor starts them; needed after ``to_empty()``. A margin of your own
+        that has state or parameters overrides it."""
+
+    # -- numbers that a compiled step reads as a tensor --------------------------------------------------------------------------
+
+    def _numbers(self) -> Iterable[float]:
+        """What :meth:`target` reads through :meth:`_read`: the margin, and what follows from it, computed once by Python's math."""
+        return ()
+
+    def _change(self, **settings: Any) -> None:
+        """Check ``settings`` (see :func:`setting`), then store them: none of them where one is wrong."""
+        checked = {name: self._checked(name, value) for name, value in settings.items()}
+        self.__dict__.update(checked)
+        if "_held" in self.__dict__:
+            self._held.copy_(torch.tensor(list(self._numbers()), dtype=torch.float64))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """``value`` of the setting ``name`` as it is stored, or the constructor's error."""
+        raise NotImplementedError
+
+    def _hold(self) -> None:
+        """The last line of a constructor that has settings. They are held in a plain tensor, not a buffer: buffers are averaged, broadcast
+        and saved by others, and this one always follows from the floats."""
+        self._held = torch.tensor(list(self._numbers()), dtype=torch.float64)
+
+    def _read(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The numbers, of shape () each and in the dtype of ``like``; a copy, since a backward pass may follow the next change."""
+        return self._held.to(like.dtype, copy=True).unbind()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Margin:
         # Running statistics move 1% a step: in half precision they would stop moving, so .half() leaves them as they are.
@@ -142,6 +207,10 @@ class Margin(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != old.dtype:
                 setattr(self, name, old.to(device=moved.device))
+        if "_held" in self.__dict__:
+            device = fn(torch.empty(0, dtype=torch.float64, device=self._held.device)).device
+            if device != self._held.device:
+                self._held = torch.tensor(list(self._numbers()), dtype=torch.float64, device=device)
         return self
 
     def extra_repr(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.nontarget import NonTarget
 from .angles import added
-from .base import BatchInfo, Margin, NonTargetLSE, check_range, settled
+from .base import BatchInfo, Margin, NonTargetLSE, check_range, setting, settled
 
 
 class MVSoftmax(Margin):
@@ -31,13 +33,26 @@ class MVSoftmax(Margin):
         if kind not in ("arc", "am"):
             raise ValueError(f"kind: expected 'arc' or 'am', got {kind!r}")
         self.kind = kind
-        self.margin = check_range("margin", margin, 0.0, math.nextafter(math.pi, 0) if kind == "arc" else 2.0)
+        self.margin = margin
         self.t = check_range("t", t, 0.0)
+        self._hold()
+
+    _fixed_scale = True
+    margin: float = setting("margin", "m, a float; assigning is :meth:`set_margin`.")
+
+    def _checked(self, name: str, value: Any) -> float:
+        return check_range("margin", value, 0.0, math.nextafter(math.pi, 0) if self.kind == "arc" else 2.0)
+
+    def _numbers(self) -> Iterable[float]:
+        return self.margin, math.cos(self.margin), math.sin(self.margin)
+
+    def set_margin(self, margin: float) -> None:
+        """Change m; see :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        if self.kind == "am":
-            return cos - self.margin, torch.ones_like(cos)
-        return added(cos, self.margin)
+        margin, cos_margin, sin_margin = self._read(cos)
+        return (cos - margin, torch.ones_like(cos)) if self.kind == "am" else added(cos, cos_margin, sin_margin)
 
     def threshold(self, cos: Tensor, batch: BatchInfo) -> Tensor:
         return self.target(cos, batch)[0]
@@ -61,18 +76,38 @@ class CurricularFace(Margin):
 
     def __init__(self, scale: float = 64.0, margin: float = 0.5, momentum: float = 0.99, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
-        self.margin = check_range("margin", margin, 0.0, math.nextafter(math.pi, 0), unit="radians")
+        self.margin = margin
         self.momentum = check_range("momentum", momentum, 0.0, 1.0)
         self.register_buffer("t", torch.zeros(1, dtype=torch.float64))
+        self._hold()
+
+    _fixed_scale = True
+    margin: float = setting("margin", "m in radians, a float; assigning is :meth:`set_margin`.")
+
+    def _checked(self, name: str, value: Any) -> float:
+        return check_range("margin", value, 0.0, math.nextafter(math.pi, 0), unit="radians")
+
+    def _numbers(self) -> Iterable[float]:
+        m = self.margin
+        return math.cos(m), math.sin(m), -math.cos(m), m * math.sin(m)
+
+    def set_margin(self, margin: float) -> None:
+        """Change m; see :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
+
+    def reset_parameters(self) -> None:
+        self.t.zero_()
 
     def update(self, cos: Tensor, batch: BatchInfo, non_target_lse: NonTargetLSE) -> None:
         moved = (1 - self.momentum) * batch.mean(cos) + self.momentum * self.t
         self.t.copy_(torch.where(batch.valid.any(), settled(moved), self.t))
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        value, slope = added(cos, self.margin)
-        inside = cos > -math.cos(self.margin)
-        return torch.where(inside, value, cos - self.margin * math.sin(self.margin)), torch.where(inside, slope, 1.0)
+        cos_margin, sin_margin, end, drop = self._read(cos)
+        value, slope = added(cos, cos_margin, sin_margin)
+        inside = cos > end
+        return torch.where(inside, value, cos - drop), torch.where(inside, slope, 1.0)
 
     def threshold(self, cos: Tensor, batch: BatchInfo) -> Tensor:
-        return added(cos, self.margin)[0]
+        cos_margin, sin_margin, *_ = self._read(cos)
+        return added(cos, cos_margin, sin_margin)[0]

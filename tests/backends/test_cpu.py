@@ -144,6 +144,23 @@ def test_scales(level, name, dtype, scale):
     assert max(found.values()) <= testing.TOLERANCE[dtype] * max(1, scale / 64), found
 
 
+@pytest.mark.parametrize("name", [name for name, dtype in LEVELS if dtype == torch.float32])
+@pytest.mark.parametrize("scale", [1e5, 1e6, 1e8])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_huge_logits(level, name, scale, workspace):
+    """Where float32 cannot hold the log-sum-exp's fraction: still at most 3x the error of eager, whose softmax does not need it."""
+    level(name)
+    case = testing.Case.random(40, 48, 300, bias=True)
+    large = testing.Case(case.x * math.sqrt(scale), case.w * math.sqrt(scale), case.labels, None)
+    for problem, margin in ((case, mk.CosFace(scale=scale)), (case, mk.CurricularFace(scale=scale)), (large, mk.Softmax())):
+        want = testing.run(problem, margin, "reference", dtype=torch.float64)
+        eager = testing.eager(problem, margin)
+        got = testing.run(problem, margin, "cpu", workspace_mb=workspace)
+        for output in ("loss", "dx", "dw"):
+            ours, theirs = (testing.relative_error(v[output], want[output]) for v in (got, eager))
+            assert ours <= 3 * max(theirs, 1e-7), (type(margin).__name__, output, ours, theirs)
+
+
 @pytest.mark.parametrize("exponent", [-100, -40, 40])
 def test_loss_scaling(exponent):
     """Gradients of a loss times a power of two are the gradients times it: nothing vanishes on the way."""
@@ -300,7 +317,7 @@ def test_memory_is_cached_for_the_next_step():
     assert gradient().data_ptr() == where
     cpu.release_memory()
     assert block.cached() == 0
-    held = [block(200 << 20) for _ in range(4)]
+    held = [block(200 << 20, "a test") for _ in range(4)]
     del held
     assert block.cached() == 400 << 20
     cpu.release_memory()
@@ -365,3 +382,73 @@ def test_more_elements_than_32_bits_count():
     assert w.grad[-200:-192].float().norm() > 0
     assert w.grad[: 1 << 16].isfinite().all()
     assert w.grad[-(1 << 16) :].isfinite().all()
+
+
+SIGNALS = """
+import os, signal, sys, threading, time, torch, marginkernels as mk
+torch.set_num_threads(2)
+n, d, c = 4096, 256, 400_000
+x, w = torch.randn(n, d, requires_grad=True), torch.randn(1, d).expand(c, d)
+if sys.argv[1] == "class pass":
+    n = 512
+    x, w = torch.randn(n, 64, requires_grad=True), torch.randn(20_000, 64, requires_grad=True)
+    from marginkernels.backend import FUSED
+    inner, wide = FUSED["cpu"].class_pass, []
+    import dataclasses
+    def class_pass(inputs, upstream, class_factor, saved, *needs):
+        # The gradient of some rows, but as a pass over many times as many.
+        def more(v):
+            return v.repeat(100, *[1] * (v.ndim - 1)) if isinstance(v, torch.Tensor) and v.shape[:1] == (n,) else v
+        grown = [dataclasses.replace(r, **{f.name: more(getattr(r, f.name)) for f in dataclasses.fields(r)}) for r in (inputs, upstream)]
+        timer.start()
+        return inner(*grown, class_factor, saved[:0], *needs)
+    FUSED["cpu"].class_pass = class_pass
+def interrupt():
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+timer = threading.Timer(0.5, interrupt)
+y = torch.arange(n)
+small = lambda: mk.margin_cross_entropy(x[:64], w[:1000], y[:64], margin=mk.CosFace(), backend="cpu").item()
+before = small()
+try:
+    if sys.argv[1] == "row pass":
+        timer.start()
+    loss = mk.margin_cross_entropy(x, w, y, margin=mk.CosFace(), backend="cpu", workspace_mb=0)
+    loss.backward()
+    print("finished")
+except KeyboardInterrupt:
+    print(time.monotonic() - sent)
+    assert small() == before  # the threads and their memory are as they were
+"""
+
+
+@pytest.mark.parametrize("where", ["row pass", "class pass"])
+def test_interrupt(where):
+    """Ctrl-C in the middle of a pass of many seconds: KeyboardInterrupt at once, and the next call is as ever."""
+    done = subprocess.run([sys.executable, "-c", SIGNALS, where], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.5  # seconds
+
+
+OUT_OF_MEMORY = """
+import resource, torch, marginkernels as mk
+x, w, y = torch.randn(8, 64), torch.randn(400_000, 64, requires_grad=True), torch.arange(8)
+mk.margin_cross_entropy(x, w[:1000], y, margin=mk.CosFace(), backend="cpu").backward()
+w.grad = None
+loss = mk.margin_cross_entropy(x, w, y, margin=mk.CosFace(), backend="cpu", workspace_mb=0)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (40 << 20), -1))
+try:
+    loss.backward()
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory as Linux counts it")
+def test_out_of_memory_says_what_for():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == "memory: expected 102400000 bytes for the gradient of weight, got none from the system", done.stderr
+    with pytest.raises(MemoryError, match=rf"^memory: expected {1 << 60} bytes for a test, got"):
+        cpu._cpu.Block(1 << 60, "a test")

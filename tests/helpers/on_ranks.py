@@ -365,6 +365,172 @@ def check_sampling():
             assert not torch.equal(head.weight[index], before[index])
 
 
+def check_clip_grad_norm():
+    """DDP's backbone and a sharded head, clipped together: one norm on all ranks, that of one process, and replicas that stay the same."""
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    data = batches(c, 3, 4 * size)
+    for options in ({}, {"sample_rate": 0.2}):
+        clips = []
+        net = nn.parallel.DistributedDataParallel(backbone())
+        head = copy.deepcopy(sharded(case(c, bias=True), mk.L2Softmax(num_classes=c, trainable=True), batch_size=4, **options))
+        parameters = [*net.parameters(), *head.parameters()]
+        optimizer = optim.SGD(parameters, lr=0.1, momentum=0.9)
+        model, whole = backbone(), mk.MarginHead(D, c, mk.L2Softmax(num_classes=c, trainable=True), bias=True)
+        start = case(c, bias=True)
+        whole.load_state_dict(whole.state_dict() | {"weight": start.w, "bias": start.bias})
+        alone = [*model.parameters(), *whole.parameters()]
+        single = torch.optim.SGD(alone, lr=0.1, momentum=0.9)
+        for i, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            head(net(x[rank * 4 : rank * 4 + 4]), y[rank * 4 : rank * 4 + 4]).backward()
+            norm = mk.distributed.clip_grad_norm_(iter(parameters), 0.5)
+            assert norm.dtype == torch.float32
+            same_everywhere(norm, *(p.grad for p in net.parameters()))
+            clips.append(float(norm))
+            again = mk.distributed.clip_grad_norm_(parameters, 0.5)
+            assert float(again) == pytest.approx(0.5, rel=1e-4), (i, float(again))
+            top = mk.distributed.clip_grad_norm_(parameters, 1e9, torch.inf)
+            every = [None] * size
+            dist.all_gather_object(every, [float(_held(p.grad).abs().max()) for p in parameters if _held(p.grad).numel()])
+            assert float(top) == max(v for part in every for v in part)
+            optimizer.step()
+            if not options and rank == 0:
+                single.zero_grad()
+                whole(model(x), y).backward()
+                assert clips[-1] == pytest.approx(float(nn.utils.clip_grad_norm_(alone, 0.5)), rel=1e-4)
+                single.step()
+        assert min(clips) > 0.5, clips  # every step was clipped
+        same_everywhere(*net.parameters(), head.margin.alpha)
+        if not options and rank == 0:
+            for p, q in zip(net.parameters(), model.parameters(), strict=True):
+                compare(p, q, "backbone")
+            compare(head.weight, whole.weight[: head.shard.stop], "weight")
+        if size > 1:
+            _one_rank_infinite(head, parameters)
+
+
+def _one_rank_infinite(head: mk.MarginHead, parameters: list) -> None:
+    before = [p.grad.clone() for p in parameters]
+    if dist.get_rank() == 0:
+        _held(head.weight.grad)[0, 0] = torch.inf
+        before = [p.grad.clone() for p in parameters]
+    for kind in (2.0, torch.inf):
+        _raises(
+            RuntimeError,
+            "parameters: expected gradients of finite norm",
+            lambda kind=kind: _clip(parameters, kind, error_if_nonfinite=True),
+        )
+    for p, old in zip(parameters, before, strict=True):
+        assert torch.equal(_held(p.grad), _held(old))
+
+
+def _clip(parameters: list, kind: float, **options) -> torch.Tensor:
+    return mk.distributed.clip_grad_norm_(parameters, 0.1, kind, **options)
+
+
+def _held(g: torch.Tensor) -> torch.Tensor:
+    return g._values() if g.is_sparse else g
+
+
+def check_clip_beside_fsdp2():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    ((x, y),) = batches(c, 1, 4 * size)
+    norms, grads = [], []
+    for wrap in (nn.parallel.DistributedDataParallel, lambda net: fully_shard(net, mesh=init_device_mesh("cpu", (size,)))):
+        net = wrap(backbone())
+        head = sharded(case(c), mk.ArcFace(scale=16.0))
+        head(net(x[rank * 4 : rank * 4 + 4]), y[rank * 4 : rank * 4 + 4]).backward()
+        norms.append(mk.distributed.clip_grad_norm_([*net.parameters(), *head.parameters()], 0.1))
+        grads.append([p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in net.parameters()])
+    same_everywhere(*norms)
+    compare(norms[1], norms[0], "norm")
+    assert float(norms[0]) > 0.1
+    for a, b in zip(*grads, strict=True):
+        compare(b, a, "gradient")
+
+
+class _Both(nn.Module):
+    def __init__(self, net: nn.Module, head: nn.Module):
+        super().__init__()
+        self.net, self.inner = net, nn.ModuleDict({"head": head})
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.inner["head"](self.net(x), y)
+
+
+def check_ddp_around_the_head():
+    """Refused before a center has changed, unless DDP ignores the head, and then right."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    c = 8 * size  # all ranks hold as many classes, so that DDP itself sees nothing wrong
+    both = _Both(backbone(), sharded(case(c), mk.ArcFace(scale=16.0)))
+    before = both.inner["head"].weight.detach().clone()
+    if size == 1:
+        nn.parallel.DistributedDataParallel(both)
+        return
+    for module in (both, copy.deepcopy(both)):
+        _raises(
+            ValueError, "module: expected a module without a sharded MarginHead", lambda m=module: nn.parallel.DistributedDataParallel(m)
+        )
+    assert torch.equal(both.inner["head"].weight, before)
+    nn.parallel.DistributedDataParallel(both.net)
+    both._ddp_params_and_buffers_to_ignore = [f"inner.head.{k}" for k in both.inner["head"].state_dict()]
+    wrapped = nn.parallel.DistributedDataParallel(both)
+    apart, net = sharded(case(c), mk.ArcFace(scale=16.0)), nn.parallel.DistributedDataParallel(backbone())
+    ((x, y),) = batches(c, 1, 4 * size)
+    own = slice(rank * 4, rank * 4 + 4)
+    wrapped(x[own], y[own]).backward()
+    apart(net(x[own]), y[own]).backward()
+    assert torch.equal(both.inner["head"].weight.grad, apart.weight.grad)
+    for p, q in zip(both.net.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def check_activation_checkpointing():
+    """The repeated pass exchanges the same rows, draws the same classes and leaves the state as it is."""
+    from torch.utils.checkpoint import checkpoint
+
+    whole, own = case(400), mine(4)
+    x = torch.randn(4 * dist.get_world_size(), D, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(4 * dist.get_world_size()) * 7
+    found = []
+    for reentrant in (None, False, True):
+        head = sharded(whole, mk.CurricularFace(scale=16.0), sample_rate=0.1, batch_size=4)
+        for _ in range(2):
+            head.zero_grad()
+            leaf = x[own].clone().requires_grad_()
+            loss = head(leaf, y[own]) if reentrant is None else checkpoint(head, leaf, y[own], use_reentrant=reentrant)
+            loss.backward()
+        found.append([loss.detach(), leaf.grad, head.weight.grad.to_dense(), *head.margin.buffers(), head.sampler.draws])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def check_deferred_start():
+    """A head of the meta device, filled afterwards, is a head like another: it starts, draws, clips and is refused by DDP alike."""
+    torch.manual_seed(3)
+    want = _head(400, mk.L2Softmax(num_classes=400, trainable=True), sample_rate=0.1, sample_seed=5)
+    head = _head(400, mk.L2Softmax(num_classes=400, trainable=True), sample_rate=0.1, sample_seed=5, device="meta").to_empty(device="cpu")
+    head.margin.load_state_dict(want.margin.state_dict())
+    torch.manual_seed(3)
+    head.reset_parameters()
+    for k, v in head.state_dict().items():
+        assert torch.equal(v, want.state_dict()[k]), k
+    x, y = torch.randn(3, D), torch.tensor([0, 5, 7])
+    norms = []
+    for h in (want, head):
+        loss = h(x, y)
+        loss.backward()
+        same_everywhere(loss, *(p.grad for p in h.margin.parameters()))
+        norms.append(mk.distributed.clip_grad_norm_(h.parameters(), 1.0))
+    assert torch.equal(*norms)
+    assert torch.equal(head.margin.alpha.grad, want.margin.alpha.grad)
+    assert head.weight.grad.is_coalesced()
+    same_everywhere(*norms)
+
+
 def check_grad_scaler():
     """With an infinite gradient on one rank, all ranks skip the step and lower the scale; else all take it."""
     for kind in (torch.optim.SGD, optim.SGD):

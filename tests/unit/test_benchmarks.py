@@ -383,11 +383,41 @@ def test_command_line(tmp_path, capsys):
 
 def test_unknown_provider_and_bad_case(tmp_path, capsys):
     path = tmp_path / "x.json"
-    assert main(["run", "--device", "cpu", "--json", str(path), "--providers", "eagre"]) == 2
-    assert "got eagre" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["run", "--device", "cpu", "--json", str(path), "--case", "arcface,fp8,1,2,3"])
+    for words, said in (
+        (["--providers", "eagre"], "got eagre"),
+        (["--case", "arcface,fp8,1,2,3"], "got 'arcface,fp8,1,2,3'"),
+        (["--case", "arcface"], "expected HEAD,DTYPE,N,D,C"),
+        (["--case", "arcface,fp32,0,2,3"], "sizes >= 1"),
+        (["--case", "arcface,fp32,1,2,x"], "sizes >= 1"),
+        (["--time-limit", "nan"], "--time-limit: expected a finite number"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(["run", "--device", "cpu", "--json", str(path), *words])
+        assert raised.value.code == 2
+        assert said in capsys.readouterr().err
     assert not path.exists()
+
+
+@pytest.mark.parametrize("command", ["plot", "report", "compare"])
+def test_files_that_are_no_records(tmp_path, capsys, command):
+    """Missing, a folder, no JSON, JSON of something else, and a record without its environment: argparse says so."""
+    (tmp_path / "text.json").write_text("not JSON")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "other.json").write_text('{"records": [{"a": 1}], "environment": {"providers": {}}}')
+    for name in ("missing.json", "", "text.json", "list.json", "other.json"):
+        with pytest.raises(SystemExit) as raised:
+            main([command, *[str(tmp_path / name)] * (2 if command == "compare" else 1)])
+        assert raised.value.code == 2, name
+        assert "expected a record file" in capsys.readouterr().err, name
+
+
+@pytest.mark.parametrize("words", [["run", "--device", "cpu", "--json"], ["resources", "--json"], ["report", "--out"], ["plot", "--out"]])
+def test_paths_that_cannot_be_written(capsys, words):
+    """Refused before the minutes of a measurement."""
+    with pytest.raises(SystemExit) as raised:
+        main([*words, "/dev/null/x"])
+    assert raised.value.code == 2
+    assert f"argument {words[-1]}: expected a f" in capsys.readouterr().err
 
 
 def _records(tmp_path, name, medians, **changes):

@@ -1,9 +1,11 @@
 """The command line: doctor, verify, and errors."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ import torch
 import marginkernels as mk
 from marginkernels.__main__ import COMMANDS, main
 from marginkernels.backend.chunked import ChunkedBackend
+from marginkernels.cli import _text
+
+ROOT = Path(__file__).parents[2]
 
 
 def verify(capsys, *arguments):
@@ -103,6 +108,77 @@ def test_names_from_before(capsys):
     out, err = capsys.readouterr()
     assert "use verify" in err
     assert "torch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "--classes", "1e400"], "--classes: expected an integer from 1 to"),
+        (["plan", "--classes", "nan"], "--classes: expected an integer from 1 to"),
+        (["plan", "--classes", "0"], "--classes: expected an integer from 1 to"),
+        (["plan", "--classes=-1"], "--classes: expected an integer from 1 to"),
+        (["plan", "--classes", "1.5"], "got '1.5'"),
+        (["plan", "--classes", "1e6", "--memory", "inf"], "--memory: expected a finite number"),
+        (["plan", "--classes", "1e6", "--workspace-mb", "inf"], "--workspace-mb: expected a finite number"),
+        (["plan", "--classes", "1e6", "--sample-rate", "nan"], "--sample-rate: expected a finite number > 0 and <= 1"),
+        (["plan", "--classes", "1e6", "--batch", "-4"], "--batch: expected an integer"),
+        (["tune", "--dim", "5000"], "--dim: expected an integer from 1 to 1024"),
+        (["tune", "--workspace-mb", "inf"], "--workspace-mb: expected a finite number"),
+        (["tune", "--compile-only", "hopper"], "--compile-only: expected an architecture such as sm_90, got 'hopper'"),
+        (["tune", "--json", "/dev/null/tiles.json"], "--json: expected a file that can be written"),
+        (["verify", "--seed", "-1"], "--seed: expected an integer from 0"),
+        (["verify", "--device", "vulkan"], "--device: expected a device that PyTorch can use here, got 'vulkan'"),
+        (["verify", "--device", "xla"], "--device: expected a device that PyTorch can use here, got 'xla'"),
+        (["demo", "--steps", "0"], "--steps: expected an integer from 1"),
+        (["demo", "--epochs", "-1"], "--epochs: expected a finite number > 0"),
+        (["demo", "--epochs", "nan"], "--epochs: expected a finite number > 0"),
+        (["demo", "--batch-size", "-8"], "--batch-size: expected an integer from 2"),
+        (["demo", "--seed", "-1"], "--seed: expected an integer from 0"),
+        (["demo", "--fonts", "/no/such/folder"], "--fonts: expected a folder that exists"),
+        (["demo", "--out", "/dev/null/out"], "--out: expected a folder that can be written"),
+    ],
+)
+def test_bad_values(capsys, arguments, said):
+    """Each is refused by argparse, before any work, with what was expected and what came."""
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    err = capsys.readouterr().err
+    assert "error: argument " in err
+    assert said in err
+
+
+def test_values_that_contradict_each_other(tmp_path, capsys):
+    assert main(["plan", "--classes", "1e6", "--memory", "10", "--reserve", "10"]) == 2
+    assert "--reserve: expected" in capsys.readouterr().err
+
+
+def test_an_architecture_that_triton_cannot_compile_for(capsys):
+    """LLVM would end the process: status 2 and a message come from one of its own."""
+    pytest.importorskip("triton")
+    with pytest.raises(SystemExit) as raised:
+        main(["tune", "--compile-only", "sm_99"])
+    assert raised.value.code == 2
+    assert "--compile-only: expected an architecture that Triton can compile for" in capsys.readouterr().err
+
+
+def test_counts_and_files(tmp_path):
+    assert [_text.integer()(text) for text in ("7", "30e6", "1e0")] == [7, 30_000_000, 1]
+    assert _text.number(0)("1e-3") == 1e-3
+    assert _text.writable_file(str(tmp_path / "new" / "x.json")) == tmp_path / "new" / "x.json"
+    assert not (tmp_path / "new").exists(), "a check that creates what it checks"
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a file that can be written"):
+        _text.writable_file(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a folder that can be written"):
+        _text.writable_folder(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("module", ["marginkernels", "benchmarks"])
+def test_version(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == mk.__version__
 
 
 @pytest.mark.parametrize(

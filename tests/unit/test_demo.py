@@ -162,6 +162,21 @@ def test_unknown_head():
         heads.make("nonsense", 10)
 
 
+def test_faults_that_only_this_machine_shows(tmp_path, capsys, monkeypatch):
+    """Refused before an image is rendered: a folder without fonts, and a backend that cannot serve here."""
+    monkeypatch.setattr(data, "load", lambda *a, **k: pytest.fail("rendering began"))
+    assert main(["demo", "--fonts", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "--fonts: expected a folder with" in capsys.readouterr().err
+    assert main(["demo", "--device", "cpu", "--backend", "hopper", "--out", str(tmp_path)]) == 2
+    assert "--backend: no fused backend serves 'hopper'" in capsys.readouterr().err
+
+
+def test_too_few_typefaces(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "font_files", lambda extra=None: [])
+    assert main(["demo", "--device", "cpu", "--min-typefaces", "1000", "--out", str(tmp_path)]) == 2
+    assert "--min-typefaces: " in capsys.readouterr().err
+
+
 def test_the_whole_command(tmp_path, capsys):
     status = main(["demo", "--quick", "--steps", "8", "--compare", "arcface", "adacos", "--device", "cpu", "--out", str(tmp_path / "out")])
     assert status == 0

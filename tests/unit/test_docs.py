@@ -318,8 +318,10 @@ COMMANDS = {"marginkernels": marginkernels.__main__.COMMANDS, "benchmarks": benc
 
 
 @pytest.mark.parametrize("page", PAGES[:-1], ids=name_of)
-def test_commands_exist(page):
-    """Those named in the text, and in blocks with their options."""
+def test_commands_exist(page, tmp_path, monkeypatch):
+    """Those named in the text, and in blocks with their options; the records that they read are there."""
+    record = (ROOT / "benchmarks" / "results" / "cpu-full.json").read_text()
+    monkeypatch.chdir(tmp_path)
     for program, command in re.findall(r"python -m (marginkernels|benchmarks) (\w+)", page.read_text()):
         assert command in COMMANDS[program], (program, command)
     for line in "\n".join(blocks(page, "")).splitlines():
@@ -330,6 +332,9 @@ def test_commands_exist(page):
             module = marginkernels.__main__.COMMANDS[words[3]][0] if words[2] == "marginkernels" else words[3]
             parser = argparse.ArgumentParser(exit_on_error=False)
             importlib.import_module(f"{words[2]}.{module}").add_arguments(parser)
+            for word in (word for word in words[4:] if word.endswith(".json")):
+                (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / word).write_text(record)
             parser.parse_args(["cpu" if word == "cuda" else word for word in words[4:]])
 
 

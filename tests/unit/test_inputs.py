@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,26 @@ BAD = {
     "topk of none": (lambda: mk.MarginHead(D, C, mk.CosFace()).topk(X, 0), ValueError, "k", "0"),
     "topk of integers": (lambda: mk.MarginHead(D, C, mk.CosFace()).topk(X.long()), TypeError, "embeddings", "int64"),
     "center labels": (lambda: mk.CenterLoss(C, D)(X, Y + 20), ValueError, "labels", "20"),
+    "embeddings on meta": (lambda: call(X.to("meta"), W.to("meta"), Y.to("meta")), ValueError, "embeddings", "meta"),
+    "head on meta": (
+        lambda: mk.MarginHead(D, C, mk.CosFace(), device="meta")(X.to("meta"), Y.to("meta")),
+        ValueError,
+        "embeddings",
+        "meta",
+    ),
+    "arc scale none": (lambda: mk.ArcFace(scale=None), TypeError, "scale", "None"),
+    "cos scale none": (lambda: mk.CosFace(scale=None), TypeError, "scale", "None"),
+    "normface scale none": (lambda: mk.NormFace(None), TypeError, "scale", "None"),
+    "mv scale none": (lambda: mk.MVSoftmax(scale=None), TypeError, "scale", "None"),
+    "curricular scale none": (lambda: mk.CurricularFace(scale=None), TypeError, "scale", "None"),
+    "sphere margin nan": (lambda: mk.SphereFace(margin=math.nan), ValueError, "margin", "nan"),
+    "sphere margin infinite": (lambda: mk.SphereFace(margin=math.inf), ValueError, "margin", "inf"),
+    "sphere margin a string": (lambda: mk.SphereFace(margin="4"), ValueError, "margin", "4"),
+    "numpy classes below one": (lambda: mk.MarginHead(D, np.int64(0), mk.CosFace()), ValueError, "num_classes", "0"),
+    "numpy fraction": (lambda: mk.MarginHead(D, np.float64(7.5), mk.CosFace()), ValueError, "num_classes", "7.5"),
+    "numpy bool": (lambda: call(ignore_index=np.bool_(True)), TypeError, "ignore_index", "True"),
+    "center dimension": (lambda: mk.CenterLoss(C, D + 1)(X, Y), ValueError, "centers", "(11, 17)"),
+    "center on meta": (lambda: mk.CenterLoss(C, D, device="meta")(X.to("meta"), Y.to("meta")), ValueError, "embeddings", "meta"),
     "center classes": (lambda: mk.CenterLoss(-1, D), ValueError, "num_classes", "-1"),
 }
 
@@ -100,6 +121,21 @@ def test_bad(name):
     assert message.startswith((f"{argument}:", f"annealing.{argument}:")), message
     assert "expected" in message or argument == "backend", message
     assert came in message, message
+
+
+def test_numpy_integers():
+    classes, dim = np.int64(C), np.int32(D)
+    head = mk.MarginHead(dim, classes, mk.AdaCos(classes))
+    y = Y.clone()
+    y[2] = -7
+    assert math.isfinite(head(X, Y).detach())
+    assert type(head.num_classes) is type(head.margin.num_classes) is int
+    assert mk.L2Softmax(num_classes=classes).alpha == mk.L2Softmax(num_classes=C).alpha
+    assert mk.SphereFace(margin=np.int64(3)).margin == 3
+    assert mk.CosFace(scale=np.float32(32.0), margin=np.int64(0)).scale == 32.0
+    assert math.isfinite(call(y=y, ignore_index=np.int64(-7)).detach())
+    center = mk.CenterLoss(classes, dim, ignore_index=np.int64(-7))
+    assert math.isfinite(center(X, y).detach())
 
 
 def test_margin_must_define_target():
@@ -158,9 +194,11 @@ def test_odd_but_legal(name, backend):
     x, w, y = odd_cases()[name]
     for dtype in (torch.float32, torch.bfloat16):
         for head, make in SMALL_HEADS.items():
+            if w.shape[0] < 3 and head in ("adacos", "adacos-fixed", "l2-softmax", "l2-softmax-trainable"):
+                continue  # their scale is made for C >= 3, and for the head's C
             case = testing.Case(x.to(dtype), w, y, torch.randn(w.shape[0]))
             for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
-                out = testing.run(case, make(max(3, w.shape[0])), backend, **options)
+                out = testing.run(case, make(w.shape[0]), backend, **options)
                 assert all_finite(out), (head, dtype, options, {k: float(v.abs().max()) if v.numel() else None for k, v in out.items()})
 
 

@@ -43,13 +43,13 @@ LAYERS: dict[str, set[str]] = {
     "distributed._shard": {"core", "distributed._collectives"},
     "retrieval": {"core", "margins"},
     "loss": {"core", "margins", "backend", "ops", "reference"},
-    "head": {"core", "margins", "sampling", "retrieval", "loss", "distributed._shard"},
+    "head": {"core", "margins", "backend", "sampling", "retrieval", "loss", "distributed._shard"},
     "distributed": {"core", "head", "distributed._collectives", "distributed._shard"},
     "testing": {"core", "margins", "reference", "loss", "head"},
     "cli": {"", "core", "margins", "optim", "sampling", "backend", "backend.triton", "loss", "head", "distributed", "testing"},
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},
     "__main__": set(),
-    "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head"},
+    "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval"},
 }
 EVERYWHERE = {"_deprecated", "_version"}
 #: Packages besides torch and the standard library -> the modules that may import them.

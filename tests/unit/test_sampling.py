@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import marginkernels as mk
 from marginkernels import optim, testing
@@ -82,6 +83,7 @@ def test_loss_and_gradient_are_those_of_the_drawn_classes(name, backend):
     head = mk.MarginHead(D, 300, testing.HEADS[name](300), bias=True, sample_rate=0.1, label_smoothing=0.1, backend=backend)
     head.load_state_dict(head.state_dict() | {"weight": case.w, "bias": case.bias})
     single = copy.deepcopy(head.margin)
+    single.bind = lambda num_classes: None  # the reference sees the drawn classes alone, fewer than the margin is for
     x = case.x.clone().requires_grad_()
     loss = head(x, case.labels)
     loss.backward()
@@ -257,6 +259,16 @@ def test_grad_scaler_takes_sparse_gradients():
         ({"log_q": True}, ValueError, "log_q"),
         ({"batch_size": 5}, ValueError, "batch_size"),
         ({"process_group": "world"}, TypeError, "process_group"),
+        ({"sparse_grad": 1}, TypeError, "sparse_grad"),
+        ({"label_smoothing": 2}, ValueError, "label_smoothing"),
+        ({"label_smoothing": math.nan}, ValueError, "label_smoothing"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing"),
+        ({"backend": "bogus"}, ValueError, "backend"),
+        ({"backend": None}, ValueError, "backend"),
+        ({"workspace_mb": -1}, ValueError, "workspace_mb"),
+        ({"workspace_mb": "all"}, TypeError, "workspace_mb"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index"),
+        ({"ignore_index": True}, TypeError, "ignore_index"),
     ],
 )
 def test_bad_options(options, error, text):
@@ -268,3 +280,260 @@ def test_no_sampling_with_the_reference():
     head = mk.MarginHead(D, 10, mk.ArcFace(), sample_rate=0.5, backend="reference")
     with pytest.raises(ValueError, match="backend: expected a fused backend"):
         head(torch.randn(2, D), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 2}, {"backend": "bogus"}, {"workspace_mb": -1}, {"workspace_mb": math.nan}, {"ignore_index": 0.5}]
+)
+def test_the_constructor_says_what_a_call_says(options):
+    x, w, y = torch.randn(2, D), torch.randn(10, D), torch.tensor([0, 1])
+    with pytest.raises((ValueError, TypeError)) as called:
+        mk.margin_cross_entropy(x, w, y, margin=mk.ArcFace(), **options)
+    with pytest.raises(type(called.value)) as made:
+        mk.MarginHead(D, 10, mk.ArcFace(), **options)
+    assert str(made.value) == str(called.value)
+
+
+def test_a_backend_that_another_device_has_is_no_error_yet():
+    mk.MarginHead(D, 10, mk.ArcFace(), backend="cuda", workspace_mb=math.inf, label_smoothing=1, ignore_index=-1)
+
+
+def test_repr_shows_every_option_that_is_given():
+    assert "reduction" not in repr(mk.MarginHead(D, 10, mk.ArcFace()))
+    options = {"reduction": "none", "ignore_index": 7, "label_smoothing": 0.1, "workspace_mb": 3.5, "backend": "torch"}
+    options |= {"sample_rate": 0.5, "sample_seed": 11, "log_q": True, "sparse_grad": False}
+    text = repr(mk.MarginHead(D, 10, mk.ArcFace(), bias=True, **options)).splitlines()[1]
+    for k, v in ({"embedding_dim": D, "num_classes": 10, "bias": True} | options).items():
+        assert f"{k}={v!r}" in text
+
+
+def dense_and_sparse(**options) -> list[mk.MarginHead]:
+    """Two heads with the same gradient, the first one's dense; that of ``bias`` differs in size from that of ``weight``."""
+    torch.manual_seed(0)
+    case = testing.Case.random(6, D, 200, bias=True)
+    heads = []
+    for sparse_grad in (False, True):
+        head = mk.MarginHead(D, 200, mk.CosFace(), sample_rate=0.1, bias=True, sparse_grad=sparse_grad, **options)
+        head.load_state_dict(head.state_dict() | {"weight": case.w, "bias": case.bias})
+        head(case.x, case.labels).backward()
+        heads.append(head)
+    return heads
+
+
+def test_dense_gradients_have_the_values_of_sparse_ones():
+    dense, sparse = dense_and_sparse()
+    for p, q in zip(dense.parameters(), sparse.parameters(), strict=True):
+        assert p.grad.layout == torch.strided
+        assert q.grad.is_sparse
+        assert torch.equal(p.grad, q.grad.to_dense())
+
+
+def test_torch_clips_dense_gradients_of_sampled_classes():
+    dense, sparse = dense_and_sparse()
+    wanted = [p.grad.to_dense() for p in sparse.parameters()]
+    norm = float(torch.cat([g.flatten() for g in wanted]).norm())
+    assert norm > 0.5
+    assert float(torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.5)) == pytest.approx(norm, rel=1e-5)
+    for p, g in zip(dense.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g * (0.5 / norm))
+    dense, _ = dense_and_sparse()
+    torch.nn.utils.clip_grad_value_(dense.parameters(), 0.01)
+    for p, g in zip(dense.parameters(), wanted, strict=True):
+        assert torch.equal(p.grad, g.clamp(-0.01, 0.01))
+        assert not torch.equal(p.grad, g)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1, 3.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_clipping_is_that_of_torch(norm_type, max_norm):
+    """With the values of sparse gradients, also of one whose rows are still to be merged."""
+    dense, sparse = dense_and_sparse()
+    net = torch.nn.Linear(3, 3)
+    net(torch.ones(2, 3)).sum().backward()
+    other = copy.deepcopy(net)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    rows, g = sparse.weight.grad.indices(), sparse.weight.grad.values()
+    sparse.weight.grad = torch.sparse_coo_tensor(torch.cat([rows, rows], 1), torch.cat([g / 4, g * 3 / 4]), (200, D), check_invariants=True)
+    assert not sparse.weight.grad.is_coalesced()
+    want = torch.nn.utils.clip_grad_norm_([*net.parameters(), *dense.parameters()], max_norm, norm_type)
+    got = mk.distributed.clip_grad_norm_((p for m in (other, sparse) for p in m.parameters()), max_norm, norm_type)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+    for p, q in zip([*net.parameters(), *dense.parameters()], [*other.parameters(), *sparse.parameters()], strict=True):
+        torch.testing.assert_close(q.grad.to_dense(), p.grad)
+    assert sparse.weight.grad.is_sparse
+
+
+def test_clipping_of_odd_parameters():
+    clip = mk.distributed.clip_grad_norm_
+    assert float(clip([], 1.0)) == 0
+    assert float(clip([torch.nn.Parameter(torch.ones(2))], 1.0)) == 0
+    half, fine = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float16, torch.float64))
+    half.grad, fine.grad = torch.full_like(half, 6e4), torch.full_like(fine, 3.0)
+    norm = clip([half, fine, half], 1.0)
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(math.hypot(6e4, 6e4, 3, 3), rel=1e-3)  # float16 itself ends at 65504
+    half.grad = torch.full_like(half, 3.0)
+    assert float(clip(half, 1e9)) == pytest.approx(math.hypot(3, 3), rel=1e-6)
+    half.grad[0] = math.nan
+    with pytest.raises(RuntimeError, match=r"parameters: expected gradients of finite norm, got .* nan"):
+        clip(half, 1.0, error_if_nonfinite=True)
+    assert float(half.grad[1]) == 3
+    for arguments, error, text in (
+        (([half], -1.0), ValueError, "max_norm"),
+        (([half], "1"), TypeError, "max_norm"),
+        (([half], 1.0, 0), ValueError, "norm_type"),
+        ((["weight"], 1.0), TypeError, "parameters"),
+    ):
+        with pytest.raises(error, match=f"{text}: expected"):
+            clip(*arguments)
+
+
+class Step(torch.nn.Module):
+    """A backbone and a head as one function, for checkpointing."""
+
+    def __init__(self, margin: mk.Margin, **options):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ReLU())
+        self.head = mk.MarginHead(D, 200, margin, **options)
+
+    def forward(self, x, y):
+        return self.head(self.net(x), y) ** 2  # a backward pass comes to the square before it comes to the head
+
+
+def gradients(step: Step) -> list[torch.Tensor]:
+    return [p.grad.to_dense().clone() for p in step.parameters()]
+
+
+def state_of(step: Step) -> list[torch.Tensor]:
+    return [b.clone() for b in step.buffers()]
+
+
+MARGINS = {"cosface": mk.CosFace, "curricularface": mk.CurricularFace, "adacos": lambda: mk.AdaCos(200), "sphereface": mk.SphereFace}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_activation_checkpointing_repeats_draw_and_state(name, rate, reentrant, nested):
+    margin = MARGINS[name]()
+    plain, again = (Step(copy.deepcopy(margin), sample_rate=rate) for _ in range(2))
+    losses = []
+    for i in range(3):
+        x, y = torch.randn(6, D), torch.randint(200, (6,))
+        for step in (plain, again):
+            step.zero_grad()
+
+        def inner(x, y):
+            return checkpoint(again, x, y, use_reentrant=reentrant) * 1
+
+        want = plain(x, y)
+        got = checkpoint(inner if nested else again, x.requires_grad_(), y, use_reentrant=reentrant)
+        losses.append(got)  # keeps its graph
+        for loss in (want, got):
+            loss.backward()
+        assert torch.equal(got, want)
+        for a, b in zip(gradients(again) + state_of(again), gradients(plain) + state_of(plain), strict=True):
+            assert torch.equal(a, b), i
+
+
+def test_several_checkpointed_passes_are_told_apart():
+    x, y = torch.randn(2, 6, D).requires_grad_(), torch.randint(200, (2, 6))
+    plain, again = (Step(mk.CurricularFace(), sample_rate=0.1) for _ in range(2))
+    (plain(x[0], y[0]) + plain(x[1], y[1])).backward()
+    sum(checkpoint(again, x[i], y[i], use_reentrant=False) for i in (0, 1)).backward()
+    for a, b in zip(gradients(again) + state_of(again), gradients(plain) + state_of(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_pass_that_cannot_be_told_raises():
+    x, y = torch.randn(2, 6, D).requires_grad_(), torch.randint(200, (2, 6))
+    step = Step(mk.CosFace(), sample_rate=0.1)
+    losses = {
+        "reentrant": lambda: sum(checkpoint(step, x[i], y[i], use_reentrant=True) for i in (0, 1)),
+        "twice": lambda: checkpoint(lambda x, y: step(x[0], y[0]) + step(x[1], y[1]), x, y, use_reentrant=False),
+    }
+    for make in losses.values():
+        loss = make()
+        before = state_of(step)
+        with pytest.raises(RuntimeError, match="checkpoint: expected one outstanding forward pass"):
+            loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, state_of(step), strict=True))
+        step.head.reset_parameters()  # forgets what is outstanding
+
+
+def test_passes_without_state_are_never_confused():
+    x, y = torch.randn(2, 6, D).requires_grad_(), torch.randint(200, (2, 6))
+    plain, again = (Step(mk.CosFace()) for _ in range(2))
+    (plain(x[0], y[0]) + plain(x[1], y[1])).backward()
+    sum(checkpoint(again, x[i], y[i], use_reentrant=True) for i in (0, 1)).backward()
+    for a, b in zip(gradients(again), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_is_kept_without_checkpointing():
+    step = Step(mk.CurricularFace(), sample_rate=0.1)
+    loss = step(torch.randn(6, D), torch.randint(200, (6,)))
+    assert not step.head._passes.outstanding
+    checkpointed = checkpoint(step, torch.randn(6, D), torch.randint(200, (6,)), use_reentrant=False)
+    assert len(step.head._passes.outstanding) == 1
+    assert not copy.deepcopy(step).head._passes.outstanding
+    del loss, checkpointed
+    step(torch.randn(6, D), torch.randint(200, (6,)))
+    checkpoint(step, torch.randn(6, D), torch.randint(200, (6,)), use_reentrant=False).backward()
+    assert len(step.head._passes.outstanding) <= 1
+
+
+def test_a_head_of_the_meta_device_starts_like_another():
+    def make(**options):
+        torch.manual_seed(2)
+        return mk.MarginHead(D, 100, mk.CosFace(), bias=True, sample_rate=0.1, sample_seed=-5, **options)
+
+    want, head = make(), make(device="meta").to_empty(device="cpu")
+    for v in (*head.parameters(), *head.buffers()):
+        v.data.fill_(77)
+    torch.manual_seed(2)
+    head.reset_parameters()
+    assert head.state_dict().keys() == want.state_dict().keys()
+    for k, v in head.state_dict().items():
+        assert torch.equal(v, want.state_dict()[k]), k
+    x, y = torch.randn(6, D), torch.randint(100, (6,))
+    for h in (want, head):
+        h(x, y).backward()
+        assert h.weight.grad.is_coalesced()
+        assert h.bias.grad.is_coalesced()
+    assert torch.equal(head.weight.grad.to_dense(), want.weight.grad.to_dense())
+
+
+def test_reset_parameters_resets_the_margin_too():
+    class Counting(mk.CosFace):
+        count = 0
+
+        def reset_parameters(self):
+            self.count += 1
+
+    head = mk.MarginHead(D, 10, Counting(), sample_rate=0.5)
+    assert head.margin.count == 0  # what the margin holds when the head is made is its own
+    head(torch.randn(2, D), torch.tensor([0, 1]))
+    head.reset_parameters()
+    assert head.margin.count == 1
+    assert int(head.sampler.draws) == 0
+    assert head.stats == {}
+
+
+def test_loaded_parameters_keep_their_hooks():
+    """Parameters that take the place of others, as with ``assign=True``, have sparse gradients whose rows are marked as merged."""
+    head = mk.MarginHead(D, 100, mk.CosFace(), sample_rate=0.1)
+    head.load_state_dict({k: v.clone() for k, v in head.state_dict().items()}, assign=True)
+    head(torch.randn(6, D), torch.randint(100, (6,))).backward()
+    assert head.weight.grad.is_coalesced()
+
+
+def test_a_frozen_head_can_be_copied_and_trained_later():
+    head = copy.deepcopy(mk.MarginHead(D, 100, mk.CosFace(), sample_rate=0.1).requires_grad_(False))
+    assert not head.weight.requires_grad
+    head.requires_grad_()(torch.randn(6, D), torch.randint(100, (6,))).backward()
+    assert head.weight.grad.is_coalesced()

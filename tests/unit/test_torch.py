@@ -338,9 +338,10 @@ def test_topk_is_what_the_product_says():
 
 
 def test_topk_over_chunks_and_ties(monkeypatch):
-    from marginkernels.core import numerics
+    from marginkernels import retrieval
 
-    monkeypatch.setattr(numerics, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(retrieval, "ONE_CHUNK", 1)
+    monkeypatch.setattr(retrieval, "LEAST_WIDTH", 256)
     torch.manual_seed(0)
     head = mk.MarginHead(8, 2000, mk.ArcFace())
     head.weight.data[1000:] = head.weight.data[:1000]

@@ -1,0 +1,229 @@
+"""Whether a backend is right on a problem.
+
+An output is right where its error against the float64 reference, ``||got - want||``, is at most one of these, tried in this order:
+
+- **tolerance**: ``testing.TOLERANCE`` of the embeddings' dtype, times ``||want||``;
+- **eager**: three times the error of plain PyTorch in the embeddings' dtype;
+- **rounding**: what no algorithm of that precision can avoid. Eight times what the float64 reference moves when its inputs are moved by a
+  unit of roundoff of the products' dtype, and its similarities by one of the accumulation dtype: where a margin is steep or has a kink,
+  and at a tie that a hard transform decides. And eight units of roundoff of the *terms* of a gradient, ``sum_j |G_ij| |w_j|``, where their
+  sum cancels (equal class centers; D = 1). And what float64 loses in the reference's own ``1 - p`` of a sure row.
+
+To each comes what the output's own dtype cannot hold: half of its smallest number, per element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from marginkernels import margin_cross_entropy, reference, testing
+from marginkernels.core.numerics import accumulation_dtype, per_row, reduce_losses
+from marginkernels.margins import BatchInfo
+
+from .problem import DTYPES, Problem
+
+STAGES = ("tolerance", "eager", "rounding", "undefined")
+#: How often the inputs are moved, and how often once more before a problem counts as a failure.
+DRAWS, LAST_DRAWS = 4, 16
+#: Eager's error, and the reference's own movement, by which a backend may be off.
+EAGER, ROUNDING = 3.0, 8.0
+#: What float64's log-softmax and softmax may be off by, absolutely.
+EPS = torch.finfo(torch.float64).eps
+
+Outputs = dict[str, Tensor]
+
+
+class Watched(TorchFunctionMode):
+    """Keeps the reference's similarities (N, C) and logits (N, C); moves the similarities by ``noise`` (N, C) if there is one."""
+
+    def __init__(self, noise: float = 0.0, generator: torch.Generator | None = None):
+        super().__init__()
+        self.noise, self.generator = noise, generator
+        self.cos = self.logits = self.x = self.w = torch.empty(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.log_softmax:
+            self.logits = args[0].detach()
+        if getattr(func, "__name__", "") in ("matmul", "__matmul__") and args[0].requires_grad:
+            self.x, self.w = args[0].detach(), args[1].detach().T
+            if self.noise:
+                size = self.x.norm(dim=1)[:, None] * self.w.norm(dim=1)
+                out = out + self.noise * size * (2 * torch.rand(out.shape, generator=self.generator, dtype=torch.float64) - 1)
+            out.retain_grad()
+            self.cos = out
+        return out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``stage`` of ``STAGES`` that let the problem pass ("undefined": the reference itself is not finite), or ``fault`` in words."""
+
+    stage: str
+    fault: str = ""
+
+
+def solve(problem: Problem, given: Outputs, kind: str) -> Outputs:
+    """Loss, gradients, and the margin's state: of the problem's backend, of the ``"reference"`` in float64 or of ``"eager"`` PyTorch."""
+    margin = problem.margin()
+    dtype = torch.float64 if kind == "reference" else None
+
+    def leaf(v: Tensor) -> Tensor:
+        return v.detach().to(dtype or v.dtype).requires_grad_()
+
+    leaves = {"d" + name: leaf(given[name]) for name in ("x", "w", "b") if name in given}
+    x, w, b, labels = leaves["dx"], leaves["dw"], leaves.get("db"), given["labels"]
+    if kind == "eager":
+        margin.bind(problem.c)
+        inside = torch.where(labels == problem.ignore_index, -1, labels)
+        losses, _ = reference.losses(x, w, inside, margin, b, problem.smoothing, DTYPES[problem.dtype])
+        loss = reduce_losses(losses, inside >= 0, problem.reduction)
+    else:
+        loss = margin_cross_entropy(
+            x,
+            w,
+            labels,
+            margin=margin,
+            bias=b,
+            reduction=problem.reduction,
+            ignore_index=problem.ignore_index,
+            label_smoothing=problem.smoothing,
+            backend="reference" if kind == "reference" else problem.backend,
+            workspace_mb=problem.workspace_mb,
+        )
+    loss.backward(given["upstream"].to(loss.dtype))
+    leaves |= {f"d{name}": p for name, p in margin.named_parameters()}
+    found = {"loss": loss.detach()} | {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
+    return found | {name: v for name, v in margin.named_buffers() if v.dtype.is_floating_point}
+
+
+def check(problem: Problem) -> Verdict:
+    """Run the problem. An exception of the backend is a fault, too."""
+    torch.set_num_threads(problem.threads)
+    given = problem.tensors()
+    want = solve(problem, given, "reference")
+    if not all(v.isfinite().all() for v in want.values()):
+        return Verdict("undefined")
+    try:
+        got = solve(problem, given, "backend")
+    except Exception as error:
+        return Verdict("", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    for name, v in got.items():
+        if v.shape != want[name].shape:
+            return Verdict("", f"{name}: shape {tuple(v.shape)} instead of {tuple(want[name].shape)}")
+    held = {name: v for name, v in want.items() if bool(v.to(got[name].dtype).isfinite().all())}  # the others overflow in any case
+    off = {name: float((got[name].double() - v).norm()) for name, v in held.items()}
+    size = {name: float(v.norm()) for name, v in held.items()}
+    least = {name: _least(got[name]) for name in held}
+    tolerance = testing.TOLERANCE[DTYPES[problem.dtype]]
+    bound = {name: tolerance * size[name] + least[name] for name in held}
+
+    def wrong() -> list[str]:
+        return [name for name in held if not off[name] <= bound[name]]  # also where it is NaN
+
+    if not wrong():
+        return Verdict("tolerance")
+    fair = solve(problem, given, "eager")
+    for name in wrong():
+        theirs = float((fair[name].double() - held[name]).norm())
+        if math.isfinite(theirs):
+            bound[name] = max(bound[name], EAGER * theirs + least[name])
+    if not wrong():
+        return Verdict("eager")
+    for draw in range(DRAWS + LAST_DRAWS):
+        g = torch.Generator().manual_seed(draw)
+        # In turn: the target similarity is computed in float64, the others in the accumulation dtype.
+        noise = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2 if draw % 2 else EPS / 2
+        with Watched(noise, g) as seen:
+            moved = solve(problem, _moved(problem, given, g), "reference")
+        apart = _terms(problem, given, seen)
+        for name in wrong():
+            change = float((moved[name] - held[name]).norm())
+            if math.isfinite(change):
+                bound[name] = max(bound[name], ROUNDING * change + apart.get(name, 0.0) + least[name])
+        if draw + 1 >= DRAWS and not wrong():
+            return Verdict("rounding")
+    name = max(wrong(), key=lambda v: off[v] / bound[v] if math.isfinite(off[v]) else math.inf)
+    return Verdict("", f"{name} is off by {off[name]:.2e} of {size[name]:.2e}, at most {bound[name]:.2e} is fair")
+
+
+def _least(v: Tensor) -> float:
+    """The norm of what ``v``'s dtype cannot hold: below the smallest normal number, or half a subnormal one in float16."""
+    info = torch.finfo(v.dtype)
+    smallest = info.smallest_normal * info.eps / 2 if v.dtype == torch.float16 else info.smallest_normal
+    return float(smallest) * v.numel() ** 0.5
+
+
+def _terms(problem: Problem, given: Outputs, seen: Watched) -> dict[str, float]:
+    """What the sums of loss and gradients may be off by where their terms cancel, by output."""
+    margin = problem.margin()
+    margin.bind(problem.c)
+    labels, valid = given["labels"], given["labels"] != problem.ignore_index
+    slope = torch.zeros_like(seen.logits) if seen.cos.grad is None else seen.cos.grad.abs()
+    up = given["upstream"].abs() * valid / (valid.sum().clamp_min(1) if problem.reduction == "mean" else 1)
+    largest = 1 + seen.logits.abs().amax(1) if seen.logits.numel() else seen.logits.new_zeros(problem.n)
+    log_p = torch.log_softmax(seen.logits, 1).gather(1, torch.where(valid, labels, 0)[:, None])[:, 0] if problem.n else up
+    # A focal factor takes the reference's 1 - p to a power: what float64 loses of it, relative to it.
+    unsure = (ROUNDING * EPS * largest / (-torch.expm1(log_p)).clamp_min(EPS)).clamp_max(1.0) * (problem.focal > 0)
+    slope *= ROUNDING * torch.finfo(DTYPES[problem.dtype]).eps / 2 + (1 + problem.focal) * unsure[:, None]
+    own = (labels[:, None] == torch.arange(problem.c)) & valid[:, None]
+    rounded = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2
+    lost = EPS + problem.smoothing * rounded  # smoothing subtracts a mean of logits from a logit
+    batch = BatchInfo(given["x"].double(), torch.where(valid, labels, -1), problem.c)
+    target = seen.cos.detach().gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    steep = (per_row(margin.row_scale(batch), target, torch.float64) * margin.target(target, batch)[1]).detach().abs()
+    slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
+    x, w = given["x"].double(), given["w"].double()
+    f = _inverse(x) if margin.normalize_embedding else 1.0
+    a = _inverse(w) if margin.normalize_weight else 1.0
+    loss = ROUNDING * lost * up * largest + unsure * up * problem.focal * (problem.smoothing * largest - log_p)
+    found = {
+        "loss": loss.norm() if problem.reduction == "none" else loss.sum(),
+        "dx": (f * (slope @ seen.w.norm(dim=1))).norm(),
+        "dw": (a * (slope.T @ seen.x.norm(dim=1))).norm(),
+        "db": slope.sum(0).norm(),
+        "dalpha": (slope * seen.cos.detach().abs()).sum(),
+    }
+    return {name: float(v) for name, v in found.items() if math.isfinite(v)}
+
+
+def _inverse(v: Tensor) -> Tensor:
+    """One over the norm of each row, 0 where it is 0."""
+    norm = v.norm(dim=1)
+    return torch.where(norm > 0, 1 / norm, 0)
+
+
+def _moved(problem: Problem, given: Outputs, g: torch.Generator) -> Outputs:
+    """The inputs, each number of x, w and b moved by up to one unit of roundoff of the embeddings' dtype, relative to it."""
+    unit = torch.finfo(DTYPES[problem.dtype]).eps / 2
+
+    def move(v: Tensor) -> Tensor:
+        return v.double() * (1 + unit * (2 * torch.rand(v.shape, generator=g, dtype=torch.float64) - 1))
+
+    return {name: move(v) if name in ("x", "w", "b") else v for name, v in given.items()}
+
+
+def shrink(problem: Problem, *, most: int = 200) -> Problem:
+    """The simplest problem that a greedy walk over :meth:`Problem.smaller` finds and that still fails."""
+    tried = 0
+    moved = True
+    while moved and tried < most:
+        moved = False
+        for less in problem.smaller():
+            tried += 1
+            try:
+                fails = bool(check(less).fault)
+            except Exception:  # the reference may refuse what is left
+                fails = False
+            if fails:
+                problem, moved = less, True
+                break
+            if tried >= most:
+                break
+    return problem

@@ -70,7 +70,7 @@ class ChunkedBackend(Backend):
                 out.d_bias[start:stop] = torch.where(is_target, upstream.d_target_bias[:, None], weight / p.scale[:, None]).sum(0)
             if need_weight:
                 g = torch.where(is_target, upstream.d_target_cos[:, None], weight * nontarget.slope(p.non_target, cos, p.threshold, p.t))
-                v = matmul((g * p.row_factor[:, None]).to(p.x.dtype).T, p.x, p.acc_dtype)
+                v = _weighted_rows(p, g * p.row_factor[:, None])
                 if factor is not None:
                     unit = p.w[start:stop].to(p.acc_dtype) * factor[:, None]
                     v = factor[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
@@ -92,6 +92,17 @@ def _similarity(p: PassInputs, w: Tensor, start: int, stop: int) -> tuple[Tensor
     """c_ij (N, chunk) in acc_dtype, and where the column is the row's own target (N, chunk) bool."""
     cos = matmul(p.x, w.T, p.acc_dtype) * p.row_factor[:, None]
     return cos, p.labels[:, None] == torch.arange(start, stop, device=p.labels.device)
+
+
+def _weighted_rows(p: PassInputs, g: Tensor) -> Tensor:
+    """(chunk, D) ``sum_i g_ij x_i`` for g (N, chunk), whose slopes near a cosine of 1 can be larger than float16 goes: there each class is
+    taken times a power of two."""
+    if p.x.dtype != torch.float16:
+        return matmul(g.to(p.x.dtype).T, p.x, p.acc_dtype)
+    largest = g.abs().amax(0)
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    pow2 = torch.where(largest > 2.0**14, torch.ldexp(torch.ones_like(largest), 14 - exponent), 1.0)
+    return matmul((g * pow2).to(p.x.dtype).T, p.x, p.acc_dtype) / pow2[:, None]
 
 
 def _logits(p: PassInputs, non_target: NonTarget, cos: Tensor, start: int, stop: int) -> Tensor:

@@ -20,6 +20,18 @@ def test_every_head(backend, head, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", ["arcface", "mv-arc", "curricularface", "combined"])
+def test_embeddings_at_their_centers_in_float16(backend, head):
+    """The target's slope is 1e8 there, past float16: the gradient of the center stays finite, and small beside that slope."""
+    if torch.float16 not in FUSED[backend].dtypes:
+        pytest.skip(f"{backend} has no float16")
+    w = torch.nn.functional.normalize(torch.randn(9, 16, generator=torch.Generator().manual_seed(0))).half()
+    got = testing.run(testing.Case(w[:5].clone(), w, torch.arange(5), None), testing.HEADS[head](9), backend)
+    assert all(v.isfinite().all() for v in got.values())
+    assert float(got["dw"].float().norm()) < 1e4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head", testing.HEADS)
 def test_no_worse_than_eager(backend, head):
     """At most three times the error that eager PyTorch makes in the same dtype, on two problems of awkward shape."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core.numerics import accumulation_dtype, chunks, inverse_norm, matmul, per_row, unit_rows
-from .core.validation import check_embeddings, check_float
+from .core.validation import check_centers, check_embeddings
 from .margins import BatchInfo, Margin, NormFace, check_margin
 
 #: Columns of a chunk whose maximum is looked at before the columns themselves; see :func:`_search`.
@@ -39,21 +39,10 @@ def topk(embeddings: Tensor, weight: Tensor, k: int = 5, margin: Margin | None =
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    check_float("embeddings", embeddings)
-    check_float("weight", weight)
-    check_embeddings(embeddings, weight)
-    if weight.dtype == torch.float64 and embeddings.dtype != torch.float64:
-        raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
+    check_centers(embeddings, weight, bias)
     if margin is None:
         margin = NormFace(scale=1.0)
     check_margin(margin)
-    if bias is not None:
-        check_float("bias", bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
-    for name, v in (("weight", weight), ("bias", bias)):
-        if v is not None and v.device != embeddings.device:
-            raise ValueError(f"{name}: expected device {embeddings.device}, where the embeddings are, got {v.device}")
     margin.bind(weight.shape[0])
     return nearest(embeddings, weight, bias, margin, k)
 

@@ -35,16 +35,23 @@ def check_inputs(
             raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
         if name != "labels":
             check_float(name, v)
-    check_embeddings(embeddings, weight, shard=shard)
+    check_centers(embeddings, weight, bias, shard=shard)
     check_labels_shape(labels, embeddings)
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
-    for name, v in given.items():
-        if v.device != embeddings.device:
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+
+
+def check_centers(embeddings: Tensor, weight: Tensor, bias: Tensor | None, *, shard: bool = False) -> None:
+    """Embeddings (N, D) against class centers (C, D) and biases (C,) or None: dtypes, shapes and devices."""
+    check_embeddings(embeddings, weight, shard=shard)
+    if bias is not None:
+        check_float("bias", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v is not None and v.device != embeddings.device:
             raise ValueError(f"{name}: expected device {embeddings.device}, where the embeddings are, got {v.device}")
     if weight.dtype == torch.float64 and embeddings.dtype != torch.float64:
         raise TypeError(f"weight: expected at most the precision of the embeddings ({embeddings.dtype}), got torch.float64")
-    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
 def check_float(name: str, v: object) -> None:

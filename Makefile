@@ -1,6 +1,7 @@
 # make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
 # make test    lint and all tests that need no GPU, with the share of the package's lines that they run
 # make test-all  the same with the tests that take minutes
+# make mutants     plant each of the known mistakes in a copy and see that its tests notice it (benchmarks/results/mutants.json)
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
 # All make a virtual environment first, in .venv, with the versions of requirements.lock.
 
@@ -15,13 +16,15 @@ TESTS ?=
 OUT ?= runs/gpu-report
 STEPS ?=
 
+# More arguments for mutants, such as MUTANTS="--only margins --jobs 4"
+MUTANTS ?=
 # How many problems fuzz makes, and more arguments for it, such as FUZZ="--backend cpu --seconds 600"
 N ?= 100000
 FUZZ ?=
 
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test test-all fuzz lint format build test-gpu gpu-report clean
+.PHONY: demo test test-all mutants fuzz lint format build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
@@ -31,6 +34,9 @@ test: lint
 
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 --slow
+
+mutants: $(READY)
+	PYTHONPATH=tests $(VENV)/bin/python -m mutants --record benchmarks/results/mutants.json $(MUTANTS)
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases $(N) --record benchmarks/results/fuzz.json $(FUZZ)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Command, Extension, setup
@@ -70,24 +71,26 @@ rule link
   command = $cxx $in $flags -o $out"""
 
 
-def build_cpu(target: Path, folder: Path) -> None:
+def build_cpu(target: Path, folder: Path, levels: Iterable[str] = LEVELS) -> None:
     """marginkernels._cpu: one object per instruction set, the driver and the O(N D) row math for any processor, and the binding."""
     import pybind11
 
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -Wl,-s"
-    compile_cpu(target, folder, "bind.cpp", f"{includes} -O1", shared)
+    compile_cpu(target, folder, "bind.cpp", f"{includes} -O1", shared, levels=levels)
 
 
-def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_flags: str, extra: str = "") -> None:
-    """The kernels, the driver and ``front`` (a file of csrc/cpu, compiled with ``front_flags``); ``extra`` flags go to every step."""
+def compile_cpu(
+    target: Path, folder: Path, front: str, front_flags: str, link_flags: str, extra: str = "", levels: Iterable[str] = LEVELS
+) -> None:
+    """The kernels for ``levels``, the driver and ``front`` (of csrc/cpu, compiled with ``front_flags``); ``extra`` flags to all steps."""
     if os.name != "posix":
         raise CannotBuild("the kernels are written for GCC and Clang on Linux and macOS")
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         raise CannotBuild("no C++ compiler: none of c++, g++ and clang++ is on the PATH")
     source = HERE / "csrc" / "cpu"
-    known = {level: flags for level, flags in LEVELS.items() if understands(compiler, flags)} if is_x86() else {}
+    known = {level: LEVELS[level] for level in LEVELS if level in levels and understands(compiler, LEVELS[level])} if is_x86() else {}
     # Multiply-adds may be fused. GCC's vector headers trigger its own warnings about uninitialized values.
     kernel = f"-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
@@ -188,6 +191,25 @@ class BuildOptional(build_ext):
                     shutil.copy2(file, package)
 
 
+class BuildKernels(Command):
+    """``marginkernels._cpu`` alone, in place, for some instruction sets: the quick build of tests/mutants."""
+
+    user_options = [("levels=", None, "instruction sets, separated by commas, beside the plain one")]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.levels = ",".join(LEVELS)
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        name = "_cpu" + sysconfig.get_config_var("EXT_SUFFIX")
+        try:
+            build_cpu(HERE / "marginkernels" / name, HERE / "build" / "kernels", self.levels.split(","))
+        except CannotBuild as error:
+            raise SystemExit(str(error)) from None
+
+
 class BuildSelftest(Command):
     """csrc/cpu/selftest.cpp with the kernels, as a program to run under sanitizers: tests/backends/test_sanitizers.py."""
 
@@ -206,5 +228,5 @@ class BuildSelftest(Command):
 
 setup(
     ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": BuildOptional, "build_selftest": BuildSelftest},
+    cmdclass={"build_ext": BuildOptional, "build_kernels": BuildKernels, "build_selftest": BuildSelftest},
 )

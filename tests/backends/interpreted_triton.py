@@ -138,6 +138,48 @@ def test_the_way_that_the_exponents_allow(scale, online, ran):
     assert (float(bound) > launch.LIMIT) == online
 
 
+@pytest.mark.parametrize("bias", [300.0, -300.0])
+def test_a_large_bias_needs_the_running_maximum(bias, ran):
+    """A single class's bias takes the exponents out of range, for all rows or for none but its own."""
+    case = testing.Case.random(33, 64, 300, bias=True)
+    case.bias[150] = bias
+    found = testing.errors(case, mk.CosFace(), "triton")
+    assert max(found.values()) <= 2e-5, found
+    bound = next(one.args["bound"] for one in ran if one.kernel is launch.row_pass_kernel)
+    assert float(bound) > launch.LIMIT
+
+
+@pytest.mark.parametrize("non_target", NonTarget)
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_exponent_exceeds_its_bound(non_target, bias):
+    """Nor do slopes under the sum, or the class factors: for cosines of 1 and -1, which are as far as exponents go."""
+    p = pass_inputs(40, (torch.float32, torch.float32), non_target, bias=bias)
+    p.w[:70] = p.x * torch.linspace(0.1, 3, 70)[:, None]
+    p.w[70:140] = -p.x
+    factor = p.w.double().norm(dim=1).reciprocal()
+    unit = torch.nn.functional.normalize
+    cos = unit(p.x.double()) @ unit(p.w.double()).T
+    t, value = (0.0, cos) if p.t is None else (p.t.double()[:, None], cos)
+    if non_target == NonTarget.HARD_LINEAR:
+        value = torch.where(cos > p.threshold[:, None], (1 + t) * cos + t, cos)
+    elif non_target == NonTarget.HARD_QUADRATIC:
+        value = torch.where(cos > p.threshold[:, None], cos * (t + cos), cos)
+    logit = p.scale[:, None] * value + (0.0 if p.bias is None else p.bias)
+    largest = max(logit.logsumexp(1).max(), -logit.min(), (logit + factor.log()).max(), (-logit - factor.log()).max())
+    bound = float(launch._exponent_bound(p, factor.float()))
+    assert float(largest) <= bound
+    assert bound <= 2.5 * float(largest) + 20  # and is not so far above that it says nothing
+
+
+def test_offsets_past_32_bits():
+    """Centers in rows of 4 million elements, of which few are touched: the last classes lie past element 2^31."""
+    case = testing.Case.random(5, 16, 600, weight_dtype=torch.bfloat16)
+    w = torch.empty(600 << 22, dtype=torch.bfloat16).as_strided((600, 16), (1 << 22, 1)).copy_(case.w)
+    case.labels[0], case.labels[1] = 599, 0
+    want, got = (testing.run(testing.Case(case.x, v, case.labels, None), mk.ArcFace(), "triton") for v in (case.w, w))
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
 def test_what_is_not_needed_is_not_run(ran):
     case = testing.Case.random(9, 40, 101)
     x, w = case.x.requires_grad_(), case.w.requires_grad_()

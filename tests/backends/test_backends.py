@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import marginkernels as mk
 from marginkernels import testing
 from marginkernels.backend import FUSED
 
@@ -48,3 +49,13 @@ def test_no_worse_than_eager(backend, head):
                 ours, theirs = (testing.relative_error(v[name], want[name]) for v in (got, fair))
                 # One rounding of the result is nobody's error.
                 assert ours <= 3 * theirs + torch.finfo(want[name].float().dtype).eps, (shape, dtype, name, ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_past_32_bits(backend):
+    """Centers in rows of 4 million elements, of which few are touched: the last classes lie past element 2^31."""
+    case = testing.Case.random(5, 16, 600, weight_dtype=torch.bfloat16)
+    w = torch.empty(600 << 22, dtype=torch.bfloat16).as_strided((600, 16), (1 << 22, 1)).copy_(case.w)
+    case.labels[0], case.labels[1] = 599, 0
+    want, got = (testing.run(testing.Case(case.x, v, case.labels, None), mk.ArcFace(), backend) for v in (case.w, w))
+    assert all(torch.equal(got[k], v) for k, v in want.items())

@@ -217,12 +217,25 @@ def _raises(kind, text: str, what) -> None:
         what()
 
 
+def check_large_scales():
+    """Log-sum-exps of a thousand, whose exponentials no float32 holds, on some ranks or on all; and far apart between ranks."""
+    for make in (lambda: mk.ArcFace(scale=1024.0), lambda: mk.NormFace(scale=1024.0), lambda: mk.MVSoftmax(scale=1024.0)):
+        against_one_process(case(37, bias=True), make(), label_smoothing=0.1)
+    whole = case(37)
+    against_one_process(testing.Case(whole.x * 30, whole.w * 30, whole.labels, None), mk.Softmax())
+    far = torch.where(torch.arange(37) < 20, 500.0, -500.0)
+    against_one_process(testing.Case(whole.x, whole.w, whole.labels, far), mk.CosFace())
+
+
 def check_copies():
     """A copied head is in the same group, and the gradient of its margin is still summed."""
     whole, own = case(37), mine()
     head = copy.deepcopy(sharded(whole, mk.L2Softmax(num_classes=37, trainable=True)))
     head(whole.x[own], whole.labels[own]).backward()
     same_everywhere(head.margin.alpha.grad)
+    margin = mk.L2Softmax(num_classes=37, trainable=True)
+    mk.margin_cross_entropy(whole.x.double(), whole.w.double(), whole.labels, margin=margin, backend="reference").backward()
+    compare(head.margin.alpha.grad, margin.alpha.grad, "alpha")
 
 
 def backbone(seed: int = 3) -> nn.Module:
@@ -288,9 +301,10 @@ def check_fsdp2():
 
 
 def check_compile():
-    if dist.get_world_size() != 2:
-        return  # compiling takes half a minute, and does not depend on the number of ranks
     train_beside(nn.parallel.DistributedDataParallel, compile=True)
+
+
+check_compile.sizes = (2,)  # compiling takes half a minute, and does not depend on the number of ranks
 
 
 def check_accumulation():
@@ -308,6 +322,40 @@ def check_accumulation():
         grads.append([head.weight.grad, *(p.grad for p in net.parameters())])
     for a, b in zip(*grads, strict=True):
         compare(a, b, "gradient")
+
+
+def check_accumulation_to_the_last_step():
+    """Three steps of two half batches each end where one process ends with whole batches, momentum and all."""
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    data = batches(c, 3, 4 * size)
+    _, model, whole = one_process(c, data)
+    net = nn.parallel.DistributedDataParallel(backbone())
+    head = sharded(testing.Case(torch.empty(0), case(c).w, torch.empty(0), None), mk.ArcFace(scale=16.0))
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    for x, y in data:
+        optimizer.zero_grad()
+        for i, rows in enumerate(torch.arange(rank * 4, rank * 4 + 4).chunk(2)):
+            net.require_backward_grad_sync = i == 1
+            (head(net(x[rows]), y[rows]) / 2).backward()
+        optimizer.step()
+    compare(head.weight, whole.weight[head.shard.start : head.shard.stop], "weight", float(whole.weight.detach().norm()))
+    for p, q in zip(net.parameters(), model.parameters(), strict=True):
+        compare(p, q, "backbone")
+
+
+def check_draws_are_those_of_no_other_rank():
+    """Every rank draws from its own classes by numbers of its own: shards of equal size take unlike rows of theirs."""
+    size = dist.get_world_size()
+    head = _head(100 * size, sample_rate=0.3, sample_seed=4)
+    head(torch.randn(2, D), torch.tensor([0, 1]))
+    rows = [None] * size
+    dist.all_gather_object(rows, head.sampler.index.tolist())
+    assert all(len(r) == 30 for r in rows)
+    assert len({tuple(r) for r in rows}) == size
+    head(torch.randn(2, D), torch.tensor([0, 1]))
+    again = [None] * size
+    dist.all_gather_object(again, head.sampler.index.tolist())
+    assert all(a != b for a, b in zip(rows, again, strict=True))
 
 
 def check_sampling():

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from marginkernels.cli._text import integer, writable_file
 
+from .drawn import drawn
 from .planted import ROOT, Mistake, planted
 
 SCHEMA = "marginkernels.mutants/1"
@@ -110,13 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="WORD", help="mistakes whose id, area or file has this in it (may be repeated)")
     parser.add_argument("--sample", type=integer(), metavar="N", help="only N of them, drawn at random")
-    parser.add_argument("--seed", type=integer(0), default=0, help="of that draw (default: %(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of these draws (default: %(default)s)")
+    parser.add_argument("--drawn", type=integer(), metavar="N", help="instead: N mistakes that cosmic-ray draws in the pure Python")
     parser.add_argument("--jobs", type=integer(), default=os.cpu_count() or 1, help="copies that work side by side (default: %(default)s)")
     parser.add_argument("--record", type=writable_file, metavar="PATH", help="read and write the results here")
     parser.add_argument("--again", action="store_true", help="do also those that the record has")
     parser.add_argument("--list", action="store_true", help="print the mistakes and end")
     args = parser.parse_args(argv)
-    everything = planted()
+    try:
+        everything = drawn(args.drawn, args.seed) if args.drawn else planted()
+    except ImportError:
+        parser.error("argument --drawn: expected cosmic-ray, which is not installed: pip install cosmic-ray")
     faults = [fault for mistake in everything for fault in mistake.faults()]
     if faults:
         print("\n".join(faults), file=sys.stderr)

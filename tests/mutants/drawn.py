@@ -1,4 +1,4 @@
-"""Mistakes that nobody thought of: drawn among all that cosmic-ray's operators make of the pure Python of margins, loss, optimizers, sampling."""
+"""Mistakes that nobody thought of: drawn among all that cosmic-ray makes of the pure Python of margins, loss, optimizers and sampling."""
 
 from __future__ import annotations
 

@@ -262,8 +262,7 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
             normalize_weight=margin.normalize_weight,
         )
         out = ops.row_pass(inputs, Request.log_sum_exp(), backend)
-        lse = out.lse.to(torch.float64)
-        return lse if classes.shard is None else classes.shard.combine(lse, None, out.max_logit)[0]
+        return out.lse if classes.shard is None else classes.shard.combine(out.lse, None, out.max_logit)[0]
 
     advance(margin, rows.target_similarity, batch, non_target_lse)
 

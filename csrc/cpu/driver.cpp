@@ -162,7 +162,7 @@ int64_t padded_rows(const PassInputs& p) { return round_up(p.n, PANEL); }
 
 int64_t saved_chunks(const PassInputs& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.saved); }
 
-constexpr float LARGE_LSE = 128.0f;
+constexpr double LOG2E_DOUBLE = 1.44269504088896340736, LN2_DOUBLE = 0.69314718055994530942;
 constexpr int ROW_VECTORS = 13;  // of Rows, in the class pass
 
 int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
@@ -171,18 +171,16 @@ int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
          ROW_VECTORS * Memory::padded<float>(n);
 }
 
-// Whether a row's log-sum-exp is so large that its rounding shows in the softmax. A cosine head of scale 64 has none.
-bool large(float lse) { return std::isfinite(lse) && std::fabs(lse) > LARGE_LSE; }
-
-// Of a row pass that the class pass repeats where a log-sum-exp is large.
-struct ExactSums {
-  std::vector<float> value, largest;
-  std::vector<double> log2_total;
-};
+// 2 to the power of what rounding a log-sum-exp of `lse` log 2 to float adds to it. That is less than 64 where the largest logit, a float,
+// is less than 32 below `lse`, as it is for fewer than 2^32 classes. From 2^36 on a double has no digits left for it: there the float is
+// the largest logit itself, whose class has all the weight.
+double lost_to_rounding(double lse) {
+  if (!(std::fabs(lse) < 0x1p36)) return 1.0;
+  return std::exp2(std::clamp(double(float(lse)) - lse, -64.0, 64.0));
+}
 
 // Packs the rows and fills their vectors. Padded rows are 0 and have no target.
-Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory,
-               const ExactSums* exact = nullptr) {
+Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory) {
   const int64_t n = padded_rows(p);
   Rows r{};
   uint32_t* along = memory.take<uint32_t>(n * l.along);
@@ -202,7 +200,7 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   r.label = memory.take<int32_t>(n);
   std::fill(r.label, r.label + n, -1);
   for (int64_t i = 0; i < p.n; ++i) {
-    const double scale = double(p.scale[i]) * 1.44269504088896340736;
+    const double scale = double(p.scale[i]) * LOG2E_DOUBLE;
     r.factor[i] = p.row_factor[i];
     r.scale[i] = float(scale);
     r.slope[i] = float(scale * p.row_factor[i]);
@@ -226,17 +224,9 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
       r.lse[i] = INFINITY;  // p = 0
       continue;
     }
-    const double lse = double(in->lse[i]) * 1.44269504088896340736;
+    const double lse = in->lse[i] * LOG2E_DOUBLE, f = p.row_factor[i];
     r.lse[i] = float(lse);
-    double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0;
-    const double f = p.row_factor[i];
-    if (exact && large(in->lse[i]) && std::isfinite(exact->value[i])) {
-      // Of this shard's part of the log-sum-exp, `lse` and `value` lost the same to rounding: their difference, its share, is right.
-      r.lse[i] = exact->largest[i];
-      const double share = (double(exact->value[i]) - double(in->lse[i])) * 1.44269504088896340736;
-      lost = std::exp2(std::min(share, 1.0) - exact->log2_total[i]);
-    }
-    const double d_lse = in->d_lse[i] * lost * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
+    const double d_lse = in->d_lse[i] * lost_to_rounding(lse) * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
     r.d_lse[i] = float(d_lse * f);
     r.d_logit_sum[i] = float(d_logit_sum * f);
     r.d_target_cos[i] = float(in->d_target_cos[i] * inverse * f);
@@ -361,8 +351,7 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
       }
     }
     const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
-    if (out.largest) out.largest[i] = running_max, out.log2_total[i] = std::log2(total);
-    out.value[i] = float(logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * 0.69314718055994530942);
+    out.value[i] = logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
     if (out.max_logit) out.max_logit[i] = (p.non_target == IDENTITY ? running_max : max_logit) * LN2;
     if (out.cos) out.cos[i] = float(cos_sum * inverse);
     if (out.center) {
@@ -375,20 +364,13 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
 bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
                 float* d_bias, Poll poll) {
   Stop stop(poll);
-  ExactSums exact;
-  const bool any_large = std::any_of(in.lse, in.lse + p.n, large);
-  if (any_large) {
-    exact.value.resize(p.n), exact.largest.resize(p.n), exact.log2_total.resize(p.n);
-    RowOutput out{exact.value.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, exact.largest.data(), exact.log2_total.data()};
-    if (!row_pass(k, p, threads, false, out, poll)) return false;
-  }
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
   // Several tasks per thread, so that a delayed thread does not delay the others. The result of a class does not depend on the partition.
   const int64_t chunks = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
-  const Rows r = make_rows(k, p, l, &in, true, memory, any_large ? &exact : nullptr);
+  const Rows r = make_rows(k, p, l, &in, true, memory);
   // For a hard transform the saved weights already contain N'(c): d_logit_sum and d_bias need more than that.
   const bool use_saved = p.non_target == IDENTITY || (!in.d_logit_sum && !d_bias);
   std::vector<uint32_t*> scratch(threads);

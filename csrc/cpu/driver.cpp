@@ -5,8 +5,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +23,7 @@
 
 #include "../scalar.h"
 #include "memory_error.h"
+#include "stop.h"
 #include "threads.h"
 
 namespace mk {
@@ -122,34 +121,6 @@ class Memory {
   char *start_, *end_, *at_;
 };
 
-// Stops all tasks of a pass once `poll`, which only the thread that made this calls, returns true.
-class Stop {
- public:
-  explicit Stop(Poll poll) : poll_(poll) {}
-  Stop(const Stop&) = delete;
-
-  Interrupt interrupt() { return poll_ ? Interrupt{&asked, this} : Interrupt{nullptr, nullptr}; }
-  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-
-  static bool asked(void* context) {
-    Stop& self = *static_cast<Stop*>(context);
-    if (self.stopped()) return true;
-    if (std::this_thread::get_id() != self.caller_ || Clock::now() < self.next_) return false;
-    if (self.poll_()) self.stopped_.store(true, std::memory_order_relaxed);
-    self.next_ = Clock::now() + INTERVAL;
-    return self.stopped();
-  }
-
-  static constexpr std::chrono::milliseconds INTERVAL{100};
-  const Poll poll_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  Clock::time_point next_ = Clock::now() + INTERVAL;
-  std::atomic<bool> stopped_{false};
-};
-
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
 // Fewer threads where each would have less than about 0.1 ms of work.
@@ -170,6 +141,19 @@ int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
   return Memory::padded<uint32_t>(n * l.along) + (across ? Memory::padded<uint32_t>(n * l.across) : 0) +
          ROW_VECTORS * Memory::padded<float>(n);
 }
+
+// Of a head with unit centers, logits near the end of float would overflow in units of log 2. The passes take at most so large ones: the
+// softmax is 1 for the largest of them in either case, and a log-sum-exp is in proportion to the scale.
+constexpr double LARGEST_LOGIT = 0x1p100;
+
+// What the passes take the scale of row i times.
+double shrunk(const PassInputs& p, int64_t i) {
+  const double reach = double(p.scale[i]) * double(p.row_factor[i]);
+  return p.normalize_weight && reach > LARGEST_LOGIT ? LARGEST_LOGIT / reach : 1.0;
+}
+
+// The same for its log-sum-exps. Below 2^64 they come from the biases, which are not scaled.
+double shrunk(const PassInputs& p, int64_t i, double lse) { return std::fabs(lse) > 0x1p64 ? shrunk(p, i) : 1.0; }
 
 // 2 to the power of what rounding a log-sum-exp of `lse` log 2 to float adds to it. That is less than 64 where the largest logit, a float,
 // is less than 32 below `lse`, as it is for fewer than 2^32 classes. From 2^36 on a double has no digits left for it: there the float is
@@ -200,7 +184,7 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   r.label = memory.take<int32_t>(n);
   std::fill(r.label, r.label + n, -1);
   for (int64_t i = 0; i < p.n; ++i) {
-    const double scale = double(p.scale[i]) * LOG2E_DOUBLE;
+    const double scale = p.scale[i] * shrunk(p, i) * LOG2E_DOUBLE;
     r.factor[i] = p.row_factor[i];
     r.scale[i] = float(scale);
     r.slope[i] = float(scale * p.row_factor[i]);
@@ -214,7 +198,8 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   double largest = 0;
   for (int64_t i = 0; i < p.n; ++i)
     for (const float* v : {in->d_lse, in->d_logit_sum, in->d_target_cos})
-      if (v && std::isfinite(v[i])) largest = std::max(largest, std::fabs(double(v[i])));
+      // Of an embedding whose norm is kept f may be 2^127, which the sums over rows must hold too.
+      if (v && std::isfinite(v[i])) largest = std::max(largest, std::fabs(double(v[i])) * std::max(1.0, 0x1p-64 * p.row_factor[i]));
   int exponent = 0;
   std::frexp(largest, &exponent);
   r.pow2 = float(std::ldexp(1.0, exponent = std::clamp(exponent, -120, 120)));
@@ -224,7 +209,7 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
       r.lse[i] = INFINITY;  // p = 0
       continue;
     }
-    const double lse = in->lse[i] * LOG2E_DOUBLE, f = p.row_factor[i];
+    const double lse = in->lse[i] * shrunk(p, i, in->lse[i]) * LOG2E_DOUBLE, f = p.row_factor[i];
     r.lse[i] = float(lse);
     const double d_lse = in->d_lse[i] * lost_to_rounding(lse) * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
     r.d_lse[i] = float(d_lse * f);
@@ -351,8 +336,12 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
       }
     }
     const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
-    out.value[i] = logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
-    if (out.max_logit) out.max_logit[i] = (p.non_target == IDENTITY ? running_max : max_logit) * LN2;
+    const double value = logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
+    out.value[i] = value / shrunk(p, i, value);
+    if (out.max_logit) {
+      const double highest = double(p.non_target == IDENTITY ? running_max : max_logit) * LN2_DOUBLE;
+      out.max_logit[i] = float(highest / shrunk(p, i, highest));
+    }
     if (out.cos) out.cos[i] = float(cos_sum * inverse);
     if (out.center) {
       for (int64_t j = 0; j < p.d; ++j) out.center[i * p.d + j] = u[j] * float(inverse);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "interface.h"
+#include "stop.h"
 
 namespace mk {
 
@@ -35,9 +36,6 @@ std::vector<const Kernels*> levels();
 
 // The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);
-
-// Looks for a reason to stop, such as a pending signal; called by the thread that called the pass, about ten times a second.
-using Poll = bool (*)();
 
 // Each returns whether it finished. Where `poll` returned true it did not, and its results are undefined. Throws OutOfMemory.
 [[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&, Poll poll = nullptr);

@@ -110,9 +110,9 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   std::vector<char> rows(n * d * size_of(p.x_dtype));
   std::vector<double> target_similarity(n), target_cos(n);
   std::vector<float> row_factor(n);
-  mk::prepare_inputs(head, threads, rows.data(), row_factor.data(), target_similarity.data(), target_cos.data());
+  if (!mk::prepare_inputs(head, threads, rows.data(), row_factor.data(), target_similarity.data(), target_cos.data())) return false;
   const std::vector<float> mean_center(n * d, 0.5f);
-  mk::row_gradient(head, threads, mean_center.data(), p.one.data(), p.one.data(), rows.data());
+  if (!mk::row_gradient(head, threads, mean_center.data(), p.one.data(), p.one.data(), rows.data())) return false;
   if (!finite(row_factor)) return false;
 
   mk::PassInputs inputs{};

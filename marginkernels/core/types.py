@@ -56,7 +56,8 @@ class PreparedRows:
     """The embeddings as the passes take them, and each row's similarity to the center of its own class.
 
     Attributes:
-        x: (N, D), contiguous: the embeddings times a power of two each, so that 1/2 <= |x_i| < 1 (or x_i = 0).
+        x: (N, D), contiguous: the embeddings times a power of two each, so that 1/2 <= |x_i| < 1 (or x_i = 0, or
+            |x_i| was 2^127 or more).
         row_factor: (N,) acc_dtype, what is left of each row's normalization; the power of two where the embedding's norm is kept.
         target_similarity: (N,) float64 c_iy, 0 where the target is not here.
         target_cos: (N,) float64 cosine between x_i and w_y whatever is normalized, 0 where the target is not here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from .core.numerics import accumulation_dtype, reduce_losses, target_biases
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_inputs, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_margin
-from .margins.contract import Evaluated, advance, evaluate
+from .margins.contract import Evaluated, advance, evaluate, restored_on_error
 
 if TYPE_CHECKING:
     from .distributed._shard import Shard
@@ -136,7 +137,9 @@ def local_head_losses(
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
-    with torch.autocast(device, enabled=False):
+    # A compiled step writes its buffers at its end, where nothing raises any more.
+    moves = margin.training and type(margin).update is not Margin.update and not torch.compiler.is_compiling()
+    with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
         if name == "reference":
             losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
         else:
@@ -262,8 +265,7 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
             normalize_weight=margin.normalize_weight,
         )
         out = ops.row_pass(inputs, Request.log_sum_exp(), backend)
-        lse = out.lse.to(torch.float64)
-        return lse if classes.shard is None else classes.shard.combine(lse, None, out.max_logit)[0]
+        return out.lse if classes.shard is None else classes.shard.combine(out.lse, None, out.max_logit)[0]
 
     advance(margin, rows.target_similarity, batch, non_target_lse)
 

@@ -58,7 +58,7 @@ bool signaled() noexcept {
 void row_pass(const mk::PassInputs& p, const std::string& level, int threads, bool logit_sum, Address value, Address max_logit, Address cos,
               Address center, Address class_factor, Address saved, int64_t saved_bytes) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
-  const mk::RowOutput out{at<float>(value),        at<float>(max_logit), at<float>(cos), at<float>(center),
+  const mk::RowOutput out{at<double>(value),       at<float>(max_logit), at<float>(cos), at<float>(center),
                           at<float>(class_factor), at<char>(saved),      saved_bytes};
   bool finished;
   {
@@ -72,7 +72,7 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
                 Address d_target_cos, Address d_target_bias, Address class_factor, Address saved, int64_t saved_bytes, Address d_weight,
                 Address d_bias) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
-  const mk::ClassInput in{at<float>(lse),  at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias),
+  const mk::ClassInput in{at<double>(lse), at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias),
                           at<char>(saved), saved_bytes};
   bool finished;
   {
@@ -83,13 +83,22 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
 }
 
 void prepare_inputs(const mk::HeadInputs& p, int threads, Address x, Address row_factor, Address target_similarity, Address target_cos) {
-  py::gil_scoped_release released;
-  mk::prepare_inputs(p, threads, at<void>(x), at<float>(row_factor), at<double>(target_similarity), at<double>(target_cos));
+  bool finished;
+  {
+    py::gil_scoped_release released;
+    finished = mk::prepare_inputs(p, threads, at<void>(x), at<float>(row_factor), at<double>(target_similarity), at<double>(target_cos),
+                                  &signaled);
+  }
+  if (!finished) throw py::error_already_set();
 }
 
 void row_gradient(const mk::HeadInputs& p, int threads, Address mean_center, Address d_lse, Address d_target_cos, Address dx) {
-  py::gil_scoped_release released;
-  mk::row_gradient(p, threads, at<float>(mean_center), at<float>(d_lse), at<float>(d_target_cos), at<void>(dx));
+  bool finished;
+  {
+    py::gil_scoped_release released;
+    finished = mk::row_gradient(p, threads, at<float>(mean_center), at<float>(d_lse), at<float>(d_target_cos), at<void>(dx), &signaled);
+  }
+  if (!finished) throw py::error_already_set();
 }
 
 }  // namespace

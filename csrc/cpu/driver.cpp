@@ -5,8 +5,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +23,7 @@
 
 #include "../scalar.h"
 #include "memory_error.h"
+#include "stop.h"
 #include "threads.h"
 
 namespace mk {
@@ -122,34 +121,6 @@ class Memory {
   char *start_, *end_, *at_;
 };
 
-// Stops all tasks of a pass once `poll`, which only the thread that made this calls, returns true.
-class Stop {
- public:
-  explicit Stop(Poll poll) : poll_(poll) {}
-  Stop(const Stop&) = delete;
-
-  Interrupt interrupt() { return poll_ ? Interrupt{&asked, this} : Interrupt{nullptr, nullptr}; }
-  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-
-  static bool asked(void* context) {
-    Stop& self = *static_cast<Stop*>(context);
-    if (self.stopped()) return true;
-    if (std::this_thread::get_id() != self.caller_ || Clock::now() < self.next_) return false;
-    if (self.poll_()) self.stopped_.store(true, std::memory_order_relaxed);
-    self.next_ = Clock::now() + INTERVAL;
-    return self.stopped();
-  }
-
-  static constexpr std::chrono::milliseconds INTERVAL{100};
-  const Poll poll_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  Clock::time_point next_ = Clock::now() + INTERVAL;
-  std::atomic<bool> stopped_{false};
-};
-
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 
 // Fewer threads where each would have less than about 0.1 ms of work.
@@ -162,7 +133,7 @@ int64_t padded_rows(const PassInputs& p) { return round_up(p.n, PANEL); }
 
 int64_t saved_chunks(const PassInputs& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.saved); }
 
-constexpr float LARGE_LSE = 128.0f;
+constexpr double LOG2E_DOUBLE = 1.44269504088896340736, LN2_DOUBLE = 0.69314718055994530942;
 constexpr int ROW_VECTORS = 13;  // of Rows, in the class pass
 
 int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
@@ -171,18 +142,29 @@ int64_t rows_bytes(const PassInputs& p, const Layout& l, bool across) {
          ROW_VECTORS * Memory::padded<float>(n);
 }
 
-// Whether a row's log-sum-exp is so large that its rounding shows in the softmax. A cosine head of scale 64 has none.
-bool large(float lse) { return std::isfinite(lse) && std::fabs(lse) > LARGE_LSE; }
+// Of a head with unit centers, logits near the end of float would overflow in units of log 2. The passes take at most so large ones: the
+// softmax is 1 for the largest of them in either case, and a log-sum-exp is in proportion to the scale.
+constexpr double LARGEST_LOGIT = 0x1p100;
 
-// Of a row pass that the class pass repeats where a log-sum-exp is large.
-struct ExactSums {
-  std::vector<float> value, largest;
-  std::vector<double> log2_total;
-};
+// What the passes take the scale of row i times.
+double shrunk(const PassInputs& p, int64_t i) {
+  const double reach = double(p.scale[i]) * double(p.row_factor[i]);
+  return p.normalize_weight && reach > LARGEST_LOGIT ? LARGEST_LOGIT / reach : 1.0;
+}
+
+// The same for its log-sum-exps. Below 2^64 they come from the biases, which are not scaled.
+double shrunk(const PassInputs& p, int64_t i, double lse) { return std::fabs(lse) > 0x1p64 ? shrunk(p, i) : 1.0; }
+
+// 2 to the power of what rounding a log-sum-exp of `lse` log 2 to float adds to it. That is less than 64 where the largest logit, a float,
+// is less than 32 below `lse`, as it is for fewer than 2^32 classes. From 2^36 on a double has no digits left for it: there the float is
+// the largest logit itself, whose class has all the weight.
+double lost_to_rounding(double lse) {
+  if (!(std::fabs(lse) < 0x1p36)) return 1.0;
+  return std::exp2(std::clamp(double(float(lse)) - lse, -64.0, 64.0));
+}
 
 // Packs the rows and fills their vectors. Padded rows are 0 and have no target.
-Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory,
-               const ExactSums* exact = nullptr) {
+Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory) {
   const int64_t n = padded_rows(p);
   Rows r{};
   uint32_t* along = memory.take<uint32_t>(n * l.along);
@@ -202,7 +184,7 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   r.label = memory.take<int32_t>(n);
   std::fill(r.label, r.label + n, -1);
   for (int64_t i = 0; i < p.n; ++i) {
-    const double scale = double(p.scale[i]) * 1.44269504088896340736;
+    const double scale = p.scale[i] * shrunk(p, i) * LOG2E_DOUBLE;
     r.factor[i] = p.row_factor[i];
     r.scale[i] = float(scale);
     r.slope[i] = float(scale * p.row_factor[i]);
@@ -216,7 +198,8 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   double largest = 0;
   for (int64_t i = 0; i < p.n; ++i)
     for (const float* v : {in->d_lse, in->d_logit_sum, in->d_target_cos})
-      if (v && std::isfinite(v[i])) largest = std::max(largest, std::fabs(double(v[i])));
+      // Of an embedding whose norm is kept f may be 2^127, which the sums over rows must hold too.
+      if (v && std::isfinite(v[i])) largest = std::max(largest, std::fabs(double(v[i])) * std::max(1.0, 0x1p-64 * p.row_factor[i]));
   int exponent = 0;
   std::frexp(largest, &exponent);
   r.pow2 = float(std::ldexp(1.0, exponent = std::clamp(exponent, -120, 120)));
@@ -226,17 +209,9 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
       r.lse[i] = INFINITY;  // p = 0
       continue;
     }
-    const double lse = double(in->lse[i]) * 1.44269504088896340736;
+    const double lse = in->lse[i] * shrunk(p, i, in->lse[i]) * LOG2E_DOUBLE, f = p.row_factor[i];
     r.lse[i] = float(lse);
-    double lost = std::isfinite(lse) ? std::exp2(std::clamp(double(r.lse[i]) - lse, -1.0, 1.0)) : 1.0;
-    const double f = p.row_factor[i];
-    if (exact && large(in->lse[i]) && std::isfinite(exact->value[i])) {
-      // Of this shard's part of the log-sum-exp, `lse` and `value` lost the same to rounding: their difference, its share, is right.
-      r.lse[i] = exact->largest[i];
-      const double share = (double(exact->value[i]) - double(in->lse[i])) * 1.44269504088896340736;
-      lost = std::exp2(std::min(share, 1.0) - exact->log2_total[i]);
-    }
-    const double d_lse = in->d_lse[i] * lost * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
+    const double d_lse = in->d_lse[i] * lost_to_rounding(lse) * inverse, d_logit_sum = in->d_logit_sum ? in->d_logit_sum[i] * inverse : 0.0;
     r.d_lse[i] = float(d_lse * f);
     r.d_logit_sum[i] = float(d_logit_sum * f);
     r.d_target_cos[i] = float(in->d_target_cos[i] * inverse * f);
@@ -361,9 +336,12 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
       }
     }
     const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
-    if (out.largest) out.largest[i] = running_max, out.log2_total[i] = std::log2(total);
-    out.value[i] = float(logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * 0.69314718055994530942);
-    if (out.max_logit) out.max_logit[i] = (p.non_target == IDENTITY ? running_max : max_logit) * LN2;
+    const double value = logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
+    out.value[i] = value / shrunk(p, i, value);
+    if (out.max_logit) {
+      const double highest = double(p.non_target == IDENTITY ? running_max : max_logit) * LN2_DOUBLE;
+      out.max_logit[i] = float(highest / shrunk(p, i, highest));
+    }
     if (out.cos) out.cos[i] = float(cos_sum * inverse);
     if (out.center) {
       for (int64_t j = 0; j < p.d; ++j) out.center[i * p.d + j] = u[j] * float(inverse);
@@ -375,20 +353,13 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
 bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
                 float* d_bias, Poll poll) {
   Stop stop(poll);
-  ExactSums exact;
-  const bool any_large = std::any_of(in.lse, in.lse + p.n, large);
-  if (any_large) {
-    exact.value.resize(p.n), exact.largest.resize(p.n), exact.log2_total.resize(p.n);
-    RowOutput out{exact.value.data(), nullptr, nullptr, nullptr, nullptr, nullptr, 0, exact.largest.data(), exact.log2_total.data()};
-    if (!row_pass(k, p, threads, false, out, poll)) return false;
-  }
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
   // Several tasks per thread, so that a delayed thread does not delay the others. The result of a class does not depend on the partition.
   const int64_t chunks = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
-  const Rows r = make_rows(k, p, l, &in, true, memory, any_large ? &exact : nullptr);
+  const Rows r = make_rows(k, p, l, &in, true, memory);
   // For a hard transform the saved weights already contain N'(c): d_logit_sum and d_bias need more than that.
   const bool use_saved = p.non_target == IDENTITY || (!in.d_logit_sum && !d_bias);
   std::vector<uint32_t*> scratch(threads);

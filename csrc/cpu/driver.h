@@ -5,22 +5,22 @@
 #include <vector>
 
 #include "interface.h"
+#include "stop.h"
 
 namespace mk {
 
 // The results of the row pass, as RowPassOutput in marginkernels/core/types.py. max_logit, cos and center may be null.
 struct RowOutput {
-  float *value, *max_logit, *cos, *center, *class_factor;
+  double* value;
+  float *max_logit, *cos, *center, *class_factor;
   char* saved;  // of saved_bytes; filled with as many chunks as fit
   int64_t saved_bytes;
-  // What `value` is the rounded sum of, per row: the largest logit in units of log 2, and log2 of the sum relative to it. Both may be null.
-  float* largest = nullptr;
-  double* log2_total = nullptr;
 };
 
 // The upstream gradient, as Upstream there, and the workspace that the row pass filled. d_logit_sum and d_target_bias may be null.
 struct ClassInput {
-  const float *lse, *d_lse, *d_logit_sum, *d_target_cos, *d_target_bias;
+  const double* lse;
+  const float *d_lse, *d_logit_sum, *d_target_cos, *d_target_bias;
   const char* saved;
   int64_t saved_bytes;
 };
@@ -36,9 +36,6 @@ std::vector<const Kernels*> levels();
 
 // The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);
-
-// Looks for a reason to stop, such as a pending signal; called by the thread that called the pass, about ten times a second.
-using Poll = bool (*)();
 
 // Each returns whether it finished. Where `poll` returned true it did not, and its results are undefined. Throws OutOfMemory.
 [[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&, Poll poll = nullptr);

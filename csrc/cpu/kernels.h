@@ -143,7 +143,7 @@ float inverse_norm(const char* row, int64_t d) {
     }
   }
   const float plain = sum(squares[0] + squares[1]);
-  if (plain > 1e-20f && plain < 1e30f) return 1.0f / __builtin_sqrtf(plain);
+  if (plain > 1e-20f && plain < 1e30f) return (float)(1.0 / __builtin_sqrt((double)plain));
   V largest_lanes = {};
   for (int64_t k = 0; k < d; k += DIMS) {
     load_strip<DTYPE>(row + k * SIZE, d - k, strip);

@@ -1,5 +1,9 @@
 // The three matrix products of the passes, on vectors or on AMX tiles. Included by kernels.h inside the instruction set's namespace.
 
+// Units of D that the cosines sum in one chain before they add them to what they have. A chain of all 512 makes three times the rounding
+// error of a library's product; plain bfloat16 products are coarser than that by far.
+constexpr int64_t CHAIN = RAW ? INT64_MAX : MK_SPLIT ? 128 : 64;
+
 #if MK_TILES
 
 // Configures the AMX tiles of this thread: eight tiles of 16 rows x 64 bytes. The destructor restores the previous configuration, since
@@ -74,9 +78,18 @@ MK_INLINE void tile_product(int64_t strips, const uint32_t* a, Steps sa, const u
 
 // tile[count][32] = centers . rows; padded classes give 0.
 void cosines(const Layout& l, int64_t count, const uint32_t* centers, const uint32_t* rows, float* tile) {
+  const Steps of_w{CLASSES * STRIP, PLANES * CLASSES * STRIP, STRIP}, of_x{STRIP * PANEL, PLANES * STRIP * PANEL, PANEL};
   for (int64_t j = 0; j < count; j += 32)
-    tile_product<false>(l.dk / STRIP, centers + j * STRIP, {CLASSES * STRIP, PLANES * CLASSES * STRIP, STRIP}, rows,
-                        {STRIP * PANEL, PLANES * STRIP * PANEL, PANEL}, tile + j * PANEL, PANEL);
+    for (int64_t k = 0; k < l.dk;) {
+      const int64_t units = l.dk - k < CHAIN ? l.dk - k : CHAIN;
+      const uint32_t *a = centers + k * PLANES * CLASSES + j * STRIP, *b = rows + k * PLANES * PANEL;
+      float* to = tile + j * PANEL;
+      if (k)
+        tile_product<true>(units / STRIP, a, of_w, b, of_x, to, PANEL);
+      else
+        tile_product<false>(units / STRIP, a, of_w, b, of_x, to, PANEL);
+      k += units;
+    }
 }
 
 // Transposes 16 x 16 units.
@@ -198,7 +211,11 @@ void product(int64_t m, int64_t n, int64_t units, const uint32_t* a, int64_t a_s
 
 // tile[count][32] = centers . rows; padded classes give 0.
 void cosines(const Layout& l, int64_t count, const uint32_t* centers, const uint32_t* rows, float* tile) {
-  product<false>(count, PANEL, l.dk, centers, CLASSES * STRIP, rows, PANEL, tile, PANEL, false);
+  for (int64_t k = 0; k < l.dk;) {
+    const int64_t units = l.dk - k < CHAIN ? l.dk - k : CHAIN;
+    product<false>(count, PANEL, units, centers + k * CLASSES, CLASSES * STRIP, rows + k * PANEL, PANEL, tile, PANEL, k > 0);
+    k += units;
+  }
 }
 
 // u[32 rows] += weights^T values. `count` is even; with pairs, the weights hold half as many units.

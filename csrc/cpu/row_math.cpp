@@ -91,9 +91,10 @@ struct Row {
   }
 };
 
-// f(row, i) for every row i.
+// f(row, i) for every row i; returns whether it came to the end.
 template <class F>
-void each_row(const HeadInputs& p, int threads, F f) {
+bool each_row(const HeadInputs& p, int threads, Poll poll, F f) {
+  Stop stop(poll);
   constexpr int64_t BLOCK = 32;
   threads = static_cast<int>(std::min<int64_t>(threads, 1 + p.n * p.d / 40000));
   std::vector<double> buffers;
@@ -103,18 +104,21 @@ void each_row(const HeadInputs& p, int threads, F f) {
     throw OutOfMemory(2 * threads * p.d * int64_t(sizeof(double)), "an embedding and a class center of each thread");
   }
   parallel(threads, (p.n + BLOCK - 1) / BLOCK, [&](int thread, int64_t block) {
+    if (stop.asked()) return;
     Row row{buffers.data() + 2 * thread * p.d, buffers.data() + (2 * thread + 1) * p.d};
     for (int64_t i = block * BLOCK; i < std::min(p.n, (block + 1) * BLOCK); ++i) {
       row.read(p, i);
       f(row, i);
     }
   });
+  return !stop.stopped();
 }
 
 }  // namespace
 
-void prepare_inputs(const HeadInputs& p, int threads, void* out, float* row_factor, double* target_similarity, double* target_cos) {
-  each_row(p, threads, [&](const Row& r, int64_t i) {
+bool prepare_inputs(const HeadInputs& p, int threads, void* out, float* row_factor, double* target_similarity, double* target_cos,
+                    Poll poll) {
+  return each_row(p, threads, poll, [&](const Row& r, int64_t i) {
     const Length x(r.x, p.d), center(r.center, p.d);
     const double product = dot(r.x, r.center, p.d), cos = product * x.inverse * center.inverse;
     target_cos[i] = cos < -1 ? -1 : cos > 1 ? 1 : cos;
@@ -123,6 +127,7 @@ void prepare_inputs(const HeadInputs& p, int threads, void* out, float* row_fact
                                : product * (p.normalize_embedding ? x.inverse : 1.0) * (p.normalize_weight ? center.inverse : 1.0);
     int exponent = 0;
     if (std::isfinite(x.norm)) std::frexp(x.norm, &exponent);
+    exponent = std::min(exponent, 127);  // a float's largest
     const double pow2 = std::ldexp(1.0, exponent), inverse = std::ldexp(1.0, -exponent);
     row_factor[i] = float(p.normalize_embedding ? pow2 * x.inverse : pow2);
     for (int64_t k = 0; k < p.d; ++k) r.x[k] *= inverse;
@@ -130,8 +135,9 @@ void prepare_inputs(const HeadInputs& p, int threads, void* out, float* row_fact
   });
 }
 
-void row_gradient(const HeadInputs& p, int threads, const float* mean_center, const float* d_lse, const float* d_target_cos, void* dx) {
-  each_row(p, threads, [&](const Row& r, int64_t i) {
+bool row_gradient(const HeadInputs& p, int threads, const float* mean_center, const float* d_lse, const float* d_target_cos, void* dx,
+                  Poll poll) {
+  return each_row(p, threads, poll, [&](const Row& r, int64_t i) {
     const double own = d_target_cos[i] * (p.normalize_weight ? Length(r.center, p.d).inverse : 1.0);
     double* g = r.center;
     for (int64_t k = 0; k < p.d; ++k) g[k] = double(d_lse[i]) * mean_center[i * p.d + k] + own * g[k];

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "stop.h"
+
 namespace mk {
 
 // HeadInputs of marginkernels/core/types.py.
@@ -17,10 +19,14 @@ struct HeadInputs {
   bool normalize_embedding, normalize_weight;
 };
 
+// Each returns whether it finished; see Poll. Where it did not, its results are undefined.
+
 // Backend.prepare_inputs: x (n, d) in x's dtype, row_factor (n), target_similarity (n), target_cos (n).
-void prepare_inputs(const HeadInputs&, int threads, void* x, float* row_factor, double* target_similarity, double* target_cos);
+[[nodiscard]] bool prepare_inputs(const HeadInputs&, int threads, void* x, float* row_factor, double* target_similarity, double* target_cos,
+                                  Poll poll = nullptr);
 
 // Backend.row_gradient: dx (n, d) in x's dtype, from d_lse (n) mean_center (n, d) + d_target_cos (n) w_y.
-void row_gradient(const HeadInputs&, int threads, const float* mean_center, const float* d_lse, const float* d_target_cos, void* dx);
+[[nodiscard]] bool row_gradient(const HeadInputs&, int threads, const float* mean_center, const float* d_lse, const float* d_target_cos,
+                                void* dx, Poll poll = nullptr);
 
 }  // namespace mk

@@ -38,20 +38,22 @@ std::vector<char> matrix(int64_t rows, int64_t d, int64_t pitch, int dtype) {
   return out;
 }
 
-bool finite(const std::vector<float>& v) {
-  for (const float x : v)
+template <class T>
+bool finite(const std::vector<T>& v) {
+  for (const T x : v)
     if (!std::isfinite(x)) return false;
   return true;
 }
 
 // Whether `got` is within `tolerance` of `want`, in the norm of the whole vector.
-bool close(const std::vector<float>& got, const std::vector<float>& want, double tolerance) {
+template <class T>
+bool close(const std::vector<T>& got, const std::vector<T>& want, double tolerance) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < want.size(); ++i) {
     if (got[i] == want[i]) continue;  // also infinities
     error += (double(got[i]) - want[i]) * (double(got[i]) - want[i]);
   }
-  for (const float x : want) norm += std::isfinite(x) ? double(x) * x : 0.0;
+  for (const T x : want) norm += std::isfinite(x) ? double(x) * x : 0.0;
   return std::sqrt(error) <= tolerance * (std::sqrt(norm) + 1e-3 * std::sqrt(double(want.size())));
 }
 
@@ -89,7 +91,8 @@ struct Case {
 };
 
 struct Result {
-  std::vector<float> value, max_logit, cos, center, d_weight, d_bias;
+  std::vector<double> value;
+  std::vector<float> max_logit, cos, center, d_weight, d_bias;
 
   bool is_close(const Result& want, double tolerance) const {
     return close(value, want.value, tolerance) && close(max_logit, want.max_logit, tolerance) && close(cos, want.cos, tolerance) &&
@@ -107,9 +110,9 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   std::vector<char> rows(n * d * size_of(p.x_dtype));
   std::vector<double> target_similarity(n), target_cos(n);
   std::vector<float> row_factor(n);
-  mk::prepare_inputs(head, threads, rows.data(), row_factor.data(), target_similarity.data(), target_cos.data());
+  if (!mk::prepare_inputs(head, threads, rows.data(), row_factor.data(), target_similarity.data(), target_cos.data())) return false;
   const std::vector<float> mean_center(n * d, 0.5f);
-  mk::row_gradient(head, threads, mean_center.data(), p.one.data(), p.one.data(), rows.data());
+  if (!mk::row_gradient(head, threads, mean_center.data(), p.one.data(), p.one.data(), rows.data())) return false;
   if (!finite(row_factor)) return false;
 
   mk::PassInputs inputs{};
@@ -134,8 +137,8 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   if (!rows_finished || (c > 2 && !p.logit_sum && !finite(out.value))) return false;
   if (!finite(out.center) || !finite(out.cos)) return false;
 
-  std::vector<float> lse = out.value;
-  for (float& v : lse)
+  std::vector<double> lse = out.value;
+  for (double& v : lse)
     if (!std::isfinite(v)) v = INFINITY;
   std::vector<char> d_weight(c * d * size_of(p.w_dtype) - missing);
   const float *one = p.one.data(), *d_logit_sum = p.logit_sum ? one : nullptr, *d_target_bias = p.has_bias ? one : nullptr;

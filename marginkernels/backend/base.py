@@ -59,7 +59,8 @@ class Backend(ABC):
         """Prepare the embeddings for the passes and take their similarities to their own class centers, in float64."""
         x, acc_dtype = inputs.x, accumulation_dtype(inputs.x.dtype)
         unit, norm, inverse = unit_rows(x)
-        pow2 = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent)
+        # float32's largest power of two; where it does not reach, a prepared row is longer than 1.
+        pow2 = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent.clamp_max(127))
         prepared = (x.to(torch.float64) / pow2[:, None]).to(x.dtype).contiguous()
         factor = pow2 * inverse if inputs.normalize_embedding else pow2
         center = target_centers(inputs.w, inputs.labels)

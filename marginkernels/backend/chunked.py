@@ -58,6 +58,7 @@ class ChunkedBackend(Backend):
         self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
     ) -> ClassPassOutput:
         p, out = inputs, ClassPassOutput.allocate(inputs, need_weight, need_bias)
+        upstream = upstream.rounded(p.acc_dtype)
         for start, stop in chunks(p.x.shape[0], p.w.shape[0]):
             w, factor = _centers(p, start, stop, class_factor)
             cos, is_target = _similarity(p, w, start, stop)

@@ -43,8 +43,7 @@ PANELS = {} if _cpu is None else dict(_panels())
 
 class CpuBackend(Backend):
     """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
-    row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits. The class pass has such a sum only
-    where a log-sum-exp exceeds 128.
+    row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits. The class pass has no such sum.
 
     Args:
         level: the instruction set, one of :func:`levels`; "" takes the best that serves the dtype.
@@ -102,7 +101,7 @@ class CpuBackend(Backend):
             return inputs.x.new_empty(shape, dtype=inputs.acc_dtype)
 
         results = {
-            "value": new(n),
+            "value": inputs.x.new_empty(n, dtype=torch.float64),
             "max_logit": new(n),
             "cos": new(n if request.need_cos else 0),
             "center": new(n if request.need_center else 0, d),

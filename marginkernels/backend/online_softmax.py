@@ -51,7 +51,7 @@ class OnlineSoftmax:
             share = 1 / value.masked_fill(value == 0, 1)
             cos = cos.mul_(share) if request.need_cos else cos
             center = center.mul_(share[:, None]) if request.need_center else center
-            value = torch.where(value == 0, -torch.inf, value.log() + self.running_max)
+            value = torch.where(value == 0, -torch.inf, value.to(torch.float64).log() + self.running_max)
         return RowPassOutput.of(
             request, value=value, max_logit=self.max_logit, cos=cos, center=center, class_factor=self.class_factor, saved=saved
         )

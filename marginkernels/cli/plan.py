@@ -82,7 +82,7 @@ def exchanged(dim: int, ranks: int, batch: int, *, embedding_bytes: int = 4, lab
         "embeddings": others * batch * dim * embedding_bytes,
         "labels": others * batch * 8,
         "targets": 2 * others * (3 * rows * 8) // ranks,
-        "log-sum-exps": others * rows * (3 * 8 if label_smoothing else 2 * 4),
+        "log-sum-exps": others * rows * 8 * (3 if label_smoothing else 2),
         "embedding gradients": others * batch * dim * max(embedding_bytes, 4),
     }
 

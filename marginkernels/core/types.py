@@ -15,7 +15,7 @@ in the operators without another change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -56,7 +56,8 @@ class PreparedRows:
     """The embeddings as the passes take them, and each row's similarity to the center of its own class.
 
     Attributes:
-        x: (N, D), contiguous: the embeddings times a power of two each, so that 1/2 <= |x_i| < 1 (or x_i = 0).
+        x: (N, D), contiguous: the embeddings times a power of two each, so that 1/2 <= |x_i| < 1 (or x_i = 0, or
+            |x_i| was 2^127 or more).
         row_factor: (N,) acc_dtype, what is left of each row's normalization; the power of two where the embedding's norm is kept.
         target_similarity: (N,) float64 c_iy, 0 where the target is not here.
         target_cos: (N,) float64 cosine between x_i and w_y whatever is normalized, 0 where the target is not here.
@@ -129,7 +130,7 @@ class Request:
 
 @dataclass(frozen=True)
 class RowPassOutput:
-    """What the row pass gives, in acc_dtype. A field that the request did not ask for has no rows: (0,) or (0, D).
+    """What the row pass gives, the two sums in float64 and the rest in acc_dtype. A field that the request did not ask for has no rows: (0,) or (0, D).
 
     With ``p_ij = softmax_{j != y}(z_ij)``:
 
@@ -167,15 +168,16 @@ class RowPassOutput:
         class_factor: Tensor,
         saved: Tensor | None = None,
     ) -> RowPassOutput:
-        """From the sums of a pass: ``value`` (N,), ``cos`` (N,) or (0,) and ``center`` (N, D) or (0, D) go where the request's
+        """From the sums of a pass: ``value`` (N,), in whatever dtype it was summed, ``cos`` (N,) or (0,) and ``center`` (N, D) or (0, D) go where the request's
         reduction has them. ``max_logit`` is dropped where the reduction has none."""
         if saved is None:
-            saved = value.new_empty(0, dtype=torch.uint8)
-        empty = value.new_empty  # each field a tensor of its own: an operator's results may not alias
+            saved = max_logit.new_empty(0, dtype=torch.uint8)
+        value = value.to(torch.float64)
+        empty = max_logit.new_empty  # each field a tensor of its own: an operator's results may not alias
         no_center = empty(0, center.shape[1])
         if request.reduction == Reduction.LOGIT_SUM:
-            return cls(empty(0), empty(0), empty(0), no_center, value, cos, center, class_factor, saved)
-        return cls(value, max_logit, cos, center, empty(0), empty(0), no_center, class_factor, saved)
+            return cls(value.new_empty(0), empty(0), empty(0), no_center, value, cos, center, class_factor, saved)
+        return cls(value, max_logit, cos, center, value.new_empty(0), empty(0), no_center, class_factor, saved)
 
     @classmethod
     def allocate(cls, inputs: PassInputs, request: Request) -> RowPassOutput:
@@ -198,14 +200,15 @@ class RowPassOutput:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The upstream gradient of the class pass and of the row gradient: each (N,) acc_dtype. With L the loss and lambda = lse,
+    """The upstream gradient of the class pass and of the row gradient: each (N,) acc_dtype, but ``lse`` float64. With L the loss and lambda = lse,
 
         G_ij = N'(c_ij) (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i)   for j != y_i,    G_iy = d_target_cos_i,
         v_j  = sum_i G_ij f_i x_i,    dw_j = a_j (v_j - (v_j . a_j w_j) a_j w_j), or v_j where weights are not normalized.
         db_j = sum_i (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i) / s_i  over j != y_i, plus d_target_bias_i over j == y_i.
 
     Attributes:
-        lse: lambda_i, +inf (never -inf) for an empty sum.
+        lse: lambda_i as the row pass gave it, +inf (never -inf) for an empty sum. An exponential is as wrong, relatively, as its exponent
+            absolutely: float32 has 4e-6 at 64.
         d_lse: dL/dlambda_i times s_i.
         d_logit_sum: dL/d(sum of logits)_i times s_i, or None.
         d_target_cos: dL/dc_iy.
@@ -217,6 +220,16 @@ class Upstream:
     d_logit_sum: Tensor | None
     d_target_cos: Tensor
     d_target_bias: Tensor | None
+
+    def rounded(self, dtype: torch.dtype) -> Upstream:
+        """The same for a pass that takes ``lse`` in ``dtype``: what rounding adds to it is a factor of ``d_lse``.
+
+        A pass whose logits are of that dtype can follow as far as float64 goes: where rounding moves ``lse`` by more than all classes
+        together can add to the largest logit, it moves it to that logit.
+        """
+        lse = self.lse.to(dtype)
+        added = torch.where(self.lse.abs() < 2.0**36, lse.to(torch.float64) - self.lse, 0.0)
+        return replace(self, lse=lse, d_lse=(self.d_lse * added.clamp(-44.0, 44.0).exp()).to(self.d_lse.dtype))
 
 
 @dataclass(frozen=True)

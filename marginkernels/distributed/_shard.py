@@ -241,10 +241,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, lse: Tensor, total: Tensor | None, top: Tensor, shard: Shard) -> tuple[Tensor, Tensor | None, Tensor]:
-        # lse comes from the row pass, whose dtype is that of top: converting it loses nothing.
-        mine = torch.stack([lse.to(top.dtype), top] if total is None else [lse, top.to(lse.dtype), total])
+        mine = torch.stack([lse, top.to(lse.dtype)] + ([] if total is None else [total]))
         every = collectives.all_gather(mine, shard.group, shard.size, "log-sum-exps").unbind(1)
-        combined = torch.logsumexp(every[0].to(lse.dtype), 0)
+        combined = torch.logsumexp(every[0], 0)
         best = every[1].amax(0)
         ctx.mark_non_differentiable(best)
         ctx.save_for_backward(lse, combined)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -91,6 +93,20 @@ def _one_per_row(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, pos
     elif not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{expected()}, got {value!r}")
     return per_row(value, like, dtype)
+
+
+@contextlib.contextmanager
+def restored_on_error(margin: Margin) -> Iterator[None]:
+    """The margin's buffers as they were, where what runs inside raises, KeyboardInterrupt included. Copies them, and waits for nothing."""
+    before = {name: v.clone() for name, v in margin.named_buffers()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, v in margin.named_buffers():
+                if name in before:
+                    v.copy_(before[name])
+        raise
 
 
 @torch.no_grad()

@@ -172,14 +172,14 @@ class _SumOverClasses(torch.autograd.Function):
         ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
         ctx.options = options
         ctx.mark_non_differentiable(out.max_logit)
-        return out.lse.to(torch.float64), rows.target_similarity.clone(), target_biases(bias, labels), logit_sum, out.max_logit
+        return out.lse.clone(), rows.target_similarity.clone(), target_biases(bias, labels), logit_sum, out.max_logit
 
     @staticmethod
     def backward(ctx: Any, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor, _: Tensor) -> tuple[Any, ...]:
         o: SumOptions = ctx.options
         s = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
         need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
-        acc_dtype = s.lse.dtype
+        acc_dtype = accumulation_dtype(s.x.dtype)
         upstream = Upstream(
             lse=torch.where(s.lse == -torch.inf, torch.inf, s.lse),
             d_lse=(g_lse * s.scale).to(acc_dtype),

@@ -161,6 +161,92 @@ def test_huge_logits(level, name, scale, workspace):
             assert ours <= 3 * max(theirs, 1e-7), (type(margin).__name__, output, ours, theirs)
 
 
+SCALES = (1.0, 16.0, 64.0, 128.0, 300.0, 1e3, 3e3, 1e4, 1e5, 1e6, 1e7, 1e8)
+SCALED = {
+    "normface": lambda s: mk.NormFace(scale=s),
+    "arcface": lambda s: mk.ArcFace(scale=s),
+    "cosface": lambda s: mk.CosFace(scale=s),
+    "mv": lambda s: mk.MVSoftmax(scale=s),
+    "curricularface": lambda s: mk.CurricularFace(scale=s),
+    "softmax": lambda s: mk.Softmax(),
+}
+
+
+def root_mean_square(values):
+    return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+@pytest.mark.parametrize("head", SCALED)
+def test_accuracy_at_every_scale(level, head):
+    """Over a few draws, at most 3x the error of eager, or of the float64 reference with logits that are off by one rounding of the scale.
+    Of one draw neither is a measure: from scales of some hundreds on a single row with two near classes makes nearly all of the error."""
+    unit, levels = torch.finfo(torch.float32).eps / 2, [name for name, dtype in LEVELS if dtype == torch.float32]
+    for scale in SCALES:
+        fair, ours = {}, {}
+        for seed, bias in enumerate((False, True, True, False)):
+            case, margin = testing.Case.random(48, 64, 300, bias=bias, seed=seed), SCALED[head](scale)
+            if head == "softmax":
+                longer = math.sqrt(scale / float(case.x.norm(dim=1).mean() * case.w.norm(dim=1).mean()))
+                case = replace(case, x=case.x * longer, w=case.w * longer)
+            g = torch.Generator().manual_seed(seed)
+            bias64 = torch.zeros(300).double() if case.bias is None else case.bias.double()
+            noise = scale * unit * (2 * torch.rand(3, 300, generator=g, dtype=torch.float64) - 1)
+            moved = [testing.Case(case.x.double(), case.w.double(), case.labels, bias64 + v) for v in noise]
+            want = testing.run(case, margin, "reference", dtype=torch.float64)
+            others = [testing.eager(case, margin), *(testing.run(m, margin, "reference") for m in moved)]
+            for output in want:
+                theirs = (testing.relative_error(v[output], want[output]) for v in others)
+                fair.setdefault(output, []).append(max(*theirs, 2 * unit))
+            for name in levels:
+                level(name)
+                got = testing.run(case, margin, "cpu", workspace_mb=0 if seed % 2 else None)
+                for output in want:
+                    ours.setdefault((name, output), []).append(testing.relative_error(got[output], want[output]))
+        for (name, output), found in ours.items():
+            assert root_mean_square(found) <= 3 * root_mean_square(fair[output]), (scale, name, output, found, fair[output])
+
+
+@pytest.mark.parametrize("name", [name for name, dtype in LEVELS if dtype == torch.float32])
+@pytest.mark.parametrize(("d", "limit"), [(128, 1.4e-7), (512, 1.2e-7)])
+def test_cosines_are_summed_in_short_chains(level, name, d, limit):
+    """The relative error of a cosine near 1, root of the mean square: 1.0e-7 and 0.85e-7, where one chain of sums makes 1.75e-7 and 3.3e-7."""
+    level(name)
+    g, errors, backend = torch.Generator().manual_seed(0), [], FUSED["cpu"]
+    labels = torch.zeros(64, dtype=torch.int64)
+    for _ in range(20):
+        w = torch.randn(2, d, generator=g) * 0.1
+        x = 0.6 * torch.randn(64, d, generator=g) + 12 * w[1]
+        rows = backend.prepare_inputs(HeadInputs(x, w, labels, True, True))
+        inputs = PassInputs(rows.x, rows.row_factor, w, None, labels, torch.ones(64), None, None, mk.NonTarget.IDENTITY, True)
+        want = torch.nn.functional.cosine_similarity(x.double(), w[1:].double())
+        errors.append(backend.row_pass(inputs, Request.log_sum_exp()).lse / want - 1)
+    assert torch.cat(errors).square().mean().sqrt() <= limit
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", ["sphereface", "w-norm-softmax", "arcface", "curricularface"])
+@pytest.mark.parametrize("side", ["x", "w"])
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+def test_ends_of_the_dtype(backend, dtype, head, side, end):
+    """An entry near the largest number of its dtype, or a row of the smallest, as the reference in float64 has it; a loss that float32
+    does not hold is infinite, not NaN."""
+    info = torch.finfo(dtype)
+    case = testing.Case.random(6, 16, 9, ignored=False)
+    v = {"x": case.x.clone(), "w": case.w.clone()}
+    if end == "largest":
+        v[side][1, 3] = 0.99 * info.max
+    else:
+        v[side][1] = info.tiny * info.eps * v[side][1].sign()
+    case = replace(case, **{k: t.to(dtype) for k, t in v.items()})
+    want = testing.run(case, testing.HEADS[head](9), "reference", dtype=torch.float64)
+    plain, got = (testing.run(case, testing.HEADS[head](9), b) for b in ("reference", backend))
+    for output, value in want.items():
+        held = plain[output].isfinite()  # the numbers that float32 arithmetic gets and the dtype holds
+        assert not got[output].isnan().any(), output
+        assert testing.relative_error(got[output][held], value[held]) <= testing.TOLERANCE[dtype], (output, got[output], value)
+
+
 @pytest.mark.parametrize("exponent", [-100, -40, 40])
 def test_loss_scaling(exponent):
     """Gradients of a loss times a power of two are the gradients times it: nothing vanishes on the way."""

@@ -205,7 +205,7 @@ def class_pass(
 
     Weights were saved as exp(z) N'(c): enough for dw of the log-sum-exp alone, so all is computed again where more is asked for.
     """
-    p, c = inputs, inputs.w.shape[0]
+    p, c, upstream = inputs, inputs.w.shape[0], upstream.rounded(torch.float32)
     out = ClassPassOutput.allocate(p, need_weight, need_bias)
     first = 0
     if saved.numel() and need_weight and not need_bias and upstream.d_logit_sum is None:

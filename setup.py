@@ -95,6 +95,7 @@ def compile_cpu(target: Path, folder: Path, front: str, front_flags: str, link_f
         "level_plain.cpp": kernel,
         "row_math.cpp": f"-pthread -Wno-psabi {extra}",
         "driver.cpp": f"{defines} -pthread {extra}",
+        "topk.cpp": f"-pthread {extra}",
         front: f"{front_flags} {extra}",
     }
     for level, flags in known.items():

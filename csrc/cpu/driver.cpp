@@ -18,13 +18,13 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 #include "../scalar.h"
-#include "memory_error.h"
+#include "memory.h"
+#include "stop.h"
 #include "threads.h"
 
 namespace mk {
@@ -87,68 +87,6 @@ Features features() {
   return f;
 }
 #endif
-
-// One allocation that is handed out piece by piece; in large pages if it is large.
-class Memory {
- public:
-  explicit Memory(int64_t bytes) {
-    constexpr int64_t HUGE = 2 << 20;
-    const int64_t align = bytes >= 2 * HUGE ? HUGE : 64;
-    bytes = (bytes + align - 1) / align * align;
-    start_ = static_cast<char*>(std::aligned_alloc(align, bytes));
-    if (!start_) throw OutOfMemory(bytes, "the packed embeddings and the threads' buffers of a pass");
-#if defined(__linux__)
-    if (align == HUGE) madvise(start_, bytes, MADV_HUGEPAGE);
-#endif
-    end_ = start_ + bytes;
-    at_ = start_;
-  }
-  ~Memory() { std::free(start_); }
-  Memory(const Memory&) = delete;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* out = reinterpret_cast<T*>(at_);
-    at_ += padded<T>(count);
-    if (at_ > end_) throw std::logic_error("marginkernels: a buffer size was underestimated");
-    return out;
-  }
-  template <class T>
-  static int64_t padded(int64_t count) {
-    return (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char *start_, *end_, *at_;
-};
-
-// Stops all tasks of a pass once `poll`, which only the thread that made this calls, returns true.
-class Stop {
- public:
-  explicit Stop(Poll poll) : poll_(poll) {}
-  Stop(const Stop&) = delete;
-
-  Interrupt interrupt() { return poll_ ? Interrupt{&asked, this} : Interrupt{nullptr, nullptr}; }
-  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-
-  static bool asked(void* context) {
-    Stop& self = *static_cast<Stop*>(context);
-    if (self.stopped()) return true;
-    if (std::this_thread::get_id() != self.caller_ || Clock::now() < self.next_) return false;
-    if (self.poll_()) self.stopped_.store(true, std::memory_order_relaxed);
-    self.next_ = Clock::now() + INTERVAL;
-    return self.stopped();
-  }
-
-  static constexpr std::chrono::milliseconds INTERVAL{100};
-  const Poll poll_;
-  const std::thread::id caller_ = std::this_thread::get_id();
-  Clock::time_point next_ = Clock::now() + INTERVAL;
-  std::atomic<bool> stopped_{false};
-};
 
 constexpr int64_t round_up(int64_t v, int64_t step) { return (v + step - 1) / step * step; }
 

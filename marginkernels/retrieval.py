@@ -1,4 +1,4 @@
-"""The nearest class centers of each embedding, a chunk of classes at a time."""
+"""The nearest class centers of each embedding: checks of the arguments, and the operator that a backend serves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .core.types import TopkInputs
 from .core.validation import check_centers
 from .margins import BatchInfo, Margin, check_margin
 
-@torch.no_grad()
+
 def topk(
     embeddings: Tensor,
     weight: Tensor,
@@ -45,8 +45,6 @@ def topk(
     """
     if margin is not None:
         check_margin(margin)
-        check_centers(embeddings, weight, bias)  # a margin is bound to a number of classes that is one
-        margin.bind(weight.shape[0])
     return nearest(embeddings, weight, bias, margin, k, backend=backend)
 
 
@@ -61,11 +59,14 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The ``min(k, C)`` best classes of ``weight`` (C, D) for each row; see :func:`topk`.
 
-    ``k`` is checked against ``num_classes``, by default C.
+    Args:
+        num_classes: C of all shards, where ``weight`` is one of them; what ``k`` is checked against.
     """
     check_centers(embeddings, weight, bias, shard=num_classes is not None)
     c = weight.shape[0]
     limit = c if num_classes is None else num_classes
+    if margin is not None:
+        margin.bind(limit)
     if isinstance(k, bool) or not isinstance(k, int | Integral) or not 1 <= k <= limit:
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
@@ -73,11 +74,11 @@ def nearest(
     chosen = resolve(backend, embeddings.device.type, embeddings.dtype, weight.dtype, weight.shape[1])
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
-        bias = bias.to(acc_dtype).contiguous()
+        bias = bias.detach().to(acc_dtype).contiguous()
         nobody = torch.full((embeddings.shape[0],), -1, dtype=torch.int64, device=embeddings.device)
         given = 1.0 if margin is None else margin.row_scale(BatchInfo(embeddings, nobody, limit))
-        scale = per_row(given, embeddings, acc_dtype).contiguous()
+        scale = per_row(given, embeddings, acc_dtype).detach().contiguous()
     sides = (True, True) if margin is None else (margin.normalize_embedding, margin.normalize_weight)
-    inputs = TopkInputs(embeddings, weight, bias, scale, *sides)
+    inputs = TopkInputs(embeddings.detach(), weight.detach(), bias, scale, *sides)
     found = ops.topk(inputs, min(int(k), c), "torch" if chosen == "reference" else chosen)
     return found.scores, found.classes

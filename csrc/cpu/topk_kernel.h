@@ -84,38 +84,40 @@ struct FewRows {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
     const float* x = f.x + row * f.pitch;
     V sums[COUNT][4] = {}, squares[4] = {};
+    const auto add = [&](int64_t k, const char* a, const char* b, const char* c, const char* d) {
+      const V w[4] = {load_as<DTYPE>(a), load_as<DTYPE>(b), load_as<DTYPE>(c), load_as<DTYPE>(d)};
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; ++r) {
+        const V v = load<V>(x + r * f.pitch + k);
+#pragma GCC unroll 4
+        for (int h = 0; h < 4; ++h) sums[r][h] += v * w[h];
+      }
+      if constexpr (SQUARES) {
+#pragma GCC unroll 4
+        for (int h = 0; h < 4; ++h) squares[h] += w[h] * w[h];
+      }
+    };
     const int64_t whole = f.p.d / W * W;
-    for (int64_t k = 0; k < whole; k += W) {
-      V v[COUNT];
-#pragma GCC unroll 4
-      for (int r = 0; r < COUNT; ++r) v[r] = load<V>(x + r * f.pitch + k);
-#pragma GCC unroll 4
-      for (int h = 0; h < 4; ++h) {
-        const V w = load_as<DTYPE>(centers[h] + k * SIZE);
-#pragma GCC unroll 4
-        for (int r = 0; r < COUNT; ++r) sums[r][h] += v[r] * w;
-        if constexpr (SQUARES) squares[h] += w * w;
-      }
+    for (int64_t k = 0; k < whole; k += W)
+      add(k, centers[0] + k * SIZE, centers[1] + k * SIZE, centers[2] + k * SIZE, centers[3] + k * SIZE);
+    if (whole < f.p.d) {
+      char ends[4][W * SIZE] = {};
+      for (int h = 0; h < 4; ++h) __builtin_memcpy(ends[h], centers[h] + whole * SIZE, (f.p.d - whole) * SIZE);
+      add(whole, ends[0], ends[1], ends[2], ends[3]);
     }
-    if (whole < f.p.d)
-      for (int h = 0; h < 4; ++h) {
-        char end[W * SIZE] = {};
-        __builtin_memcpy(end, centers[h] + whole * SIZE, (f.p.d - whole) * SIZE);
-        const V w = load_as<DTYPE>(end);
-        for (int r = 0; r < COUNT; ++r) sums[r][h] += load<V>(x + r * f.pitch + whole) * w;
-        if constexpr (SQUARES) squares[h] += w * w;
-      }
     for (int r = 0; r < COUNT; ++r) sum_each(sums[r], f.products + (row + r) * CLASSES + j);
     if constexpr (SQUARES) sum_each(squares, f.factor + j);
   }
 
   // The products of all rows with a chunk of centers. Past its last center the last is read again.
   template <int DTYPE, bool SQUARES>
-  MK_INLINE void multiply_chunk(const FewRows& f, const char* from, int64_t count) {
+  static void multiply_chunk(const FewRows& f, const char* from, int64_t count) {
     const int64_t pitch = f.p.w_stride * (DTYPE == FLOAT32 ? 4 : 2);
     for (int64_t j = 0; j < count; j += 4) {
-      const char* centers[4];
-      for (int h = 0; h < 4; ++h) centers[h] = from + (j + h < count ? j + h : count - 1) * pitch;
+      const char* const at = from + j * pitch;
+      const int64_t left = count - 1 - j;
+      const char* const centers[4] = {at, at + (left < 1 ? left : 1) * pitch, at + (left < 2 ? left : 2) * pitch,
+                                      at + (left < 3 ? left : 3) * pitch};
       if (f.p.n == 1) {
         multiply<DTYPE, 1, SQUARES>(f, 0, centers, j);
         continue;

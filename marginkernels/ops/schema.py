@@ -90,7 +90,7 @@ def _observed(args: Iterable[Any]) -> bool:
     """Whether anything wants to see an operator's call: a compiler, a tracer, a mode, or a tensor in a record that is not what it seems."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -372,7 +372,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
     }
     constants = {
         "DIM": d,
-        "DEPTH": min(128, power_of_two(d)),
+        "DEPTH": min(128 // p.x.element_size(), power_of_two(d)),
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
         "K": k,

@@ -51,7 +51,7 @@ def topk_kernel(
     each row at a time, then hardly ever runs.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    PRESCALE: tl.constexpr = NORMALIZED and DTYPE == tl.float16
+    PRESCALE: tl.constexpr = NORMALIZED and tl.float16 == DTYPE
     first_row = tl.program_id(0) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)
     in_n = row < n

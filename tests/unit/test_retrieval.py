@@ -291,8 +291,9 @@ def test_mistakes(argument, call):
 
 @pytest.mark.slow
 @needs_cpu
-def test_no_slower_than_eager():
+def test_no_slower_than_eager(threads):
     """Than chunks of products and ``torch.topk``, in turn, by the median; a fifth more for the noise of other processes."""
+    threads(1)  # so that other processes delay both sides alike
     found = {(s.n, s.d, s.c, s.normalized): s.ratio for s in topk_times.measure(rounds=9)}
     assert len(found) == 8
     assert all(ratio <= 1.2 for ratio in found.values()), found

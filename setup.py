@@ -98,6 +98,7 @@ def compile_cpu(
         "level_plain.cpp": kernel,
         "row_math.cpp": f"-pthread -Wno-psabi {extra}",
         "driver.cpp": f"{defines} -pthread {extra}",
+        "topk.cpp": f"-pthread {extra}",
         front: f"{front_flags} {extra}",
     }
     for level, flags in known.items():

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from . import backend as backends
 from ._deprecated import BACKENDS
 from .core.labels import checked_ignore_index
-from .core.numerics import reduce_losses
+from .core.numerics import best, reduce_losses
 from .core.validation import FLOATS, check_number, check_reduction, positive
 from .loss import LossOptions, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
-from .retrieval import best, nearest
+from .retrieval import nearest
 from .sampling import Sampler
 
 #: Standard deviation of the class centers at the start, as in insightface.
@@ -252,9 +252,9 @@ class MarginHead(nn.Module):
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
         if self.shard is None:
-            return nearest(embeddings, self.weight, self.bias, self.margin, k)
+            return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend)
         rows = self.shard.gather(embeddings, torch.full((embeddings.shape[0],), -1, device=embeddings.device), -1, ask=True)[0]
-        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes)
+        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

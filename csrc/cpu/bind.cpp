@@ -7,6 +7,7 @@
 #include "pool.h"
 #include "row_math.h"
 #include "threads.h"
+#include "topk.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;  // of a buffer that the caller keeps alive; 0 for none
@@ -82,6 +83,17 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
   if (!finished) throw py::error_already_set();
 }
 
+void topk(const mk::HeadInputs& p, const std::string& level, int threads, int64_t k, Address bias, Address scale, Address scores,
+          Address classes) {
+  const mk::Kernels& kernels = mk::choose(p.x_dtype, level);
+  bool finished;
+  {
+    py::gil_scoped_release released;
+    finished = mk::topk(kernels, p, threads, k, at<float>(bias), at<float>(scale), at<float>(scores), at<int64_t>(classes), &signaled);
+  }
+  if (!finished) throw py::error_already_set();
+}
+
 void prepare_inputs(const mk::HeadInputs& p, int threads, Address x, Address row_factor, Address target_similarity, Address target_cos) {
   bool finished;
   {
@@ -126,6 +138,7 @@ PYBIND11_MODULE(_cpu, m) {
         "center"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a);
   m.def("class_pass", &class_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "d_lse"_a, "d_logit_sum"_a, "d_target_cos"_a,
         "d_target_bias"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
+  m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "bias"_a, "scale"_a, "scores"_a, "classes"_a);
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const mk::Kernels* k : mk::levels()) names.push_back(k->name);

@@ -83,6 +83,28 @@ struct ClassTask {
   uint32_t* scratch;
 };
 
+// At most so many rows are multiplied with each class center where it lies, unpacked, which is as fast as the centers can be read.
+constexpr int64_t FEW_ROWS = 16;
+
+// The search for the k classes of the highest scores s_i c_ij + b_j, or c_ij without a bias. A candidate of a row is one number that orders
+// as its score does, and of equal scores the lower class before the higher: the score's bits in the upper half, rising with the score and
+// highest for NaN, and the complement of the class, counted from first_class, in the lower half.
+struct TopkTask {
+  Interrupt interrupt;
+  int64_t first_row, last_row, first_class, last_class;
+  const uint32_t* along;  // Rows::along, or null: then there are at most FEW_ROWS rows
+  const float* factor;    // f_i over all padded rows
+  const float* scale;     // s_i, as `factor`; used with a bias
+  int64_t k, capacity;
+  // Over the task's padded rows, starting at first_row:
+  uint64_t* candidates;  // [row][capacity], of which `count` are there
+  int64_t* count;        // less than `capacity`
+  float* threshold;      // the k-th best score so far, which a later class must exceed; NaN where it need not
+  // Moves the k best of `count` candidates to the front; gives the score of the worst of them.
+  float (*shrink)(uint64_t* candidates, int64_t count, int64_t k);
+  uint32_t* scratch;
+};
+
 // The buffer layout of a kernel set for one D. A unit is 32 bits: a float, or two bfloat16 that are neighbors along the summed index.
 struct Layout {
   int64_t dk;                                         // units along D where D is summed over
@@ -103,6 +125,7 @@ struct Kernels {
   void (*pack_across)(const PassInputs&, uint32_t* across);
   void (*row_task)(const PassInputs&, const Rows&, const RowTask&);
   void (*class_task)(const PassInputs&, const Rows&, const ClassTask&);
+  void (*topk_task)(const PassInputs&, const TopkTask&);
 };
 
 }  // namespace mk

@@ -685,12 +685,14 @@ void pack_across(const PassInputs& p, uint32_t* out) {
   with_dtype(p.x_dtype, PackAcross{p, out, l});
 }
 
+#include "topk_kernel.h"
+
 }  // namespace
 
 // The embeddings' dtypes. Without planes, a pair holds nothing wider than bfloat16; with planes, two of a bfloat16 number's planes are 0.
 constexpr int DTYPES = !MK_PAIRS ? 7 : MK_SPLIT ? 1 << FLOAT32 | 1 << FLOAT16 : 1 << BFLOAT16;
 
-extern const Kernels kernels = {MK_NAME, DTYPES, layout, pack_along, pack_across, row_task, class_task};
+extern const Kernels kernels = {MK_NAME, DTYPES, layout, pack_along, pack_across, row_task, class_task, topk_task};
 
 }  // namespace MK_NAMESPACE
 }  // namespace mk

@@ -9,6 +9,7 @@
 #include "../scalar.h"
 #include "driver.h"
 #include "row_math.h"
+#include "topk.h"
 
 namespace {
 
@@ -92,18 +93,19 @@ struct Case {
 
 struct Result {
   std::vector<double> value;
-  std::vector<float> max_logit, cos, center, d_weight, d_bias;
+  std::vector<float> max_logit, cos, center, d_weight, d_bias, best;
 
   bool is_close(const Result& want, double tolerance) const {
     return close(value, want.value, tolerance) && close(max_logit, want.max_logit, tolerance) && close(cos, want.cos, tolerance) &&
-           close(center, want.center, tolerance) && close(d_weight, want.d_weight, tolerance) && close(d_bias, want.d_bias, tolerance);
+           close(center, want.center, tolerance) && close(d_weight, want.d_weight, tolerance) && close(d_bias, want.d_bias, tolerance) &&
+           close(best, want.best, tolerance);
   }
 };
 
 float* or_null(std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
 
 // Runs everything; false where a result that should be finite is not. The gradient's buffer is `missing` bytes too short.
-bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& out) {
+bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Result& out) {
   const auto [n, d, c] = p.s;
   const mk::HeadInputs head{
       n, d, c, p.x.data(), p.x_dtype, p.w.data(), p.w_dtype, p.pitch, p.labels.data(), p.normalize_embedding, p.normalize_weight};
@@ -124,7 +126,7 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   inputs.threshold = p.non_target ? p.threshold.data() : nullptr, inputs.t = p.non_target ? p.t.data() : nullptr;
   inputs.non_target = p.non_target, inputs.normalize_weight = p.normalize_weight;
 
-  const mk::SavedPanel panel = mk::saved_panel(k);
+  const mk::SavedPanel panel = mk::saved_panel(kernels);
   const int64_t all = (n + panel.rows - 1) / panel.rows * ((c + panel.classes - 1) / panel.classes) * panel.bytes;
   std::vector<char> saved(p.workspace == 0 ? 0 : p.workspace == 1 ? all - 1 : all);
   const int64_t saved_bytes = int64_t(saved.size());
@@ -132,7 +134,7 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   out.value.resize(n), out.max_logit.resize(p.need_max ? n : 0), out.cos.resize(p.need_cos ? n : 0);
   out.center.resize(p.need_center ? n * d : 0), out.d_bias.resize(p.has_bias ? c : 0);
   const bool rows_finished = mk::row_pass(
-      k, inputs, threads, p.logit_sum,
+      kernels, inputs, threads, p.logit_sum,
       {out.value.data(), or_null(out.max_logit), or_null(out.cos), or_null(out.center), or_null(class_factor), saved.data(), saved_bytes});
   if (!rows_finished || (c > 2 && !p.logit_sum && !finite(out.value))) return false;
   if (!finite(out.center) || !finite(out.cos)) return false;
@@ -143,12 +145,21 @@ bool run(const mk::Kernels& k, const Case& p, int threads, int missing, Result& 
   std::vector<char> d_weight(c * d * size_of(p.w_dtype) - missing);
   const float *one = p.one.data(), *d_logit_sum = p.logit_sum ? one : nullptr, *d_target_bias = p.has_bias ? one : nullptr;
   const mk::ClassInput in{lse.data(), one, d_logit_sum, one, d_target_bias, saved.data(), p.logit_sum ? 0 : saved_bytes};
-  if (!mk::class_pass(k, inputs, threads, in, or_null(class_factor), d_weight.data(), or_null(out.d_bias))) return false;
+  if (!mk::class_pass(kernels, inputs, threads, in, or_null(class_factor), d_weight.data(), or_null(out.d_bias))) return false;
   if (p.w_dtype == mk::FLOAT32 && !missing) {
     out.d_weight.resize(c * d);
     __builtin_memcpy(out.d_weight.data(), d_weight.data(), d_weight.size());
   }
-  return finite(out.d_bias) && finite(out.d_weight);
+  // The scores of the best class, of some, and of all; classes are in their range.
+  for (const int64_t k : {int64_t(1), c / 2 + 1, c}) {
+    std::vector<float> scores(n * k);
+    std::vector<int64_t> classes(n * k, -1);
+    if (!mk::topk(kernels, head, threads, k, inputs.bias, p.has_bias ? one : nullptr, scores.data(), classes.data())) return false;
+    for (const int64_t j : classes)
+      if (j < 0 || j >= c) return false;
+    out.best.insert(out.best.end(), scores.begin(), scores.end());
+  }
+  return finite(out.d_bias) && finite(out.d_weight) && finite(out.best);
 }
 
 }  // namespace

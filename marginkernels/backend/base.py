@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core.numerics import accumulation_dtype, target_centers, unit_rows
-from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Request, RowPassOutput, Upstream
+from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
+from . import torch_topk
 
 
 class Backend(ABC):
@@ -88,6 +89,13 @@ class Backend(ABC):
             unit, _, inverse = unit_rows(inputs.x)
             d = (d - (d * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
         return d.to(inputs.x.dtype)
+
+    def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
+        """The k best classes of each row: see :class:`TopkOutput`. N, C and k are at least 1, and k at most C.
+
+        Plain PyTorch, unless a backend has a kernel for it.
+        """
+        return torch_topk.topk(inputs, k)
 
     @abstractmethod
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:

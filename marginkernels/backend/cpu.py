@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, Upstream
+from ..core.types import (
+    ClassPassOutput,
+    HeadInputs,
+    PassInputs,
+    PreparedRows,
+    Reduction,
+    Request,
+    RowPassOutput,
+    TopkInputs,
+    TopkOutput,
+    Upstream,
+)
 from . import _extension
 from ._extension import DTYPES
 from .base import Backend
@@ -136,6 +147,19 @@ class CpuBackend(Backend):
             saved_bytes=saved.numel(),
             **_addresses(given | {"saved": saved} | vars(out)),
         )
+        return out
+
+    def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
+        """The same bits for any number of threads."""
+        x, w, out = inputs.x.contiguous(), _with_unit_stride(inputs.w), TopkOutput.allocate(inputs, k)
+        if x.dtype == torch.bfloat16 and w.dtype != torch.bfloat16:
+            x = x.float()  # products of bfloat16 pairs would round the centers to it
+        (n, d), sides = x.shape, {"normalize_embedding": inputs.normalize_embedding, "normalize_weight": inputs.normalize_weight}
+        at = {"x": x.data_ptr(), "x_dtype": DTYPES[x.dtype], "w": w.data_ptr(), "w_dtype": DTYPES[w.dtype], "w_stride": w.stride(0)}
+        native = _cpu.HeadInputs(n=n, d=d, c=w.shape[0], labels=0, **at, **sides)
+        given = _addresses({"bias": inputs.bias, "scale": inputs.scale})
+        to = {"scores": out.scores.data_ptr(), "classes": out.classes.data_ptr()}
+        _cpu.topk(native, level=self.level, threads=torch.get_num_threads(), k=k, **given, **to)
         return out
 
 

@@ -37,14 +37,15 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, weight_dtype: torch
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     if name == "reference":
         return name
-    reasons = {}
-    for candidate in FUSED.values() if name == "auto" else (FUSED[name],):
-        reason = candidate.unavailable_reason() or candidate.unsupported_reason(device_type, dtype, weight_dtype, dim)
-        if reason is None and name == "auto" and not candidate.verified:
-            reason = "has not been verified on this hardware; name it to use it"
-        if reason is None:
+    candidates = list(FUSED.values()) if name == "auto" else [FUSED[name]]
+
+    def why_not(candidate: Backend) -> str | None:
+        return candidate.unavailable_reason() or candidate.unsupported_reason(device_type, dtype, weight_dtype, dim)
+
+    for candidate in candidates:
+        if (candidate.verified or name != "auto") and why_not(candidate) is None:
             return candidate.name
-        reasons[candidate.name] = reason
+    reasons = {one.name: why_not(one) or "has not been verified on this hardware; name it to use it" for one in candidates}
     listed = "; ".join(f"{k}: {v}" for k, v in reasons.items())
     raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {device_type} ({listed})")
 

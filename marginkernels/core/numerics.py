@@ -61,6 +61,28 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
+def best(scores: Tensor, classes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The (at most) k highest ``scores`` (N, M), falling, the lower of ``classes`` (N, M) first among equals, NaN before all numbers.
+
+    Never waits for the device. Classes lie below 2^31.
+    """
+    k = min(k, scores.shape[1])
+    if scores.dtype == torch.float64:
+        order = falling(scores, classes)[:, :k]
+    else:
+        # One integer that orders as (score, -class) does: no two are equal, so topk has no choice to make. NaN has a sign: drop it.
+        bits = torch.where(scores.isnan(), torch.nan, scores + 0.0).view(torch.int32).long()
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        order = torch.topk((ordered << 32) - classes, k, 1).indices
+    return scores.gather(1, order), classes.gather(1, order)
+
+
+def falling(scores: Tensor, classes: Tensor) -> Tensor:
+    """(N, M) the order of falling ``scores`` (N, M), the lower of ``classes`` (N, M) first among equals, NaN first."""
+    order = classes.argsort(dim=1)
+    return order.gather(1, (scores.gather(1, order) + 0.0).argsort(dim=1, descending=True, stable=True))
+
+
 def per_row(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """``value``, a number or a tensor of shape (), (1,) or (N,), as (N,) on the device of ``like`` (N, ...). Never waits for the device."""
     if not isinstance(value, Tensor):

@@ -249,3 +249,46 @@ class ClassPassOutput:
         """Uninitialized, contiguous tensors of the right shapes and dtypes."""
         c, d = inputs.w.shape
         return cls(inputs.w.new_empty(c if need_weight else 0, d), inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype))
+
+
+@dataclass(frozen=True)
+class TopkInputs:
+    """A search for the class centers nearest to each embedding.
+
+    Attributes:
+        x: (N, D) embeddings as they came, any strides.
+        w: (C, D) class centers, any float dtype, any strides.
+        bias: (C,) acc_dtype, contiguous, or None.
+        scale: (N,) acc_dtype, contiguous, what a similarity is multiplied by before the bias is added; None where ``bias`` is.
+        normalize_embedding, normalize_weight: whether the similarity uses x/|x| and w/|w|.
+    """
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    normalize_embedding: bool
+    normalize_weight: bool
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.x.dtype)
+
+
+@dataclass(frozen=True)
+class TopkOutput:
+    """The k best classes of each row.
+
+    Attributes:
+        scores: (N, k) acc_dtype, falling, NaN before every number.
+        classes: (N, k) int64; of equal scores the lower class comes first.
+    """
+
+    scores: Tensor
+    classes: Tensor
+
+    @classmethod
+    def allocate(cls, inputs: TopkInputs, k: int) -> TopkOutput:
+        """Uninitialized."""
+        n = inputs.x.shape[0]
+        return cls(inputs.x.new_empty((n, k), dtype=inputs.acc_dtype), inputs.x.new_empty((n, k), dtype=torch.int64))

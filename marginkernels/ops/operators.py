@@ -11,7 +11,18 @@ from torch import Tensor
 
 from .. import backend as backends
 from ..core.numerics import accumulation_dtype, inverse_norm
-from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, Upstream
+from ..core.types import (
+    ClassPassOutput,
+    HeadInputs,
+    PassInputs,
+    PreparedRows,
+    Reduction,
+    Request,
+    RowPassOutput,
+    TopkInputs,
+    TopkOutput,
+    Upstream,
+)
 from .schema import operator
 
 
@@ -105,3 +116,15 @@ def center_sum(w: Tensor, class_factor: Tensor) -> Tensor:
         chunk = w[start : start + 8192].to(torch.float64)
         total += chunk.sum(0) if class_factor.numel() == 0 else class_factor[start : start + 8192].to(torch.float64) @ chunk
     return total
+
+
+def _topk_fake(inputs: TopkInputs, k: int, backend: str) -> TopkOutput:
+    return TopkOutput.allocate(inputs, k)
+
+
+@operator(_topk_fake, direct=True)
+def topk(inputs: TopkInputs, k: int, backend: str) -> TopkOutput:
+    """See :meth:`marginkernels.backend.Backend.topk`; here N and k may be 0."""
+    if inputs.x.shape[0] == 0 or k == 0:
+        return TopkOutput.allocate(inputs, k)
+    return backends.get(backend).topk(inputs, k)

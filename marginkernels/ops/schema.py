@@ -83,14 +83,31 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def _observed(args: Iterable[Any]) -> bool:
+    """Whether anything wants to see an operator's call: a compiler, a tracer, a mode, or a tensor in a record that is not what it seems."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(v, Tensor) and type(v) not in _ORDINARY for one in args for v in getattr(one, "__dict__", {"": one}).values())
+    )
+
+
 F = typing.TypeVar("F", bound=Callable[..., Any])
 
 
-def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
+def operator(fake: Callable[..., Any], *, direct: bool = False) -> Callable[[F], F]:
     """Register a function of records as ``marginkernels::<its name>``; gives a function of the same signature that goes through it.
 
     Args:
         fake: as the function, on tensors without data: gives tensors of the right shapes and dtypes.
+        direct: the function is called without a gradient, and itself wherever nothing wants to see the operator: that spares a tenth of a
+            millisecond.
 
     The function's annotations are dataclasses, tensors, numbers and strings, or ``Tensor | None``; it returns a tensor or a dataclass of
     tensors. The result has the attributes ``op``, the operator, and ``flatten``, which makes the operator's arguments.
@@ -121,6 +138,8 @@ def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
             return flatten(leaves, dict(zip(names, args, strict=True)))
 
         def call(*args: Any) -> Any:
+            if direct and not _observed(args):
+                return function(*args)
             out = op(*flat(*args))
             return returns(*out) if results else out
 

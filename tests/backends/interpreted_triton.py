@@ -89,6 +89,40 @@ def test_dimensions(dim):
         assert max(found.values()) <= TOLERANCE[kind], (kind, found)
 
 
+@pytest.mark.parametrize(("shape", "k"), [((1, 8, 1), 1), ((5, 40, 130), 64), ((33, 65, 200), 5), ((70, 130, 65), 33)])
+def test_topk(shape, k, ran, monkeypatch):
+    """The order of a float64 search on products that are exact, with ties and NaN; cosines of centers of any norm within rounding."""
+    monkeypatch.setattr(launch, "_splits", lambda programs, blocks, processors: min(blocks, 3))
+    torch.manual_seed(0)
+    n, d, c = shape
+    x, w = torch.randint(-2, 3, (n, d)).float(), torch.randint(-2, 3, (c, d)).float()
+    w[c // 2] = torch.nan
+    scores = x.double() @ w.double().T
+    order = torch.where(scores.isnan(), torch.inf * 2, scores).argsort(dim=1, descending=True, stable=True)[:, :k]
+    for dtype, weight_dtype in DTYPES.values():
+        got = mk.topk(x.to(dtype), w.to(weight_dtype), k, mk.Softmax(), backend="triton")
+        assert torch.equal(got[1], order)
+        torch.testing.assert_close(got[0].double(), scores.gather(1, order), rtol=0, atol=0, equal_nan=True)
+    assert [one.kernel for one in ran] == [launch.topk_kernel] * len(DTYPES)
+    x, w, bias = torch.randn(n, d), torch.randn(d, c).T, torch.randn(c)
+    w[::3] *= torch.logspace(-25, 25, len(w[::3]))[:, None]
+    w[0] = 0
+    for kind, b in (("float32", None), ("float32", bias), ("float16-mixed", None)):
+        dtype, weight_dtype = DTYPES[kind]
+        found, classes = mk.topk(x.to(dtype), w.to(weight_dtype), k, bias=b, backend="triton")
+        true = torch.nn.functional.normalize(x.to(dtype).double()) @ torch.nn.functional.normalize(w.double(), eps=1e-30).T
+        true = true if b is None else true + b.double()
+        tolerance = 2e-6 if dtype == torch.float32 else 2e-3
+        assert (found - true.gather(1, classes)).abs().max() <= tolerance
+        assert (found - true.topk(k, 1).values).abs().max() <= tolerance
+
+
+def test_topk_of_many_is_left_to_pytorch(ran):
+    x, w = torch.randn(2, 8), torch.randn(100, 8)
+    assert torch.equal(mk.topk(x, w, 65, backend="triton")[1], mk.topk(x, w, 65, backend="torch")[1])
+    assert not ran
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 1), (1, 40, 2), (3, 40, 1), (1, 40, 300), (70, 40, 2), (130, 40, 129)])
 def test_small_shapes(shape):
     case = testing.Case.random(*shape, ignored=False)

@@ -74,6 +74,14 @@ def test_compiles_ahead_of_time(arch, dim, dtype):
         assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch), name
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float32), ("sm_90", torch.bfloat16), ("sm_100", torch.float16)])
+def test_topk_compiles_ahead_of_time(arch, dtype):
+    from marginkernels.backend.triton import aot, heuristics
+
+    kernel = aot.compile(aot.topk_launch(1024, 512, 1_000_000, dtype, torch.float32, 5, arch), arch)
+    assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch)
+
+
 def _every_key():
     from marginkernels.backend.triton.heuristics import MAX_DIM, SHARED, Key
 

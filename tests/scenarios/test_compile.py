@@ -134,9 +134,10 @@ class Nearest(nn.Module):
         return self.inner.topk(x, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="topk reads the norms of the class centers to choose its path")
-def test_export_of_topk():
-    model = Nearest(head()).eval()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("margin", [mk.ArcFace, mk.Softmax])
+def test_export_of_topk(backend, margin):
+    model = Nearest(head(backend, margin(), bias=margin is mk.Softmax)).eval()
     n = torch.export.Dim("batch", min=2, max=1024)
     with torch.no_grad():
         program = torch.export.export(model, (batch(6)[0].detach(),), dynamic_shapes={"x": {0: n}})
@@ -144,3 +145,15 @@ def test_export_of_topk():
             x = batch(size)[0].detach()
             for got, want in zip(program.module()(x), model(x), strict=True):
                 assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_topk(backend):
+    frames = Frames()
+    model = Nearest(head(backend)).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=frames)
+    for size in (8, 5, 7):
+        x = batch(size)[0].detach()
+        for got, want in zip(compiled(x), model(x), strict=True):
+            assert torch.equal(got, want)
+    assert frames.count == 1

@@ -28,7 +28,8 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"core"},
     "center_loss": {"core"},
     # Backends know neither margins nor each other.
-    "backend.base": {"core"},
+    "backend.torch_topk": {"core"},
+    "backend.base": {"core", "backend.torch_topk"},
     "backend.online_softmax": {"core"},
     "backend._extension": {"core"},
     "backend.chunked": {"core", "backend.base", "backend.online_softmax"},
@@ -41,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "reference": {"core", "margins"},
     "distributed._collectives": set(),
     "distributed._shard": {"core", "distributed._collectives"},
-    "retrieval": {"core", "margins"},
+    "retrieval": {"core", "margins", "backend", "ops"},
     "loss": {"core", "margins", "backend", "ops", "reference"},
     "head": {"core", "margins", "backend", "sampling", "retrieval", "loss", "distributed._shard"},
     "distributed": {"core", "head", "distributed._collectives", "distributed._shard"},

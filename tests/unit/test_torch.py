@@ -12,7 +12,7 @@ from torch import nn
 import marginkernels as mk
 from marginkernels import ops, testing
 from marginkernels.backend import FUSED
-from marginkernels.core.types import HeadInputs, PassInputs, Request, RowPassOutput, Upstream
+from marginkernels.core.types import HeadInputs, PassInputs, Request, RowPassOutput, TopkInputs, Upstream
 
 N, D, C = 12, 24, 53
 BACKENDS = [name for name, b in FUSED.items() if b.unavailable_reason() is None and "cpu" in b.device_types]
@@ -107,6 +107,7 @@ def sample_inputs(backend, dtype=torch.float32):
             yield ops.class_pass, (inputs, upstream, out.class_factor, out.saved, need_weight, need_bias, backend)
         yield ops.center_sum, (w, out.class_factor)
         yield ops.row_gradient, (head_inputs, upstream, out.mean_center, out.mean_center, backend)
+        yield ops.topk, (TopkInputs(x, w, b, None if b is None else ones, non_target == 0, normalized), 3, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -338,10 +339,10 @@ def test_topk_is_what_the_product_says():
 
 
 def test_topk_over_chunks_and_ties(monkeypatch):
-    from marginkernels import retrieval
+    from marginkernels.backend import torch_topk
 
-    monkeypatch.setattr(retrieval, "ONE_CHUNK", 1)
-    monkeypatch.setattr(retrieval, "LEAST_WIDTH", 256)
+    monkeypatch.setattr(torch_topk, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(torch_topk, "LEAST_WIDTH", 256)
     torch.manual_seed(0)
     head = mk.MarginHead(8, 2000, mk.ArcFace())
     head.weight.data[1000:] = head.weight.data[:1000]

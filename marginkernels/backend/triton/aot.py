@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.nontarget import NonTarget
-from ...core.types import PassInputs, Request, Upstream
+from ...core.types import PassInputs, PreparedRows, Request, TopkInputs, Upstream
 from . import launch, saved_layout
 from .launch import Device, Launch
 
@@ -104,6 +104,17 @@ def launches(
         )
         launch.class_pass(inputs, upstream, out.class_factor, out.saved, need_weight, need_bias, device, found.append)
     return found
+
+
+def topk_launch(
+    n: int, dim: int, c: int, dtype: torch.dtype, weight_dtype: torch.dtype, k: int, arch: str, processors: int = 132
+) -> Launch:
+    """The launch of a search for the ``k`` nearest class centers."""
+    p = meta_inputs(n, dim, c, dtype, weight_dtype)
+    rows = PreparedRows(p.x, p.row_factor, p.row_factor, p.row_factor)
+    found: list[Launch] = []
+    launch.topk(TopkInputs(p.x, p.w, None, None, True, True), rows, k, Device(arch, processors), found.append)
+    return found[0]
 
 
 def source(one: Launch) -> tuple[ASTSource, dict[str, int]]:

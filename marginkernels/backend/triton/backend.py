@@ -6,18 +6,21 @@ import importlib.util
 import os
 import sys
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ...core.device import on_device_of
-from ...core.types import ClassPassOutput, PassInputs, Request, RowPassOutput, Upstream
+from ...core.types import ClassPassOutput, HeadInputs, PassInputs, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
 from ..base import Backend
 from . import saved_layout
 from .heuristics import MAX_DIM
 
 #: Offsets inside a tile are 32-bit; a center farther from the next than this is copied together first.
 MAX_STRIDE = 1 << 22
+#: The most candidates that a row keeps in registers, and the most classes that a key holds.
+MAX_K, MAX_CLASSES = 64, 2**31 - 1
 
 
 def interpreting() -> bool:
@@ -80,7 +83,22 @@ class TritonBackend(Backend):
         with on_device_of(inputs.x):
             return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, launch.Launch.run)
 
+    def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
+        """The same bits for one shape on one device. Plain PyTorch beyond ``MAX_K``."""
+        if k > MAX_K or inputs.w.shape[0] > MAX_CLASSES:
+            return super().topk(inputs, k)
+        from . import launch
 
-def _within_reach(inputs: PassInputs) -> PassInputs:
+        nobody = torch.full((inputs.x.shape[0],), -1, dtype=torch.int64, device=inputs.x.device)
+        rows = self.prepare_inputs(HeadInputs(inputs.x, inputs.w, nobody, inputs.normalize_embedding, inputs.normalize_weight))
+        p = inputs if inputs.w.stride(1) == 1 else replace(inputs, w=inputs.w.contiguous())
+        with on_device_of(inputs.x):
+            return launch.topk(_within_reach(p), rows, k, launch.Device.of(inputs.x), launch.Launch.run)
+
+
+T = TypeVar("T", PassInputs, TopkInputs)
+
+
+def _within_reach(inputs: T) -> T:
     """Centers as rows of a contiguous tensor where they lie too far apart."""
     return replace(inputs, w=inputs.w.contiguous()) if inputs.w.stride(0) > MAX_STRIDE else inputs

@@ -17,12 +17,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.nontarget import NonTarget
 from ...core.numerics import TINY
-from ...core.types import ClassPassOutput, PassInputs, Reduction, Request, RowPassOutput, Upstream
+from ...core.types import ClassPassOutput, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
 from . import saved_layout
 from .class_kernel import class_pass_kernel, saved_pass_kernel
 from .heuristics import Key, Tile, power_of_two
 from .heuristics import tile as tile_for
 from .row_kernel import combine_kernel, prepare_kernel, row_pass_kernel
+from .topk_kernel import topk_kernel
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
@@ -346,3 +347,43 @@ def _pow2(p: PassInputs, upstream: Upstream) -> Tensor:
     largest = (torch.stack(weights).abs() * p.row_factor.abs()).amax()
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     return torch.ldexp(torch.ones_like(largest), 7 - exponent)
+
+
+def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Run) -> TopkOutput:
+    """The search for the nearest class centers, by way of ``run``: each program finds k of its split, and PyTorch the best of them."""
+    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0]
+    block_n, block_c = 32, 64
+    programs, blocks = math.ceil(n / block_n), math.ceil(c / block_c)
+    per_split = math.ceil(blocks / _splits(programs, blocks, device.processors))
+    splits = math.ceil(blocks / per_split)
+    keys = p.x.new_empty((splits, n, k), dtype=torch.int64)
+    args = {
+        "x": rows.x,
+        "w": p.w,
+        "row_factor": rows.row_factor,
+        "scale": p.scale,
+        "bias": p.bias,
+        "best": keys,
+        "n": n,
+        "c": c,
+        "stride_wc": p.w.stride(0),
+        "blocks_per_split": per_split,
+        "tiny": TINY,
+    }
+    constants = {
+        "DIM": d,
+        "DEPTH": min(128 // p.x.element_size(), power_of_two(d)),
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "K": k,
+        "PLACES": 1 << (k - 1).bit_length(),
+        "NORMALIZED": p.normalize_weight,
+        "PRECISION": precision(p.x.dtype),
+    }
+    run(Launch(topk_kernel, (programs, splits), args, constants))
+    # The reverse of topk_kernel's keys_of.
+    best = keys.transpose(0, 1).flatten(1).topk(k, 1).values
+    classes = -best & 0xFFFFFFFF
+    ordered = (best + classes) >> 32
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return TopkOutput(bits.to(torch.int32).view(torch.float32), classes)

@@ -13,6 +13,7 @@ from . import ops, reference
 from .core.labels import checked_ignore_index, checked_labels
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases
+from .core.transforms import transforming
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_inputs, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_margin
@@ -129,10 +130,12 @@ def local_head_losses(
     name = backends.resolve(options.backend, device, embeddings.dtype, weight.dtype, weight.shape[1])
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
+    if shard is not None and transforming():
+        raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
     ignore_index = checked_ignore_index(options.ignore_index)
     if shard is not None:
-        embeddings, labels = shard.gather(embeddings, labels, ignore_index)
+        embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)

@@ -325,8 +325,8 @@ def _backward(
 def _identity_logit_sum(inputs: HeadInputs, bias: Tensor | None, scale: Tensor, class_factor: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_{j != y} z_ij`` (N,) and ``sum_{j != y} a_j w_j`` (N, D) for the identity, from one sum over the classes: O(C D)."""
     center = target_centers(inputs.w, inputs.labels)
-    if inputs.normalize_weight:
-        center = unit_rows(center)[0]
+    if inputs.normalize_weight:  # with the factor that the sum has, so that a lone class leaves nothing
+        center = center * target_centers(class_factor[:, None], inputs.labels)
     rest = center_sum(inputs.w, class_factor) - center
     side = unit_rows(inputs.x)[0] if inputs.normalize_embedding else inputs.x.to(torch.float64)
     total = scale.to(torch.float64) * (side * rest).sum(1)

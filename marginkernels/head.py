@@ -58,7 +58,7 @@ class MarginHead(nn.Module):
           ``reduction="none"`` it is that of this rank's own rows (N,). Scale or divide it alike on all ranks.
         - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
-          in them, never the head; DDP around a module that contains the head raises.
+          in them, never the head; DDP or FSDP around a module that contains the head raises.
         - The class centers drawn at the start do not depend on the number of ranks.
         - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks.
         - Clip with :func:`marginkernels.distributed.clip_grad_norm_`: torch's would clip each rank by the norm of its own classes.
@@ -67,7 +67,8 @@ class MarginHead(nn.Module):
 
     Under ``torch.utils.checkpoint`` the recomputation in the backward pass draws the same classes again and starts from the same state of
     the margin, and neither advances. With ``use_reentrant=True`` that takes one forward pass outstanding at a time, with ``False`` one call
-    of the head in each checkpointed function; else the backward pass raises. A head that is itself compiled is not covered.
+    of the head in each checkpointed function; else the backward pass raises, as it does for a compiled head that draws classes or has
+    a margin with state.
 
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).

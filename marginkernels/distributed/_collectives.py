@@ -88,7 +88,7 @@ def all_gather_labels(labels: Tensor, group: str, size: int, dtypes: int) -> Ten
     Raises:
         ValueError: on the ranks that read them, where the numbers differ.
     """
-    every = all_gather(torch.cat([labels, labels.new_full((1,), dtypes)]), group, size, "labels")
+    every: Tensor = all_gather(torch.cat([labels, labels.new_full((1,), dtypes)]), group, size, "labels")
     if labels.device.type == "cpu" or (group, dtypes) not in _agreed:
         found = every[:, -1].tolist()
         if any(v != dtypes for v in found):

@@ -279,6 +279,12 @@ def _arguments(shown: Mapping[str, object]) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
 
 
+def check_holds_values(margin: Margin) -> None:
+    """A ``ValueError`` where ``margin`` has tensors without values, as one that was made on the meta device."""
+    if any(v.is_meta for v in (*margin.parameters(), *margin.buffers(), *(v for v in (getattr(margin, "_held", None),) if v is not None))):
+        raise ValueError("margin: expected one whose tensors hold values, got one on the device meta; see to_empty()")
+
+
 def check_margin(margin: object) -> None:
     """A ``TypeError`` where ``margin`` is not a :class:`Margin`."""
     if not isinstance(margin, Margin):

@@ -74,11 +74,10 @@ def sum_over_classes(
         scale: (N,) float64.
         threshold, t: (N,) float64, or None where the transform is the identity.
     """
-    apply: Callable[..., tuple[Tensor, ...]]
+    apply: Callable[..., tuple[Tensor, ...]] = _SumUnderTransforms.apply if transforming() else _SumOverClasses.apply
     if transforming():
-        apply, each = _SumUnderTransforms.apply, (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos)
+        each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos)
         return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, *each, options)[:5])
-    apply = _SumOverClasses.apply
     return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, threshold, t, options))
 
 
@@ -184,7 +183,7 @@ class _SumUnderTransforms(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return looped(_SumUnderTransforms.apply, info.batch_size, in_dims, args)  # type: ignore[no-untyped-call]
+        return looped(_SumUnderTransforms.apply, info.batch_size, in_dims, args)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -261,6 +260,10 @@ def _forward(
     elif options.logit_sum:
         total = row_pass(pass_inputs, Request.logit_sum(need_center=need_x, need_cos=need_cos), options.backend)
         logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
+    if options.logit_sum and bias is not None:  # the sum of logits is infinite where another class is masked, whatever a backend adds up
+        masked = bias == -torch.inf
+        others = masked.sum() - target_biases(masked.to(torch.float64), labels)
+        logit_sum = torch.where(others > 0, -torch.inf, logit_sum)
     saved = _Saved(
         x=x,
         w=w,
@@ -315,10 +318,11 @@ def _backward(
         grads = class_pass(pass_inputs, upstream, s.class_factor, s.saved, need_w, need_bias, o.backend)
         dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
     if need_scale:
-        rows = (s.prepared, s.row_factor) if o.non_target == NonTarget.IDENTITY else (None, None)
-        ds = scale_gradient(g_lse, *rows, s.mean_cos, s.mean_center)
+        identity = o.non_target == NonTarget.IDENTITY
+        prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)
+        ds = scale_gradient(g_lse, prepared, row_factor, s.mean_cos, s.mean_center)
         if o.logit_sum:
-            ds = ds + scale_gradient(g_logit_sum, *rows, s.cos_sum, s.center_sum)
+            ds = ds + scale_gradient(g_logit_sum, prepared, row_factor, s.cos_sum, s.center_sum)
     return dx, dw, db, ds
 
 
@@ -331,5 +335,6 @@ def _identity_logit_sum(inputs: HeadInputs, bias: Tensor | None, scale: Tensor, 
     side = unit_rows(inputs.x)[0] if inputs.normalize_embedding else inputs.x.to(torch.float64)
     total = scale.to(torch.float64) * (side * rest).sum(1)
     if bias is not None:
-        total = total + bias.to(torch.float64).sum() - target_biases(bias, inputs.labels)
+        bias = bias.to(torch.float64).masked_fill(bias == -torch.inf, 0.0)
+        total = total + bias.sum() - target_biases(bias, inputs.labels)
     return total, rest

@@ -63,7 +63,7 @@ class TritonBackend(Backend):
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         group = saved_layout.group_bytes(n, dtype)
-        return min(limit // group, -(-c // saved_layout.GROUP)) * group
+        return min(limit // max(group, 1), -(-c // saved_layout.GROUP)) * group
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         from . import launch
@@ -82,5 +82,7 @@ class TritonBackend(Backend):
 
 
 def _within_reach(inputs: PassInputs) -> PassInputs:
-    """Centers as rows of a contiguous tensor where they lie too far apart."""
-    return replace(inputs, w=inputs.w.contiguous()) if inputs.w.stride(0) > MAX_STRIDE else inputs
+    """Centers as rows of a contiguous tensor where they lie too far apart, or their own numbers do."""
+    w = inputs.w
+    apart = w.stride(0) > MAX_STRIDE or (w.stride(1) != 1 and w.shape[1] > 1)
+    return replace(inputs, w=w.contiguous()) if apart else inputs

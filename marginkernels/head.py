@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -15,6 +16,7 @@ from . import backend as backends
 from ._deprecated import BACKENDS
 from .core.labels import checked_ignore_index
 from .core.numerics import best, reduce_losses
+from .core.transforms import transforming
 from .core.validation import FLOATS, check_number, check_reduction, positive
 from .loss import LossOptions, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
@@ -56,7 +58,7 @@ class MarginHead(nn.Module):
           ``reduction="none"`` it is that of this rank's own rows (N,). Scale or divide it alike on all ranks.
         - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
           and FSDP average the backbone's gradient over ranks: so the backbone ends with the gradient of the loss. Wrap the backbone
-          in them, never the head; DDP around a module that contains the head raises.
+          in them, never the head; DDP or FSDP around a module that contains the head raises.
         - The class centers drawn at the start do not depend on the number of ranks.
         - ``torch.compile(head, fullgraph=True)`` works where ``batch_size`` is given and classes are not sampled; else the graph breaks.
         - Clip with :func:`marginkernels.distributed.clip_grad_norm_`: torch's would clip each rank by the norm of its own classes.
@@ -65,7 +67,8 @@ class MarginHead(nn.Module):
 
     Under ``torch.utils.checkpoint`` the recomputation in the backward pass draws the same classes again and starts from the same state of
     the margin, and neither advances. With ``use_reentrant=True`` that takes one forward pass outstanding at a time, with ``False`` one call
-    of the head in each checkpointed function; else the backward pass raises. A head that is itself compiled is not covered.
+    of the head in each checkpointed function; else the backward pass raises, as it does for a compiled head that draws classes or has
+    a margin with state.
 
     Attributes:
         weight: (C, D) Parameter, drawn from N(0, 0.01^2).
@@ -134,7 +137,7 @@ class MarginHead(nn.Module):
                 "num_classes": num_classes,
                 "margin": fingerprint,
                 "bias": bool(bias),
-                "dtype": str(dtype),
+                "dtype": str(dtype or torch.get_default_dtype()),
             }
             facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
             facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q, "sparse_grad": sparse_grad}
@@ -177,6 +180,23 @@ class MarginHead(nn.Module):
         return self
 
     @property
+    def _is_fsdp_managed_module(self) -> bool:
+        """What both FSDPs set on each module whose parameters they take."""
+        return bool(self.__dict__.get("_fsdp_managed", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        # FSDP1 sets it before it touches the parameters, FSDP2 when it has made DTensor of them, and also where it ignores them.
+        taken = sys._getframe(2).f_code.co_name == "_annotate_modules_for_dynamo" or type(self.weight) is not nn.Parameter
+        if value and taken and self.shard is not None and self.shard.size > 1:
+            raise ValueError(
+                "module: expected a module without a sharded MarginHead for FSDP, got one whose classes are divided over ranks already: "
+                "wrap the backbone alone, or have FSDP ignore the head, by ignored_modules=[head] or, for fully_shard, by "
+                "ignored_params=set(head.parameters())"
+            )
+        self.__dict__["_fsdp_managed"] = value
+
+    @property
     def workspace_mb(self) -> float | None:
         """See :func:`margin_cross_entropy`; may be set anew."""
         return self._workspace_mb
@@ -211,11 +231,17 @@ class MarginHead(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling():
+        if transforming():
+            loss = self._loss(embeddings, labels)
+            self.stats = {}  # the results of a transform mean nothing outside of it
+            return loss
+        if not self.training:
             return self._loss(embeddings, labels)
         state = [*self.margin.buffers(), *([] if self.sampler is None else [self.sampler.draws])]
         if not state:
             return self._loss(embeddings, labels)
+        if torch.compiler.is_compiling():
+            return self._loss(embeddings, first_run(labels))
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
             return self._passes.repeat(state, lambda: self._loss(embeddings, labels))
         return self._passes.run(state, lambda: self._loss(embeddings, labels))
@@ -253,7 +279,7 @@ class MarginHead(nn.Module):
         """
         if self.shard is None:
             return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend)
-        rows = self.shard.gather(embeddings, torch.full((embeddings.shape[0],), -1, device=embeddings.device), -1, ask=True)[0]
+        rows = self.shard.gather(embeddings, _no_labels(embeddings), -1, dtypes=(embeddings.dtype, self.weight.dtype), ask=True)[0]
         scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
 
@@ -297,6 +323,10 @@ _DEFAULTS: dict[str, object] = {
 }
 
 
+def _no_labels(embeddings: Tensor) -> Tensor:
+    return torch.full((embeddings.shape[0],), -1, device=embeddings.device)
+
+
 def _fingerprint(margin: Margin) -> str:
     """:meth:`Margin.fingerprint`, without the tensors where they have no values yet."""
     if any(v.is_meta for v in (*margin.parameters(), *margin.buffers())):
@@ -318,6 +348,26 @@ def _hook(p: Tensor, register: Callable[[Tensor], None]) -> None:
     register(p.requires_grad_())
     if frozen:
         p.requires_grad_(False)
+
+
+@torch.library.custom_op("marginkernels::first_run", mutates_args=())
+def first_run(labels: Tensor) -> Tensor:
+    """``labels``, in a compiled step that draws classes or moves a margin's state.
+
+    Raises:
+        RuntimeError: the step runs within a backward pass, as activation checkpointing repeats it.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "checkpoint: expected a MarginHead that is not compiled, got a compiled one, whose repetition in the backward pass would draw "
+            "other classes or move the margin's state once more: call it outside the checkpointed function: it never holds the N x C logits"
+        )
+    return labels.clone()
+
+
+@first_run.register_fake
+def _(labels: Tensor) -> Tensor:
+    return torch.empty_like(labels)
 
 
 class _Pass:

@@ -14,9 +14,10 @@ from . import ops, reference
 from .core.labels import checked_ignore_index, checked_labels
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases
+from .core.transforms import transforming
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_inputs, check_number, check_reduction
-from .margins import BatchInfo, Margin, check_margin
+from .margins import BatchInfo, Margin, check_holds_values, check_margin
 from .margins.contract import Evaluated, advance, evaluate, restored_on_error
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def margin_cross_entropy(
         labels: (N,) int64 in [0, C), or ``ignore_index``.
         margin: a :class:`Margin`; in training mode its state advances by one step.
         bias: (C,), added to every logit after the scale, or None. ``-inf`` masks a class: it is as if it were not there, and its
-            gradients are 0. With label smoothing the loss is then infinite, as in ``torch.nn.functional.cross_entropy``.
+            gradients are 0. As in ``torch.nn.functional.cross_entropy``, the loss is infinite for a row whose own class is masked, and for
+            every row with label smoothing; it is NaN for a row all of whose classes are masked.
         reduction: ``"none"`` (N,), ``"mean"`` over the rows that are not ignored (0 where there is none) or ``"sum"``.
         ignore_index: rows with this label have no loss and no gradient, whatever they hold, NaN included.
         label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
@@ -124,16 +126,19 @@ def local_head_losses(
     """
     check_margin(margin)
     check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None)
+    check_holds_values(margin)
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
     name = backends.resolve(options.backend, device, embeddings.dtype, weight.dtype, weight.shape[1])
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
+    if shard is not None and transforming():
+        raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
     ignore_index = checked_ignore_index(options.ignore_index)
     if shard is not None:
-        embeddings, labels = shard.gather(embeddings, labels, ignore_index)
+        embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
@@ -298,6 +303,7 @@ def _assemble(
     losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold
     if label_smoothing:
         losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / num_classes)
+        losses = torch.where(sums.target_bias == -torch.inf, torch.inf, losses)
     if focal_gamma:
         losses = losses * torch.exp(-focal_gamma * torch.logaddexp(-gap, zero))
     return losses

@@ -6,6 +6,8 @@ of the passes. Half-precision inputs are computed in float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,9 @@ def losses(
     if label_smoothing:  # 0 times the -inf of a masked class would be NaN
         loss = loss - label_smoothing * log_p.mean(1)
     if margin.focal_gamma:
-        # A sure row has 1 - p = 0, where a power below one has no derivative.
-        loss = loss * (-torch.expm1(log_py)).clamp_min(torch.finfo(dtype).tiny) ** margin.focal_gamma
+        # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
+        rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(dtype).tiny))
+        loss = loss * torch.exp(margin.focal_gamma * torch.logsumexp(rest, 1))
     with torch.no_grad():
         raw = scale * cos + b
         best = raw.masked_fill(own, -torch.inf).amax(1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.transforms import loops_under_vmap, transforming, writable
 from .core.validation import check_number
 
 
@@ -72,6 +73,11 @@ class Sampler(nn.Module):
         """
         with torch.no_grad():
             k = self.count(labels.shape[0], weight.shape[0])
+            if not writable(self.draws):
+                raise RuntimeError(
+                    "sample_rate: expected a count of draws that torch.func may write, got one captured from outside the transformed "
+                    "function: call eval() on the head, or pass its buffers as an argument, through torch.func.functional_call"
+                )
             index, positive, labels = draw_op(self.seed, self.draws, labels, first_class, weight.shape[0], k)
             self.draws += 1
             self.index = index
@@ -128,6 +134,9 @@ def _(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_classes:
     return labels.new_empty(k), labels.new_empty(k, dtype=torch.bool), torch.empty_like(labels)
 
 
+loops_under_vmap(draw_op)
+
+
 def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
     """(...) int64 in [0, 2^63): the finalizer of SplitMix64 (Steele et al. 2014) of counter and key, in wrapping int64 arithmetic."""
     z = counter * -0x61C8864680B583EB
@@ -142,7 +151,14 @@ def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled graphs do not support sparse gradients
 def gathered(v: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (ascending) of ``v``; the gradient of ``v`` is a coalesced sparse tensor of these rows."""
+    """Rows ``index`` (ascending) of ``v``; the gradient of ``v`` is a coalesced sparse tensor of these rows.
+
+    Raises:
+        RuntimeError: ``v`` is no leaf, or this is under ``torch.func``: neither takes a sparse gradient.
+    """
+    if torch.is_grad_enabled() and (transforming() or v.grad_fn is not None):
+        came = "torch.func" if transforming() else "a weight or bias that is computed (weight_norm or another parametrization)"
+        raise RuntimeError(f"sparse_grad: expected False for {came}, which takes no sparse gradient, got True")
     rows: Tensor = _Gathered.apply(v, index)  # type: ignore[no-untyped-call]
     return rows
 

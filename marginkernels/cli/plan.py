@@ -80,7 +80,7 @@ def exchanged(dim: int, ranks: int, batch: int, *, embedding_bytes: int = 4, lab
     others, rows = ranks - 1, batch * ranks
     return {
         "embeddings": others * batch * dim * embedding_bytes,
-        "labels": others * batch * 8,
+        "labels": others * (batch + 1) * 8,  # and one number for the dtypes
         "targets": 2 * others * (3 * rows * 8) // ranks,
         "log-sum-exps": others * rows * 8 * (3 if label_smoothing else 2),
         "embedding gradients": others * batch * dim * max(embedding_bytes, 4),

@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .transforms import loops_under_vmap
+
 
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """``labels`` with -1 for ignored rows; raises where one is out of range.
@@ -51,6 +53,9 @@ def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tens
 @_checked_labels.register_fake
 def _(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.empty_like(labels, memory_format=torch.contiguous_format)
+
+
+loops_under_vmap(_checked_labels)
 
 
 def _label_error(low: int, high: int, num_classes: int, ignore_index: int) -> str:

@@ -77,7 +77,7 @@ class PassInputs:
         x: (N, D) prepared rows, contiguous. Their dtype is the products': ``w`` is converted to it inside the pass, and products
             accumulate in acc_dtype.
         row_factor: (N,) acc_dtype, f_i.
-        w: (C, D) class centers, any float dtype, any strides with a unit one last.
+        w: (C, D) class centers, any float dtype, any strides.
         bias: (C,) acc_dtype, or None.
         labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
         scale: (N,) acc_dtype, s_i > 0.

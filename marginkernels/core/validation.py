@@ -31,6 +31,8 @@ def check_inputs(
     for name, v in given.items():
         if not isinstance(v, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(v).__name__}")
+        if v.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got a nested one")
         if v.layout != torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
         if name != "labels":

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..core.validation import FLOATS
+
 # Renamed in torch 2.13.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -72,6 +74,33 @@ def all_gather(x: Tensor, group: str, size: int, what: str) -> Tensor:
 @all_gather.register_fake
 def _(x: Tensor, group: str, size: int, what: str) -> Tensor:
     return x.new_empty((size, *x.shape))
+
+
+#: Dtypes of which this rank has seen that all ranks of a group have them: (group, number).
+_agreed: set[tuple[str, int]] = set()
+
+
+@torch.library.custom_op("marginkernels::all_gather_labels", mutates_args=())
+def all_gather_labels(labels: Tensor, group: str, size: int, dtypes: int) -> Tensor:
+    """``labels`` (M,) of all ranks (size, M), with a number for each rank's dtypes. On a GPU the numbers are only read where this rank's
+    own is new, so that a step does not wait.
+
+    Raises:
+        ValueError: on the ranks that read them, where the numbers differ.
+    """
+    every: Tensor = all_gather(torch.cat([labels, labels.new_full((1,), dtypes)]), group, size, "labels")
+    if labels.device.type == "cpu" or (group, dtypes) not in _agreed:
+        found = every[:, -1].tolist()
+        if any(v != dtypes for v in found):
+            by_rank = [f"{FLOATS[v % 8]}/{FLOATS[v // 8]}".replace("torch.", "") for v in found]
+            raise ValueError(f"embeddings: expected one dtype of embeddings and weight on all ranks, got {by_rank} by rank")
+        _agreed.add((group, dtypes))
+    return every[:, :-1].contiguous()
+
+
+@all_gather_labels.register_fake
+def _(labels: Tensor, group: str, size: int, dtypes: int) -> Tensor:
+    return labels.new_empty((size, *labels.shape))
 
 
 @torch.library.custom_op("marginkernels::reduce_scatter", mutates_args=())

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.validation import positive
+from ..core.validation import FLOATS, positive
 from . import _collectives as collectives
 
 
@@ -122,12 +122,17 @@ class Shard:
 
     # -- 1. rows ---------------------------------------------------------------------------------------------------------------
 
-    def gather(self, x: Tensor, labels: Tensor, ignore_index: int, *, ask: bool = False) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, x: Tensor, labels: Tensor, ignore_index: int, *, dtypes: tuple[torch.dtype, ...], ask: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The rows of all R ranks (R M, D) and their labels (R M,). Each rank's rows are padded with ignored ones to M = ``batch_size``;
         where that is None or ``ask`` is set, M is the largest number of rows on any rank.
 
         The gradient of ``x`` is the sum over ranks times R: DDP and FSDP average the backbone's gradient over ranks, and the average is
         then the gradient of the global loss.
+
+        Raises:
+            ValueError: on all ranks, where ``dtypes``, those of the step's embeddings and weight, differ between ranks.
         """
         if ask or self.batch_size is None:
             rows, needs_grad = self._most(x)
@@ -142,8 +147,10 @@ class Shard:
         # Padded with ones, not zeros: the gradient of ignored rows is zero, but that of a zero row would not be finite.
         x = F.pad(x, (0, 0, 0, missing), value=1.0)
         labels = F.pad(labels, (0, missing), value=ignore_index)
+        # The labels first, whose size does not depend on a dtype: with them the ranks see whether the embeddings will fit.
+        labels = collectives.all_gather_labels(labels, self.group, self.size, _number(dtypes))
         rows_of_all: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
-        return rows_of_all, collectives.all_gather(labels, self.group, self.size, "labels").flatten()
+        return rows_of_all, labels.flatten()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _most(self, x: Tensor) -> tuple[int, bool]:
@@ -205,6 +212,11 @@ class Shard:
     def sum_gradients(self, parameter: Tensor) -> None:
         """Sum the gradient of a parameter that all ranks have (one of the margin) over ranks, in each backward pass."""
         parameter.register_hook(lambda g: collectives.all_reduce(g, self.group, "margin gradients"))
+
+
+def _number(dtypes: tuple[torch.dtype, ...]) -> int:
+    """A number for a few floating dtypes."""
+    return sum(FLOATS.index(dtype) * 8**i for i, dtype in enumerate(dtypes))
 
 
 class _Gather(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from ..core.nontarget import NonTarget
 from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
-from .base import BatchInfo, Margin, check_margin
+from .base import BatchInfo, Margin, check_holds_values, check_margin
 from .hard_negative import CurricularFace, MVSoftmax
 from .softmax import L2Softmax, NormFace, Softmax
 
@@ -26,5 +26,6 @@ __all__ = [
     "NormFace",
     "Softmax",
     "SphereFace",
+    "check_holds_values",
     "check_margin",
 ]

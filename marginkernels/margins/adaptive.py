@@ -30,6 +30,8 @@ class AdaCos(Margin):
 
     s: Tensor
 
+    _state_names = ("s",)
+
     def __init__(self, num_classes: int, dynamic: bool = True, *, focal_gamma: float = 0.0):
         super().__init__(None, focal_gamma=focal_gamma)
         self.num_classes = integer("num_classes", num_classes, 3)

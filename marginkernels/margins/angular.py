@@ -218,6 +218,8 @@ class SphereFace(Margin):
     iteration: Tensor
     margin: int = setting("margin", "m, an int; assigning is :meth:`set_margin`.")
 
+    _state_names = ("iteration",)
+
     def __init__(self, margin: int = 4, scale: float | None = None, annealing: Annealing | bool | None = None, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
         if scale is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -45,6 +45,22 @@ def setting(name: str, doc: str) -> Any:
         margin._change(**{name: value})
 
     return property(get, change, doc=doc)
+
+
+class _Key(str):
+    """A key of a state dict that torch's messages show with what is known of whose it is."""
+
+    __slots__ = ("about",)
+    about: str
+
+    @classmethod
+    def of(cls, key: str, about: str) -> _Key:
+        made = cls(key)
+        made.about = about
+        return made
+
+    def __format__(self, spec: str) -> str:
+        return f"{str.__str__(self)} ({self.about})"
 
 
 class BatchInfo:
@@ -102,6 +118,8 @@ class Margin(nn.Module):
     non_target: NonTarget = NonTarget.IDENTITY
     straight_through: bool = False
     t: float | Tensor
+    #: The names of state and parameters, by which a checkpoint is told to be that of another margin.
+    _state_names: tuple[str, ...] = ()
     #: Whether the constructor needs a number as its scale; None is then an error unless row_scale is overridden.
     _fixed_scale: bool = False
 
@@ -213,6 +231,28 @@ class Margin(nn.Module):
                 self._held = torch.tensor(list(self._numbers()), dtype=torch.float64, device=device)
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As every module's; the message for a checkpoint of another margin names the classes of both."""
+        missing, unexpected = len(missing_keys), len(unexpected_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        saved = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+        owner = " or ".join(c.__name__ for c in _subclasses(Margin) if c._state_names and set(c._state_names) == saved)
+        mine = type(self).__name__
+        for i in range(missing, len(missing_keys)):
+            where = f"the state dict is that of {owner}" if owner else "the state dict is that of a margin without it"
+            missing_keys[i] = _Key.of(missing_keys[i], f"of {mine}, but {where}")
+        for i in range(unexpected, len(unexpected_keys)):
+            unexpected_keys[i] = _Key.of(unexpected_keys[i], f"of {owner or 'another margin'}, but the head's margin is {mine}")
+
     def extra_repr(self) -> str:
         shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and not k.startswith("_") and k != "training"}
         return _arguments(shown)
@@ -228,9 +268,21 @@ class Margin(nn.Module):
         return "; ".join(parts)
 
 
+def _subclasses(cls: type[Margin]) -> Iterator[type[Margin]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
 def _arguments(shown: Mapping[str, object]) -> str:
     """``scale=64.0, beyond_pi='linear'``, without a focal factor that is off."""
     return ", ".join(f"{k}={v!r}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
+
+
+def check_holds_values(margin: Margin) -> None:
+    """A ``ValueError`` where ``margin`` has tensors without values, as one that was made on the meta device."""
+    if any(v.is_meta for v in (*margin.parameters(), *margin.buffers(), *(v for v in (getattr(margin, "_held", None),) if v is not None))):
+        raise ValueError("margin: expected one whose tensors hold values, got one on the device meta; see to_empty()")
 
 
 def check_margin(margin: object) -> None:

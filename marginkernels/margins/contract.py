@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.nontarget import NonTarget
 from ..core.numerics import per_row
+from ..core.transforms import writable
 from .base import BatchInfo, Margin, NonTargetLSE
 
 
@@ -126,6 +127,11 @@ def advance(margin: Margin, similarity: Tensor, batch: BatchInfo, non_target_lse
         return
     finite = torch.isfinite(similarity)
     usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes)
+    if not all(writable(v) for v in margin.buffers()):
+        raise RuntimeError(
+            f"margin: expected a state that torch.func may write, got that of {type(margin).__name__}, captured from outside the "
+            "transformed function: call eval() on the head, or pass its buffers as an argument, through torch.func.functional_call"
+        )
     before = {name: v.clone() for name, v in margin.named_buffers()}
     margin.update(torch.where(finite, similarity, 0), usable, non_target_lse)
     moved = usable.valid.any() | ~batch.valid.any()

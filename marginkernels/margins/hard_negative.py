@@ -74,6 +74,8 @@ class CurricularFace(Margin):
     non_target = NonTarget.HARD_QUADRATIC
     t: Tensor
 
+    _state_names = ("t",)
+
     def __init__(self, scale: float = 64.0, margin: float = 0.5, momentum: float = 0.99, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
         self.margin = margin

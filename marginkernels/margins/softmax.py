@@ -63,6 +63,8 @@ class L2Softmax(Margin):
     _bound_classes: int | None
     PROBABILITY = 0.9  #: the paper's p: the average probability of the right class that the bound guarantees
 
+    _state_names = ("alpha",)
+
     def __init__(self, alpha: float | None = None, trainable: bool = False, num_classes: int | None = None, *, focal_gamma: float = 0.0):
         super().__init__(None, focal_gamma=focal_gamma)
         self.trainable = bool(trainable)

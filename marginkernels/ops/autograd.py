@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import backend as backends
 from ..core.nontarget import NonTarget
 from ..core.numerics import accumulation_dtype, target_biases, target_centers, unit_rows
+from ..core.transforms import looped, transforming
 from ..core.types import HeadInputs, PassInputs, PreparedRows, Request, Upstream
-from .operators import center_sum, class_pass, row_gradient, row_pass
+from .operators import center_sum, class_pass, row_gradient, row_pass, scale_gradient
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def sum_over_classes(
         scale: (N,) float64.
         threshold, t: (N,) float64, or None where the transform is the identity.
     """
-    apply: Callable[..., tuple[Tensor, ...]] = _SumOverClasses.apply
+    apply: Callable[..., tuple[Tensor, ...]] = _SumUnderTransforms.apply if transforming() else _SumOverClasses.apply
+    if transforming():
+        each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos)
+        return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, *each, options)[:5])
     return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, threshold, t, options))
 
 
@@ -100,6 +104,14 @@ class _Saved:
 
 
 _SAVED = tuple(f.name for f in fields(_Saved))
+#: Those that the forward pass makes.
+_MADE = ("lse", "mean_cos", "mean_center", "cos_sum", "center_sum", "class_factor", "saved")
+
+
+#: (N,) each: the fields of :class:`ClassSums`.
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+#: Which of x, w, bias and scale get a gradient.
+_Needs = tuple[bool, bool, bool, bool]
 
 
 class _SumOverClasses(torch.autograd.Function):
@@ -115,122 +127,214 @@ class _SumOverClasses(torch.autograd.Function):
         threshold: Tensor | None,
         t: Tensor | None,
         options: SumOptions,
-    ) -> tuple[Tensor, ...]:
-        acc_dtype = accumulation_dtype(x.dtype)
-        need_x, need_w, _, need_scale = (options.grad and need for need in ctx.needs_input_grad[:4])
-
-        def narrow(v: Tensor | None) -> Tensor | None:
-            return None if v is None else v.to(acc_dtype).contiguous()
-
-        inputs = PassInputs(
-            x=rows.x,
-            row_factor=rows.row_factor,
-            w=w,
-            bias=narrow(bias),
-            labels=labels,
-            # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
-            scale=scale.clamp_min(1e-20).to(acc_dtype).contiguous(),
-            threshold=narrow(threshold),
-            t=narrow(t),
-            non_target=options.non_target,
-            normalize_weight=options.normalize_weight,
-        )
-        # For the identity the mean cosine is x^ . mean_center; only the hard transforms need a sum of their own.
-        identity = options.non_target == NonTarget.IDENTITY
-        need_cos = need_scale and not identity
-        need_center = need_x or (need_scale and identity)
-        workspace = options.workspace_bytes if need_w else 0
-        if workspace:
-            workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace)
-        request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
-        out = row_pass(inputs, request, options.backend)
-        logit_sum, cos_sum, all_centers = torch.zeros_like(rows.target_similarity), None, None
-        if options.logit_sum and identity:
-            head_inputs = HeadInputs(x, w, labels, options.normalize_embedding, options.normalize_weight)
-            logit_sum, all_centers = _identity_logit_sum(head_inputs, bias, scale, out.class_factor)
-        elif options.logit_sum:
-            total = row_pass(inputs, Request.logit_sum(need_center=need_x, need_cos=need_cos), options.backend)
-            logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
-        saved = _Saved(
-            x=x,
-            w=w,
-            labels=labels,
-            prepared=inputs.x,
-            row_factor=inputs.row_factor,
-            bias=inputs.bias,
-            scale=inputs.scale,
-            threshold=inputs.threshold,
-            t=inputs.t,
-            lse=out.lse,
-            mean_cos=out.mean_cos,
-            mean_center=out.mean_center,
-            cos_sum=cos_sum,
-            center_sum=all_centers,
-            class_factor=out.class_factor,
-            saved=out.saved,
-        )
+    ) -> _Sums:
+        need_x, need_w, need_bias, need_scale = (options.grad and need for need in ctx.needs_input_grad[:4])
+        needs = (need_x, need_w, need_bias, need_scale)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, bias, scale, threshold, t, options, needs)
         ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
         ctx.options = options
-        ctx.mark_non_differentiable(out.max_logit)
-        return out.lse.clone(), rows.target_similarity.clone(), target_biases(bias, labels), logit_sum, out.max_logit
+        ctx.mark_non_differentiable(sums[-1])
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor, _: Tensor) -> tuple[Any, ...]:
-        o: SumOptions = ctx.options
-        s = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
-        need_x, need_w, need_bias, need_scale = ctx.needs_input_grad[:4]
-        acc_dtype = accumulation_dtype(s.x.dtype)
-        upstream = Upstream(
-            lse=torch.where(s.lse == -torch.inf, torch.inf, s.lse),
-            d_lse=(g_lse * s.scale).to(acc_dtype),
-            d_logit_sum=(g_logit_sum * s.scale).to(acc_dtype) if o.logit_sum else None,
-            d_target_cos=g_similarity.to(acc_dtype),
-            d_target_bias=g_bias.to(acc_dtype) if need_bias else None,
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        saved = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:4]), None, None, None, None, None
+
+
+class _SumUnderTransforms(torch.autograd.Function):
+    """:class:`_SumOverClasses` as ``torch.func`` wants it: without a context in the forward pass, so that what the backward pass needs is
+    a result, and no record among the arguments. What needs a gradient cannot be told then: all that may."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        labels: Tensor,
+        threshold: Tensor | None,
+        t: Tensor | None,
+        prepared: Tensor,
+        row_factor: Tensor,
+        target_similarity: Tensor,
+        target_cos: Tensor,
+        options: SumOptions,
+    ) -> tuple[Tensor | None, ...]:
+        rows = PreparedRows(prepared, row_factor, target_similarity, target_cos)
+        needs = (options.grad, options.grad, options.grad and bias is not None, options.grad)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, bias, scale, threshold, t, options, needs)
+        return *sums, *(getattr(saved, name) for name in _MADE)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        x, w, bias, scale, labels, threshold, t, prepared, row_factor, _, _, options = inputs
+        made = output[5:]
+        ctx.save_for_backward(x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made)
+        ctx.options = options
+        ctx.mark_non_differentiable(*(v for v in output[4:] if v is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made = ctx.saved_tensors
+        narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t)
+        saved = _Saved(x, w, labels, prepared, row_factor, narrowed.bias, narrowed.scale, narrowed.threshold, narrowed.t, *made)
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:4]), *(None,) * 8
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        return looped(_SumUnderTransforms.apply, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_NO_FORWARD_MODE)
+
+
+_NO_FORWARD_MODE = (
+    "marginkernels: the fused head has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad); use "
+    "reverse mode (torch.func.grad, vjp, jacrev), or backend='reference', which has both"
+)
+
+
+@dataclass(frozen=True)
+class _Narrowed:
+    """What the passes take per row or class in acc_dtype, detached."""
+
+    bias: Tensor | None
+    scale: Tensor
+    threshold: Tensor | None
+    t: Tensor | None
+
+    @classmethod
+    def of(cls, acc_dtype: torch.dtype, bias: Tensor | None, scale: Tensor, threshold: Tensor | None, t: Tensor | None) -> _Narrowed:
+        def narrow(v: Tensor | None) -> Tensor | None:
+            return None if v is None else v.detach().to(acc_dtype).contiguous()
+
+        # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
+        scale = scale.detach().clamp_min(1e-20).to(acc_dtype).contiguous()
+        return cls(narrow(bias), scale, narrow(threshold), narrow(t))
+
+
+def _sides(options: SumOptions) -> tuple[bool, bool]:
+    return options.normalize_embedding, options.normalize_weight
+
+
+def _forward(
+    inputs: HeadInputs,
+    rows: PreparedRows,
+    bias: Tensor | None,
+    scale: Tensor,
+    threshold: Tensor | None,
+    t: Tensor | None,
+    options: SumOptions,
+    needs: _Needs,
+) -> tuple[_Sums, _Saved]:
+    """The row pass, and what the class pass needs of it."""
+    x, w, labels = inputs.x, inputs.w, inputs.labels
+    need_x, need_w, _, need_scale = needs
+    narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t)
+    pass_inputs = PassInputs(
+        x=rows.x,
+        row_factor=rows.row_factor,
+        w=w,
+        bias=narrowed.bias,
+        labels=labels,
+        scale=narrowed.scale,
+        threshold=narrowed.threshold,
+        t=narrowed.t,
+        non_target=options.non_target,
+        normalize_weight=options.normalize_weight,
+    )
+    # For the identity the mean cosine is x^ . mean_center; only the hard transforms need a sum of their own.
+    identity = options.non_target == NonTarget.IDENTITY
+    need_cos = need_scale and not identity
+    need_center = need_x or (need_scale and identity)
+    workspace = options.workspace_bytes if need_w else 0
+    if workspace:
+        workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace)
+    request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
+    out = row_pass(pass_inputs, request, options.backend)
+    logit_sum, cos_sum, all_centers = torch.zeros_like(rows.target_similarity), None, None
+    if options.logit_sum and identity:
+        logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor)
+    elif options.logit_sum:
+        total = row_pass(pass_inputs, Request.logit_sum(need_center=need_x, need_cos=need_cos), options.backend)
+        logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
+    if options.logit_sum and bias is not None:  # the sum of logits is infinite where another class is masked, whatever a backend adds up
+        masked = bias == -torch.inf
+        others = masked.sum() - target_biases(masked.to(torch.float64), labels)
+        logit_sum = torch.where(others > 0, -torch.inf, logit_sum)
+    saved = _Saved(
+        x=x,
+        w=w,
+        labels=labels,
+        prepared=rows.x,
+        row_factor=rows.row_factor,
+        bias=narrowed.bias,
+        scale=narrowed.scale,
+        threshold=narrowed.threshold,
+        t=narrowed.t,
+        lse=out.lse,
+        mean_cos=out.mean_cos,
+        mean_center=out.mean_center,
+        cos_sum=cos_sum,
+        center_sum=all_centers,
+        class_factor=out.class_factor,
+        saved=out.saved,
+    )
+    sums = (out.lse.to(torch.float64, copy=True), rows.target_similarity.clone(), target_biases(bias, labels), logit_sum, out.max_logit)
+    return sums, saved
+
+
+def _backward(
+    s: _Saved, o: SumOptions, needs: _Needs, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative."""
+    need_x, need_w, need_bias, need_scale = needs
+    acc_dtype = accumulation_dtype(s.x.dtype)
+    upstream = Upstream(
+        lse=torch.where(s.lse == -torch.inf, torch.inf, s.lse),
+        d_lse=(g_lse * s.scale).to(acc_dtype),
+        d_logit_sum=(g_logit_sum * s.scale).to(acc_dtype) if o.logit_sum else None,
+        d_target_cos=g_similarity.to(acc_dtype),
+        d_target_bias=g_bias.to(acc_dtype) if need_bias else None,
+    )
+    dx = dw = db = ds = None
+    if need_x:
+        dx = row_gradient(HeadInputs(s.x, s.w, s.labels, *_sides(o)), upstream, s.mean_center, s.center_sum, o.backend)
+    if need_w or need_bias:
+        pass_inputs = PassInputs(
+            x=s.prepared,
+            row_factor=s.row_factor,
+            w=s.w,
+            bias=s.bias,
+            labels=s.labels,
+            scale=s.scale,
+            threshold=s.threshold,
+            t=s.t,
+            non_target=o.non_target,
+            normalize_weight=o.normalize_weight,
         )
-        dx = dw = db = ds = None
-        if need_x:
-            inputs = HeadInputs(s.x, s.w, s.labels, o.normalize_embedding, o.normalize_weight)
-            dx = row_gradient(inputs, upstream, s.mean_center, s.center_sum, o.backend)
-        if need_w or need_bias:
-            pass_inputs = PassInputs(
-                x=s.prepared,
-                row_factor=s.row_factor,
-                w=s.w,
-                bias=s.bias,
-                labels=s.labels,
-                scale=s.scale,
-                threshold=s.threshold,
-                t=s.t,
-                non_target=o.non_target,
-                normalize_weight=o.normalize_weight,
-            )
-            grads = class_pass(pass_inputs, upstream, s.class_factor, s.saved, need_w, need_bias, o.backend)
-            dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
-        if need_scale:
-            side = s.prepared.to(torch.float64) * s.row_factor.to(torch.float64)[:, None]
-
-            def in_scale(center: Tensor | None, cos: Tensor | None) -> Tensor:
-                """A sum's derivative in s_i, from its derivative in the row or, where there is one, its sum of cosines."""
-                if o.non_target != NonTarget.IDENTITY:
-                    assert cos is not None
-                    return cos.to(torch.float64)
-                assert center is not None
-                return (side * center.to(torch.float64)).sum(1)
-
-            ds = g_lse * in_scale(s.mean_center, s.mean_cos)
-            if o.logit_sum:
-                ds = ds + g_logit_sum * in_scale(s.center_sum, s.cos_sum)
-        return dx, dw, db, ds, None, None, None, None, None
+        grads = class_pass(pass_inputs, upstream, s.class_factor, s.saved, need_w, need_bias, o.backend)
+        dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
+    if need_scale:
+        identity = o.non_target == NonTarget.IDENTITY
+        prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)
+        ds = scale_gradient(g_lse, prepared, row_factor, s.mean_cos, s.mean_center)
+        if o.logit_sum:
+            ds = ds + scale_gradient(g_logit_sum, prepared, row_factor, s.cos_sum, s.center_sum)
+    return dx, dw, db, ds
 
 
 def _identity_logit_sum(inputs: HeadInputs, bias: Tensor | None, scale: Tensor, class_factor: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_{j != y} z_ij`` (N,) and ``sum_{j != y} a_j w_j`` (N, D) for the identity, from one sum over the classes: O(C D)."""
     center = target_centers(inputs.w, inputs.labels)
-    if inputs.normalize_weight:
-        center = unit_rows(center)[0]
+    if inputs.normalize_weight:  # with the factor that the sum has, so that a lone class leaves nothing
+        center = center * target_centers(class_factor[:, None], inputs.labels)
     rest = center_sum(inputs.w, class_factor) - center
     side = unit_rows(inputs.x)[0] if inputs.normalize_embedding else inputs.x.to(torch.float64)
     total = scale.to(torch.float64) * (side * rest).sum(1)
     if bias is not None:
-        total = total + bias.to(torch.float64).sum() - target_biases(bias, inputs.labels)
+        bias = bias.to(torch.float64).masked_fill(bias == -torch.inf, 0.0)
+        total = total + bias.sum() - target_biases(bias, inputs.labels)
     return total, rest

@@ -104,6 +104,27 @@ def row_gradient(inputs: HeadInputs, upstream: Upstream, mean_center: Tensor, ce
     return backends.get(backend).row_gradient(inputs, upstream, mean_center, center_sum)
 
 
+def _scale_gradient_fake(
+    upstream: Tensor, prepared: Tensor | None, row_factor: Tensor | None, cos: Tensor | None, center: Tensor | None
+) -> Tensor:
+    return torch.empty_like(upstream)
+
+
+@operator(_scale_gradient_fake)
+def scale_gradient(
+    upstream: Tensor, prepared: Tensor | None, row_factor: Tensor | None, cos: Tensor | None, center: Tensor | None
+) -> Tensor:
+    """(N,) the gradient of the scales from that of a sum over the classes, ``upstream`` (N,), and the sum's derivative: where ``prepared``
+    is None, ``cos`` (N,); else the product of the row (``prepared`` (N, D) times ``row_factor`` (N,)) with ``center`` (N, D)."""
+    if prepared is None:
+        assert cos is not None
+        return upstream * cos.to(torch.float64)
+    assert row_factor is not None
+    assert center is not None
+    side = prepared.to(torch.float64) * row_factor.to(torch.float64)[:, None]
+    return upstream * (side * center.to(torch.float64)).sum(1)
+
+
 def _center_sum_fake(w: Tensor, class_factor: Tensor) -> Tensor:
     return w.new_empty(w.shape[1], dtype=torch.float64)
 

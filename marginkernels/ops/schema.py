@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.transforms import loops_under_vmap, transforming
+
 #: Types of the schema language by those of Python; an ``IntEnum`` is an int.
 _TYPES: dict[Any, str] = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
@@ -76,7 +78,7 @@ def unflatten(params: dict[str, Any], leaves: Iterable[_Leaf], values: Iterable[
     return [kind(**fields[name]) if fields[name] else plain[name] for name, kind in params.items()]
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> None:
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
         "marginkernels: the fused head has no second derivative; for double backward (gradient penalties, Hessians) use "
         "backend='reference', which autograd differentiates any number of times"
@@ -96,6 +98,33 @@ def _observed(args: Iterable[Any]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(v, Tensor) and type(v) not in _ORDINARY for one in args for v in getattr(one, "__dict__", {"": one}).values())
     )
+
+
+class _Final(torch.autograd.Function):
+    """``result`` as a result of ``inputs`` that has no derivative: under the transforms of ``torch.func``, which do not take the autograd
+    formula of an operator of ``torch.library``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor, *inputs: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = staticmethod(_no_second_derivative)
+
+
+def _call_under_transforms(op: Any, values: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        out = op(*values)
+    if not torch.is_grad_enabled():
+        return out
+    inputs = [v for v in values if isinstance(v, Tensor)]
+    final: Callable[..., Any] = _Final.apply
+    return final(out, *inputs) if isinstance(out, Tensor) else tuple(final(v, *inputs) for v in out)
 
 
 F = typing.TypeVar("F", bound=Callable[..., Any])
@@ -133,6 +162,7 @@ def operator(fake: Callable[..., Any], *, direct: bool = False) -> Callable[[F],
         op = torch.library.custom_op(f"marginkernels::{function.__name__}", through(function), mutates_args=(), schema=schema)
         op.register_fake(through(fake))
         op.register_autograd(_no_second_derivative)
+        loops_under_vmap(op)
 
         def flat(*args: Any) -> tuple[Any, ...]:
             return flatten(leaves, dict(zip(names, args, strict=True)))
@@ -140,7 +170,7 @@ def operator(fake: Callable[..., Any], *, direct: bool = False) -> Callable[[F],
         def call(*args: Any) -> Any:
             if direct and not _observed(args):
                 return function(*args)
-            out = op(*flat(*args))
+            out = _call_under_transforms(op, flat(*args)) if transforming() else op(*flat(*args))
             return returns(*out) if results else out
 
         call.__name__, call.__doc__, call.__module__ = function.__name__, function.__doc__, function.__module__

@@ -132,6 +132,28 @@ def test_small_shapes(shape):
         assert (got[key] - value).norm() <= 2e-5 * value.norm() + 1e-7, key
 
 
+def test_strides_of_the_centers():
+    """Centers whose numbers lie apart; what lies between is NaN. The gaps were once read."""
+    wide = torch.full((50, 80), torch.nan)
+    case = testing.Case.random(7, 40, 50)
+    wide[:, ::2] = case.w
+    for w in (wide[:, ::2], case.w.t().contiguous().t()):
+        found = testing.errors(testing.Case(case.x, w, case.labels, None), mk.ArcFace(), "triton")
+        assert max(found.values()) <= testing.TOLERANCE[torch.float32], found
+
+
+def test_no_rows_with_a_workspace():
+    got = mk.margin_cross_entropy(
+        torch.randn(0, 40, requires_grad=True),
+        torch.randn(9, 40, requires_grad=True),
+        torch.zeros(0, dtype=torch.int64),
+        margin=mk.ArcFace(),
+        backend="triton",
+        workspace_mb=1,
+    )
+    assert got == 0
+
+
 def test_no_row_counts():
     case = testing.Case.random(9, 40, 101)
     labels = torch.full((9,), -100)

@@ -7,7 +7,7 @@ An output is right where its error against the float64 reference, ``||got - want
 - **rounding**: what no algorithm of that precision can avoid. Eight times what the float64 reference moves when its inputs are moved by a
   unit of roundoff of the products' dtype, and its similarities by one of the accumulation dtype: where a margin is steep or has a kink,
   and at a tie that a hard transform decides. And eight units of roundoff of the *terms* of a gradient, ``sum_j |G_ij| |w_j|``, where their
-  sum cancels (equal class centers; D = 1). And what float64 loses in the reference's own ``1 - p`` of a sure row.
+  sum cancels (equal class centers; D = 1).
 
 To each comes what the output's own dtype cannot hold: half of its smallest number, per element.
 """
@@ -26,7 +26,7 @@ from marginkernels import margin_cross_entropy, reference, testing
 from marginkernels.core.numerics import accumulation_dtype, per_row, reduce_losses
 from marginkernels.margins import BatchInfo
 
-from .problem import DTYPES, Problem
+from .problem import DTYPES, Problem, change_margin
 
 STAGES = ("tolerance", "eager", "rounding", "undefined")
 #: How often the inputs are moved, and how often once more before a problem counts as a failure.
@@ -40,24 +40,26 @@ Outputs = dict[str, Tensor]
 
 
 class Watched(TorchFunctionMode):
-    """Keeps the reference's similarities (N, C) and logits (N, C); moves the similarities by ``noise`` (N, C) if there is one."""
+    """Keeps, of each step, the reference's similarities (N, C), logits (N, C), and rows and centers as they were multiplied; moves the
+    similarities by ``noise`` if there is one."""
 
     def __init__(self, noise: float = 0.0, generator: torch.Generator | None = None):
         super().__init__()
         self.noise, self.generator = noise, generator
-        self.cos = self.logits = self.x = self.w = torch.empty(0)
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.log_softmax:
-            self.logits = args[0].detach()
+            cos, _, x, w = self.steps.pop()
+            self.steps.append((cos, args[0].detach(), x, w))
         if getattr(func, "__name__", "") in ("matmul", "__matmul__") and args[0].requires_grad:
-            self.x, self.w = args[0].detach(), args[1].detach().T
+            x, w = args[0].detach(), args[1].detach().T
             if self.noise:
-                size = self.x.norm(dim=1)[:, None] * self.w.norm(dim=1)
+                size = x.norm(dim=1)[:, None] * w.norm(dim=1)
                 out = out + self.noise * size * (2 * torch.rand(out.shape, generator=self.generator, dtype=torch.float64) - 1)
             out.retain_grad()
-            self.cos = out
+            self.steps.append((out, out, x, w))
         return out
 
 
@@ -79,25 +81,32 @@ def solve(problem: Problem, given: Outputs, kind: str) -> Outputs:
 
     leaves = {"d" + name: leaf(given[name]) for name in ("x", "w", "b") if name in given}
     x, w, b, labels = leaves["dx"], leaves["dw"], leaves.get("db"), given["labels"]
-    if kind == "eager":
-        margin.bind(problem.c)
-        inside = torch.where(labels == problem.ignore_index, -1, labels)
-        losses, _ = reference.losses(x, w, inside, margin, b, problem.smoothing, DTYPES[problem.dtype])
-        loss = reduce_losses(losses, inside >= 0, problem.reduction)
-    else:
-        loss = margin_cross_entropy(
-            x,
-            w,
-            labels,
-            margin=margin,
-            bias=b,
-            reduction=problem.reduction,
-            ignore_index=problem.ignore_index,
-            label_smoothing=problem.smoothing,
-            backend="reference" if kind == "reference" else problem.backend,
-            workspace_mb=problem.workspace_mb,
-        )
-    loss.backward(given["upstream"].to(loss.dtype))
+    for step in range(problem.steps):
+        if step:
+            change_margin(margin)
+        if kind == "eager":
+            margin.bind(problem.c)
+            inside = torch.where(labels == problem.ignore_index, -1, labels)
+            rows = torch.where((inside >= 0)[:, None], x, 1)  # plain PyTorch would have NaN everywhere
+            losses, _ = reference.losses(rows, w, inside, margin, b, problem.smoothing, DTYPES[problem.dtype])
+            loss = reduce_losses(losses, inside >= 0, problem.reduction)
+        else:
+            loss = margin_cross_entropy(
+                x,
+                w,
+                labels,
+                margin=margin,
+                bias=b,
+                reduction=problem.reduction,
+                ignore_index=problem.ignore_index,
+                label_smoothing=problem.smoothing,
+                backend="reference" if kind == "reference" else problem.backend,
+                workspace_mb=problem.workspace_mb,
+            )
+        upstream = given["upstream"].to(loss.dtype)
+        if problem.strided_upstream and upstream.ndim:
+            upstream = torch.stack([upstream, torch.full_like(upstream, torch.nan)], 1)[:, 0]
+        loss.backward(upstream)
     leaves |= {f"d{name}": p for name, p in margin.named_parameters()}
     found = {"loss": loss.detach()} | {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in leaves.items()}
     return found | {name: v for name, v in margin.named_buffers() if v.dtype.is_floating_point}
@@ -138,8 +147,9 @@ def check(problem: Problem) -> Verdict:
         return Verdict("eager")
     for draw in range(DRAWS + LAST_DRAWS):
         g = torch.Generator().manual_seed(draw)
-        # In turn: the target similarity is computed in float64, the others in the accumulation dtype.
-        noise = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2 if draw % 2 else EPS / 2
+        # In turn: the target similarity is computed in float64, the others in the accumulation dtype. Two rows that are normalized by a
+        # product with a rounded inverse, and their product, may be off by five roundings: at a cosine of 1 the angle is their square root.
+        noise = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2 if draw % 2 else 5 * EPS / 2
         with Watched(noise, g) as seen:
             moved = solve(problem, _moved(problem, given, g), "reference")
         apart = _terms(problem, given, seen)
@@ -161,36 +171,45 @@ def _least(v: Tensor) -> float:
 
 
 def _terms(problem: Problem, given: Outputs, seen: Watched) -> dict[str, float]:
-    """What the sums of loss and gradients may be off by where their terms cancel, by output."""
-    margin = problem.margin()
+    """What the sums of loss and gradients may be off by where their terms cancel, by output: of all steps."""
+    total: dict[str, float] = {}
+    for step, (cos, logits, x, w) in enumerate(seen.steps):
+        grad = torch.zeros_like(logits) if cos.grad is None else cos.grad
+        for name, v in _terms_of_step(problem, given, step, cos.detach(), grad, logits, x, w).items():
+            total[name] = v if name == "loss" else total.get(name, 0.0) + v
+    return {name: v for name, v in total.items() if math.isfinite(v)}
+
+
+def _terms_of_step(
+    problem: Problem, given: Outputs, step: int, cos: Tensor, grad: Tensor, logits: Tensor, unit_x: Tensor, unit_w: Tensor
+) -> dict[str, float]:
+    """``cos``, its gradient ``grad`` and ``logits`` (N, C), and what was multiplied, ``unit_x`` (N, D) and ``unit_w`` (C, D)."""
+    margin = problem.margin(step)
     margin.bind(problem.c)
     labels, valid = given["labels"], given["labels"] != problem.ignore_index
-    slope = torch.zeros_like(seen.logits) if seen.cos.grad is None else seen.cos.grad.abs()
     up = given["upstream"].abs() * valid / (valid.sum().clamp_min(1) if problem.reduction == "mean" else 1)
-    largest = 1 + seen.logits.abs().amax(1) if seen.logits.numel() else seen.logits.new_zeros(problem.n)
-    log_p = torch.log_softmax(seen.logits, 1).gather(1, torch.where(valid, labels, 0)[:, None])[:, 0] if problem.n else up
-    # A focal factor takes the reference's 1 - p to a power: what float64 loses of it, relative to it.
-    unsure = (ROUNDING * EPS * largest / (-torch.expm1(log_p)).clamp_min(EPS)).clamp_max(1.0) * (problem.focal > 0)
-    slope *= ROUNDING * torch.finfo(DTYPES[problem.dtype]).eps / 2 + (1 + problem.focal) * unsure[:, None]
+    sizes = logits.abs().masked_fill(logits == -torch.inf, 0)
+    largest = 1 + sizes.amax(1) if logits.numel() else logits.new_zeros(problem.n)
+    slope = grad.abs() * ROUNDING * torch.finfo(DTYPES[problem.dtype]).eps / 2
     own = (labels[:, None] == torch.arange(problem.c)) & valid[:, None]
     rounded = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2
     lost = EPS + problem.smoothing * rounded  # smoothing subtracts a mean of logits from a logit
-    batch = BatchInfo(given["x"].double(), torch.where(valid, labels, -1), problem.c)
-    target = seen.cos.detach().gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
+    rows = torch.where(valid[:, None], given["x"].double(), 1)
+    batch = BatchInfo(rows, torch.where(valid, labels, -1), problem.c)
+    target = cos.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     steep = (per_row(margin.row_scale(batch), target, torch.float64) * margin.target(target, batch)[1]).detach().abs()
     slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
-    x, w = given["x"].double(), given["w"].double()
-    f = _inverse(x) if margin.normalize_embedding else 1.0
-    a = _inverse(w) if margin.normalize_weight else 1.0
-    loss = ROUNDING * lost * up * largest + unsure * up * problem.focal * (problem.smoothing * largest - log_p)
+    f = _inverse(rows) if margin.normalize_embedding else 1.0
+    a = _inverse(given["w"].double()) if margin.normalize_weight else 1.0
+    loss = ROUNDING * lost * up * largest
     found = {
         "loss": loss.norm() if problem.reduction == "none" else loss.sum(),
-        "dx": (f * (slope @ seen.w.norm(dim=1))).norm(),
-        "dw": (a * (slope.T @ seen.x.norm(dim=1))).norm(),
+        "dx": (f * (slope @ unit_w.norm(dim=1))).norm(),
+        "dw": (a * (slope.T @ unit_x.norm(dim=1))).norm(),
         "db": slope.sum(0).norm(),
-        "dalpha": (slope * seen.cos.detach().abs()).sum(),
+        "dalpha": (slope * cos.abs()).sum(),
     }
-    return {name: float(v) for name, v in found.items() if math.isfinite(v)}
+    return {name: float(v) for name, v in found.items()}
 
 
 def _inverse(v: Tensor) -> Tensor:

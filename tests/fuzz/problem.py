@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marginkernels import testing
 from marginkernels.backend import FUSED
-from marginkernels.margins import Margin
+from marginkernels.margins import CombinedMargin, CosFace, CurricularFace, Margin, MVSoftmax
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: The largest and the smallest magnitude of huge and tiny values. Those of half precision leave room for the sums of eager PyTorch.
@@ -21,6 +21,9 @@ VALUES = ("normal", "near", "zero rows", "zeros", "equal rows", "at centers", "h
 LAYOUTS = ("contiguous", "transposed", "every other column", "offset", "expanded")
 #: Heads whose scale follows from the number of classes: their formulas are of three and more.
 NEED_THREE_CLASSES = ("l2-softmax", "adacos")
+#: Scales other than a head's own, for the backends that are held to them.
+SCALES = (1.0, 1e3, 1e5, 1e8)
+LARGE_SCALES = ("torch",)
 #: The values that a problem shrinks to, tried in this order.
 PLAIN = {
     "values": "normal",
@@ -38,6 +41,11 @@ PLAIN = {
     "threads": 1,
     "training": False,
     "upstream": False,
+    "scale": 0.0,
+    "masked": 0.0,
+    "bad_ignored": False,
+    "steps": 1,
+    "strided_upstream": False,
 }
 
 
@@ -61,6 +69,11 @@ class Problem:
         threads: of PyTorch.
         training: whether the margin's state moves.
         upstream: whether the loss has a random upstream gradient, of either sign, instead of ones.
+        scale: the margin's, where it has one number; 0 for its own.
+        masked: the share of classes whose bias is -inf, those of the labels never.
+        bad_ignored: whether ignored rows hold NaN and infinity.
+        steps: of two, the second has another margin where there is one to set; their gradients accumulate.
+        strided_upstream: whether the upstream gradient of ``reduction="none"`` lies apart in memory.
     """
 
     seed: int
@@ -86,6 +99,11 @@ class Problem:
     threads: int
     training: bool
     upstream: bool
+    scale: float
+    masked: float
+    bad_ignored: bool
+    steps: int
+    strided_upstream: bool
 
     @classmethod
     def draw(cls, seed: int, backends: tuple[str, ...]) -> Problem:
@@ -102,6 +120,7 @@ class Problem:
         ]
         dtype, weight_dtype = r.choice(pairs + 3 * [pair for pair in pairs if pair[0] == pair[1] or pair[1] == "float32"])
         c = r.choice((1, 2, 3, r.randint(1, 60), r.randint(1, 60), r.randint(1, 60), r.randint(60, 300)))
+        masked = r.choice((0.0, 0.0, 0.0, 0.3, 0.9))
         return cls(
             seed=seed,
             backend=backend,
@@ -116,7 +135,7 @@ class Problem:
             weight_values=r.choice(("normal", "normal", *(v for v in VALUES if v not in ("near", "at centers")))),
             layout=r.choice(("contiguous", "contiguous", *LAYOUTS)),
             weight_layout=r.choice(("contiguous", "contiguous", *LAYOUTS)),
-            smoothing=r.choice((0.0, 0.0, 0.1, 1.0, r.random())),
+            smoothing=0.0 if masked else r.choice((0.0, 0.0, 0.1, 1.0, r.random())),  # the loss of both is infinite
             focal=r.choice((0.0, 0.0, 0.0, 0.5, 1.0, 2.0)),
             reduction=r.choice(("none", "mean", "sum")),
             workspace_mb=r.choice((0.0, 0.0, 0.001, 0.01, 1e9)),
@@ -126,6 +145,11 @@ class Problem:
             threads=r.choice((1, 1, 1, 1, 2)),
             training=r.random() < 0.7,
             upstream=r.random() < 0.5,
+            scale=r.choice((0.0, 0.0, 0.0, 0.0, r.choice(SCALES))) if backend in LARGE_SCALES else 0.0,
+            masked=masked,
+            bad_ignored=r.random() < 0.5,
+            steps=r.choice((1, 1, 1, 2)),
+            strided_upstream=r.random() < 0.3,
         )
 
     def __str__(self) -> str:
@@ -135,10 +159,15 @@ class Problem:
             f" ({options})" if options else ""
         )
 
-    def margin(self) -> Margin:
+    def margin(self, step: int = 0) -> Margin:
+        """As at the start of a step, state apart."""
         margin = testing.HEADS[self.head](self.c)
         if self.focal:
             margin.focal_gamma = self.focal
+        if self.scale and isinstance(vars(margin).get("scale"), float):
+            margin.scale = self.scale
+        if step:
+            change_margin(margin)
         return margin.train(self.training)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -171,6 +200,13 @@ class Problem:
             found["upstream"] = torch.randn(found["upstream"].shape, generator=g, dtype=torch.float64).float().double()
         ignored = torch.rand(self.n, generator=g) < self.ignored
         found["labels"] = torch.where(ignored, self.ignore_index, labels)
+        if self.masked:
+            masked = (torch.rand(self.c, generator=g) < self.masked).index_fill(0, labels, False)
+            found["b"] = found.get("b", torch.zeros(self.c)).masked_fill(masked, -torch.inf)
+        if self.bad_ignored:
+            wrong = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(3, (self.n,), generator=g)]
+            bad = torch.where((found["labels"] == self.ignore_index)[:, None], wrong[:, None].to(found["x"].dtype), found["x"])
+            found["x"] = _laid_out(self.layout, bad, "")
         return found
 
     def smaller(self) -> Iterator[Problem]:
@@ -185,6 +221,12 @@ class Problem:
                 yield replace(self, **{name: plain})
         if self.weight_dtype != self.dtype:
             yield replace(self, weight_dtype=self.dtype)
+
+
+def change_margin(margin: Margin) -> None:
+    """Another margin, as a warm-up sets it between two steps, where the head has one to set."""
+    if isinstance(margin, MVSoftmax | CurricularFace | CosFace | CombinedMargin):
+        margin.set_margin(**({"m3": 0.1} if type(margin) is CombinedMargin else {"margin": 0.15}))
 
 
 def _values(kind: str, rows: int, columns: int, dtype: str, g: torch.Generator, *, ordinary: bool) -> Tensor:

@@ -536,6 +536,93 @@ def check_ddp_around_the_head():
         assert torch.equal(p.grad, q.grad)
 
 
+def check_dtypes_differ():
+    """An error on all ranks before a collective has tensors of different sizes, whichever rank is the odd one."""
+    if dist.get_world_size() == 1:
+        return
+    odd = dist.get_rank() == 1
+    x, y = torch.randn(3, D), torch.tensor([1, 2, 3])
+    for options in ({"batch_size": 4}, {}):
+        head = _head(37, **options)
+        half = x.to(torch.bfloat16 if odd else torch.float32)
+        want = "embeddings: expected one dtype of embeddings and weight on all ranks, got ['float32/float32', 'bfloat16/float32'"
+        _raises(ValueError, want, lambda h=head, v=half: h(v, y))
+        _raises(ValueError, want, lambda h=head, v=half: h.topk(v, 2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=odd):
+            _raises(ValueError, want, lambda h=head, v=x: h(v, y))
+        if odd:
+            head.half()
+        _raises(ValueError, "'float32/float16'", lambda h=head, v=x: h(v, y))
+    _raises(ValueError, "dtype: expected one value on all ranks", lambda: _head(37, dtype=torch.float64 if odd else None))
+
+
+def check_fsdp_around_the_head():
+    """Both are refused, before FSDP1 has exchanged anything, unless they ignore the head."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    size = dist.get_world_size()
+
+    def both() -> _Both:
+        return _Both(backbone(), sharded(case(8 * size + 1), mk.ArcFace(scale=16.0)))
+
+    def step(model: nn.Module, head: mk.MarginHead) -> torch.Tensor:
+        ((x, y),) = batches(8 * size + 1, 1, 4 * size)
+        own = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+        model(x[own], y[own]).backward()
+        return head.weight.grad
+
+    def fsdp1(module: nn.Module, **options) -> nn.Module:
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+    if size > 1:
+        for wrap in (fsdp1, lambda m: fsdp1(m, use_orig_params=True, sync_module_states=True), fully_shard):
+            _raises(ValueError, "module: expected a module without a sharded MarginHead for FSDP", lambda w=wrap: w(both()))
+    plain, first, second = both(), both(), both()
+    want = step(plain, plain.inner["head"])
+    wrapped = fsdp1(first, ignored_modules=[first.inner["head"]])
+    fully_shard(second, ignored_params=set(second.inner["head"].parameters()))
+    for model, head in ((wrapped, first.inner["head"]), (second, second.inner["head"])):
+        compare(step(model, head), want, "weight")
+
+
+def check_transforms_are_refused():
+    head = _head(37, batch_size=4)
+    _raises(RuntimeError, "process_group: expected None under the transforms of torch.func", lambda: _func_grad(head))
+
+
+def _func_grad(head: mk.MarginHead) -> torch.Tensor:
+    found: torch.Tensor = torch.func.grad(lambda x: head(x, torch.tensor([1, 2, 3])))(torch.randn(3, D))
+    return found
+
+
+def check_a_shard_of_masked_classes():
+    """A bias of -inf on all classes of a rank: they are as if they were not there, in the loss, the gradients and topk."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    if size == 1:
+        return
+    head = _head(8 * size, mk.ArcFace(scale=16.0), bias=True)
+    with torch.no_grad():
+        head.bias.fill_(-torch.inf if rank == size - 1 else 0.0)
+        weight = [torch.empty_like(head.weight) for _ in range(size)]
+        dist.all_gather(weight, head.weight.detach())
+    x, y = torch.randn(3, D, generator=torch.Generator().manual_seed(rank), requires_grad=True), torch.tensor([0, 3, 7])
+    loss = head(x, y)
+    loss.backward()
+    rows = [torch.empty(3, D) for _ in range(size)]
+    dist.all_gather(rows, x.detach())
+    few = torch.cat(weight[:-1])
+    want = mk.margin_cross_entropy(torch.cat(rows), few, y.repeat(size), margin=mk.ArcFace(scale=16.0))
+    compare(loss, want, "loss")
+    assert head.weight.grad.isfinite().all()
+    if rank == size - 1:
+        assert not head.weight.grad.any()
+        assert not head.bias.grad.any()
+    scores, classes = head.topk(x.detach(), 8 * size)
+    assert (scores[:, : 8 * size - 8] > -torch.inf).all()
+    assert (scores[:, 8 * size - 8 :] == -torch.inf).all()
+    assert (classes[:, : 8 * size - 8] < 8 * size - 8).all()
+
+
 def check_activation_checkpointing():
     """The repeated pass exchanges the same rows, draws the same classes and leaves the state as it is."""
     from torch.utils.checkpoint import checkpoint

@@ -157,3 +157,16 @@ def test_compiled_topk(backend):
         for got, want in zip(compiled(x), model(x), strict=True):
             assert torch.equal(got, want)
     assert frames.count == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{"margin": mk.CurricularFace}, {"margin": mk.ArcFace, "sample_rate": 0.5}])
+def test_a_checkpointed_compiled_head_is_refused(options, reentrant):
+    """Its repetition would draw other classes, or move the state again."""
+    options = dict(options)
+    head = mk.MarginHead(8, 20, options.pop("margin")(), backend="torch", **options)
+    step = torch.compile(head, backend="aot_eager")
+    x, y = torch.randn(4, 8, requires_grad=True), torch.arange(4)
+    loss = torch.utils.checkpoint.checkpoint(step, x, y, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="checkpoint: expected a MarginHead that is not compiled"):
+        loss.backward()

@@ -37,6 +37,8 @@ BAD = {
     "weight without classes": (lambda: call(w=W[:0]), ValueError, "weight", "(0, 16)"),
     "weight integer": (lambda: call(w=W.long()), TypeError, "weight", "int64"),
     "weight finer than embeddings": (lambda: call(w=W.double()), TypeError, "weight", "float64"),
+    "embeddings nested": (lambda: call(x=torch.nested.nested_tensor([X[:2], X[:3]])), TypeError, "embeddings", "nested"),
+    "margin without values": (lambda: call(margin=mk.CurricularFace().to("meta")), ValueError, "margin", "meta"),
     "weight sparse": (lambda: call(w=W.to_sparse()), TypeError, "weight", "sparse"),
     "embeddings integer": (lambda: call(x=X.long()), TypeError, "embeddings", "int64"),
     "embeddings complex": (lambda: call(x=X.to(torch.complex64)), TypeError, "embeddings", "complex64"),
@@ -264,3 +266,106 @@ def test_refusal_lists_each_backend():
     assert {"reference", "torch"} <= set(listed)
     for entry in listed.values():
         assert (entry["reason"] is None) == entry["available"]
+
+
+MASKING = {"arcface": mk.ArcFace, "mv-arc": mk.MVSoftmax, "curricularface": mk.CurricularFace, "softmax": mk.Softmax}
+
+
+def masked_losses(backend, margin, masked, y, **options):
+    b = torch.zeros(C).index_fill(0, torch.tensor(masked), -torch.inf).requires_grad_()
+    x, w = (v.clone().requires_grad_() for v in (X, W))
+    losses = mk.margin_cross_entropy(x, w, y, margin=margin(), bias=b, reduction="none", backend=backend, **options)
+    return losses, lambda: torch.autograd.grad(losses.sum(), (x, w, b))
+
+
+@pytest.mark.parametrize("name", MASKING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_classes(backend, name):
+    """Masked classes, all others too, are as if they were not there. As in F.cross_entropy: infinite for a masked label and with label
+    smoothing (once finite on cpu, with a hard transform), NaN where every class is masked."""
+    margin = MASKING[name]
+    losses, grads = masked_losses(backend, margin, range(6, C), Y)
+    want = mk.margin_cross_entropy(X, W[:6], Y, margin=margin(), reduction="none", backend=backend)
+    torch.testing.assert_close(losses, want)
+    dx, dw, db = grads()
+    assert dx.isfinite().all()
+    assert not dw[6:].any()
+    assert not db[6:].any()
+    zeros = torch.zeros_like(Y)
+    losses, grads = masked_losses(backend, margin, range(1, C), zeros)
+    assert not losses.any()
+    assert not any(g.any() for g in grads())
+    losses, grads = masked_losses(backend, margin, [0], zeros)
+    assert (losses == torch.inf).all()
+    assert all(g.isfinite().all() for g in grads())
+    for masked in ([7], [0]):
+        assert (masked_losses(backend, margin, masked, zeros, label_smoothing=0.1)[0] == torch.inf).all()
+    assert masked_losses(backend, margin, range(C), Y)[0].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_of_masked_classes(backend, monkeypatch):
+    """Every class of a chunk but the first."""
+    monkeypatch.setattr("marginkernels.core.numerics.CHUNK_ELEMENTS", 256)
+    w = torch.randn(1500, D)
+    b = torch.full((1500,), -torch.inf)
+    b[:C] = 0
+    w[:C] = W
+    got = testing.run(testing.Case(X, w, Y, b), mk.ArcFace(), backend)
+    want = testing.run(testing.Case(X, W, Y, torch.zeros(C)), mk.ArcFace(), backend)
+    assert testing.relative_error(got["loss"], want["loss"]) < 1e-6
+    assert testing.relative_error(got["dx"], want["dx"]) < 1e-5
+    assert testing.relative_error(got["dw"][:C], want["dw"]) < 1e-5
+    assert not got["dw"][C:].any()
+
+
+def test_topk_of_masked_classes():
+    head = mk.MarginHead(D, C, mk.ArcFace(), bias=True)
+    with torch.no_grad():
+        head.bias[3:] = -torch.inf
+    scores, classes = head.topk(X, 5)
+    assert (scores[:, :3] > -torch.inf).all()
+    assert (classes[:, :3].sort(1).values == torch.arange(3)).all()
+    assert (scores[:, 3:] == -torch.inf).all()
+    with torch.no_grad():
+        head.bias.fill_(-torch.inf)
+    scores, classes = head.topk(X, 3)
+    assert (scores == -torch.inf).all()
+    assert (classes == torch.arange(3)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_label_smoothing_over_one_class_is_exactly_zero(backend):
+    """The sum over the other classes, none, was the rounding of an inverse norm."""
+    for seed in range(20):
+        case = testing.Case.random(3, 3, 1, ignored=False, seed=seed)
+        loss = mk.margin_cross_entropy(case.x, case.w, case.labels, margin=mk.ArcFace(), backend=backend, label_smoothing=0.1)
+        assert abs(loss) < 1e-12
+
+
+def test_checkpoint_of_another_margin():
+    def head(margin):
+        return torch.nn.Sequential(mk.MarginHead(D, C, margin))
+
+    with pytest.raises(RuntimeError, match=r"margin\.t .of CurricularFace, but the state dict is that of AdaCos") as caught:
+        head(mk.CurricularFace()).load_state_dict(head(mk.AdaCos(C)).state_dict())
+    assert "margin.s (of AdaCos, but the head's margin is CurricularFace)" in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"margin\.t .of CurricularFace, but the state dict is that of a margin without it"):
+        head(mk.CurricularFace()).load_state_dict(head(mk.ArcFace()).state_dict())
+    found = head(mk.CurricularFace()).load_state_dict(head(mk.ArcFace()).state_dict(), strict=False)
+    assert found.missing_keys == ["0.margin.t"]
+
+
+def test_reference_of_a_sure_focal_row():
+    """L = 2 log(1 + q) and 1 - p = q/(1 + q), q = exp(-64 sqrt(1/2)): taken from p, 1 - p would be 0 or a rounding."""
+    x, w = torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    q = math.exp(-64 * (1 - math.sqrt(0.5)))
+    loss = mk.margin_cross_entropy(2 * x, w, torch.tensor([0]), margin=mk.NormFace(64.0, focal_gamma=1.0), backend="reference")
+    assert loss.item() == pytest.approx(math.log1p(q) * q / (1 + q), rel=1e-6)
+    x = x.requires_grad_()
+    bias = torch.tensor([0.0, -20.0], dtype=torch.float64)
+    value = mk.margin_cross_entropy(x, w, torch.tensor([0]), margin=mk.NormFace(64.0, focal_gamma=1.0), bias=bias, backend="reference")
+    q *= math.exp(-20.0)
+    assert value.item() == pytest.approx(0.0, abs=q)  # the loss itself, log p, is all rounding there
+    rest = mk.margin_cross_entropy(x, w, torch.tensor([1]), margin=mk.NormFace(64.0, focal_gamma=1.0), bias=bias, backend="reference")
+    assert rest.item() == pytest.approx(math.log1p(1 / q) / (1 + q), rel=1e-9)

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "backend": {"backend.base", "backend.registry"},
     "ops": {"core", "backend"},
     "reference": {"core", "margins"},
-    "distributed._collectives": set(),
+    "distributed._collectives": {"core"},
     "distributed._shard": {"core", "distributed._collectives"},
     "retrieval": {"core", "margins", "backend", "ops"},
     "loss": {"core", "margins", "backend", "ops", "reference"},

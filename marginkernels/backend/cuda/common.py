@@ -70,7 +70,8 @@ class ExtensionBackend(Backend):
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         width = chunk_width(n, c)
-        return min(limit // saved_bytes(n, width, dtype), -(-c // width)) * saved_bytes(n, width, dtype)
+        size = saved_bytes(n, width, dtype)
+        return min(limit // max(size, 1), -(-c // width)) * size
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         with on_device_of(inputs.x):

@@ -66,7 +66,7 @@ class TritonBackend(Backend):
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         group = saved_layout.group_bytes(n, dtype)
-        return min(limit // group, -(-c // saved_layout.GROUP)) * group
+        return min(limit // max(group, 1), -(-c // saved_layout.GROUP)) * group
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         from . import launch
@@ -91,14 +91,15 @@ class TritonBackend(Backend):
 
         nobody = torch.full((inputs.x.shape[0],), -1, dtype=torch.int64, device=inputs.x.device)
         rows = self.prepare_inputs(HeadInputs(inputs.x, inputs.w, nobody, inputs.normalize_embedding, inputs.normalize_weight))
-        p = inputs if inputs.w.stride(1) == 1 else replace(inputs, w=inputs.w.contiguous())
         with on_device_of(inputs.x):
-            return launch.topk(_within_reach(p), rows, k, launch.Device.of(inputs.x), launch.Launch.run)
+            return launch.topk(_within_reach(inputs), rows, k, launch.Device.of(inputs.x), launch.Launch.run)
 
 
 T = TypeVar("T", PassInputs, TopkInputs)
 
 
 def _within_reach(inputs: T) -> T:
-    """Centers as rows of a contiguous tensor where they lie too far apart."""
-    return replace(inputs, w=inputs.w.contiguous()) if inputs.w.stride(0) > MAX_STRIDE else inputs
+    """Centers as rows of a contiguous tensor where they lie too far apart, or their own numbers do."""
+    w = inputs.w
+    apart = w.stride(0) > MAX_STRIDE or (w.stride(1) != 1 and w.shape[1] > 1)
+    return replace(inputs, w=w.contiguous()) if apart else inputs

@@ -16,7 +16,7 @@ Runs are forked from this process, which has imported torch but never computed w
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
 import hashlib
 import json
 import mmap
@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 import marginkernels as mk
+from helpers.ranks import group
 from marginkernels import optim
 from marginkernels.distributed import latest, load, save
 
@@ -90,15 +91,10 @@ def work(folder: Path, name: str, rank: int, ranks: int, steps: int, board: Boar
         os.write(log, f"{what} {step} {value}\n".encode())
 
     enter("start")
-    group = None
-    if ranks:
-        store = dist.FileStore(str(folder / f"{name}.store"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=NOTICE))
-        group = dist.group.WORLD
-    try:
+    with group(rank, ranks, folder / f"{name}.store", NOTICE) if ranks else contextlib.nullcontext():
         torch.manual_seed(0)
         model = nn.Linear(6, D)
-        head = mk.MarginHead(D, C, mk.CurricularFace(), process_group=group, sample_rate=0.5)
+        head = mk.MarginHead(D, C, mk.CurricularFace(), process_group=dist.group.WORLD if ranks else None, sample_rate=0.5)
         optimizer = optim.SGD([*model.parameters(), *head.parameters()], lr=0.05, momentum=0.9)
         step = 0
         if path := latest(folder):
@@ -117,7 +113,7 @@ def work(folder: Path, name: str, rank: int, ranks: int, steps: int, board: Boar
             loss = head(model(x[own]), y[own])
             loss.backward()
             for p in model.parameters():
-                if group is not None:
+                if ranks:
                     dist.all_reduce(p.grad)
                     p.grad /= size
             optimizer.step()
@@ -129,11 +125,6 @@ def work(folder: Path, name: str, rank: int, ranks: int, steps: int, board: Boar
                 save(folder / f"step-{step}", head, optimizer, {"model": model.state_dict(), "step": step})
                 note("saved", step, "")
         enter("end")
-        if group is not None:
-            dist.barrier()
-    finally:
-        if group is not None:
-            dist.destroy_process_group()
 
 
 class Run:
@@ -332,19 +323,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--record", type=Path, default=None, help="file to write counts and faults to")
     args = parser.parse_args()
-    began = time.monotonic()
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from benchmarks.environment import commit
+
+    about, began = {"command": f"make kills N={args.trials}", "commit": commit()}, time.monotonic()
     done, faults = trials(range(args.seed, args.seed + args.trials))
     by_moment = Counter(phase for _, phase in done)
     by_kind = Counter(f"{t.kind}, {'all' if t.everyone else 'one'} killed" for t, _ in done)
     print(f"{len(done)} trials, {len(faults)} faults; by moment {dict(by_moment)}, by kind {dict(by_kind)}")
     if args.record:
-        sys.path.insert(0, str(Path(__file__).parents[2]))
-        from benchmarks.environment import commit
-
         record = {
             "schema": "marginkernels.kills/1",
-            "command": f"make kills N={args.trials}",
-            "commit": commit(),
+            **about,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "versions": {"marginkernels": mk.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "seeds": [args.seed, args.seed + args.trials - 1],

@@ -348,7 +348,12 @@ class _Writer(FileSystemWriter):
         self.parts: dict[str, list[_Part]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written: Future[list[WriteResult]] = super().write_data(plan, planner)
+        try:
+            written: Future[list[WriteResult]] = super().write_data(plan, planner)
+        except Exception as error:  # torch.save hides the system's error behind one about the position in its file
+            if (reason := _os_error(error)) is None:
+                raise
+            raise OSError(reason.errno, reason.strerror) from error
         for result in sorted(written.wait(), key=lambda r: (r.storage_data.relative_path, r.storage_data.offset)):
             at = result.storage_data
             with open(Path(self.path, at.relative_path), "rb") as file:
@@ -540,7 +545,7 @@ def _errors(head: MarginHead, what: str, path: Path) -> Iterator[None]:
         reason = f"{type(cause).__name__}{where}: {str(cause).splitlines()[0] if str(cause) else ''}"
         if what == "load":
             raise _damaged(path, reason) from error
-        number = _os_error(cause)
+        number = (_os_error(cause) or OSError()).errno or errno.EIO
         raise OSError(number, f"path: expected room and leave to write a checkpoint, got {reason}", str(path)) from error
     except OSError as error:
         if what == "load" or str(error).startswith("path:"):
@@ -557,13 +562,11 @@ def _errors(head: MarginHead, what: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _os_error(error: BaseException | None) -> int:
-    """The number of the system's error that led to ``error``."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno:
-            return error.errno
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's error that led to ``error``, if one did."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__cause__ or error.__context__
-    return errno.EIO
+    return error
 
 
 def _sync(path: Path) -> None:

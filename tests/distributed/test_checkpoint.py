@@ -384,8 +384,9 @@ def test_a_limit_of_the_system(tmp_path, kilobytes):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(kilobytes * 1000), hard))
     try:
-        with pytest.raises(OSError, match="path: expected room and leave to write a checkpoint, got "):
+        with pytest.raises(OSError, match=r"path: expected room and leave to write a checkpoint, got .*File too large") as raised:
             save(tmp_path / "step-2", a)
+        assert raised.value.errno == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["step-1"]

@@ -13,7 +13,7 @@ from helpers import fault_worker
 from marginkernels.distributed import latest
 
 STEPS = 8
-KILLS = 9
+KILLS = 6
 
 
 def run(folder: Path, name: str, kill_step: int = -1, place: str = "none", ranks: int = 3):

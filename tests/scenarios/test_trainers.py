@@ -130,6 +130,27 @@ def test_lightning_casts(lightning):
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED])
+def test_lightning_scales_and_clips(lightning, request, options):
+    """float16 with a gradient scaler, and the norm taken of what is unscaled."""
+    plugins = pytest.importorskip(f"{request.node.callspec.params['lightning']}.plugins")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found, _ = lightning(options=options, plugins=[plugins.MixedPrecision("16-mixed", "cpu", scaler)], gradient_clip_val=0.1)
+    net, scaler = Net(**options), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = sgd(net)
+    for b in DataLoader(rows(), batch_size=8):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = net(**b)["loss"]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        by_norm(net.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+    near(found, net.state_dict())
+    assert not torch.equal(found["head.weight"], Net(**options).head.weight)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED])
 def test_lightning_accumulates_and_resumes(lightning, options):
     whole, _ = lightning(options=options, max_epochs=3, accumulate_grad_batches=2)
     _, path = lightning(options=options, max_epochs=1, accumulate_grad_batches=2)

@@ -3,6 +3,7 @@
 # make test-all  the same with the tests that take minutes
 # make mutants     plant each of the known mistakes in a copy and see that its tests notice it (benchmarks/results/mutants.json)
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
+# make kills N=200  kill ranks at random moments of save, step and load; the record is benchmarks/results/kills.json
 # All make a virtual environment first, in .venv, with the versions of requirements.lock.
 
 PYTHON ?= python3
@@ -18,13 +19,13 @@ STEPS ?=
 
 # More arguments for mutants, such as MUTANTS="--only margins --jobs 4"
 MUTANTS ?=
-# How many problems fuzz makes, and more arguments for it, such as FUZZ="--backend cpu --seconds 600"
+# How many problems fuzz makes (kills: how many runs it kills, 200), and more arguments for it, such as FUZZ="--backend cpu --seconds 600"
 N ?= 100000
 FUZZ ?=
 
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test test-all mutants fuzz lint format build test-gpu gpu-report clean
+.PHONY: demo test test-all mutants fuzz kills lint format build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
@@ -40,6 +41,10 @@ mutants: $(READY)
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases $(N) --record benchmarks/results/fuzz.json $(FUZZ)
+
+kills: N = 200
+kills: $(READY)
+	PYTHONPATH=tests $(VENV)/bin/python -W ignore -m helpers.kills --trials $(N) --record benchmarks/results/kills.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check

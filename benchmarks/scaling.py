@@ -50,25 +50,27 @@ def step(head: mk.MarginHead, optimizer: torch.optim.Optimizer, classes: int) ->
 def rank_main(rank: int, ranks: int, cases: list[tuple[int, float]], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank, world_size=ranks)
+    try:
+        run(1000, 0.5)  # warm-up: allocations of the first steps that stay
+        found = [run(*case) for case in cases]
+        Path(folder, str(rank)).write_text(json.dumps(found))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
-    def run(classes: int, rate: float) -> dict:
-        release_memory()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = resident("VmRSS")
-        with open("/proc/self/clear_refs", "w") as refs:
-            refs.write("5")  # resets the peak
-        head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate, workspace_mb=0)
-        optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
-        step(head, optimizer, classes)
-        collectives.forget(head.shard.group)
-        step(head, optimizer, classes)
-        return {"peak_bytes": resident("VmHWM") - before, "received": collectives.received(head.shard.group)}
 
-    run(1000, 0.5)  # warm-up: allocations of the first steps that stay
-    found = [run(*case) for case in cases]
-    Path(folder, str(rank)).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+def run(classes: int, rate: float) -> dict:
+    release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # resets the peak
+    head = mk.MarginHead(DIM, classes, mk.ArcFace(), process_group=dist.group.WORLD, batch_size=BATCH, sample_rate=rate, workspace_mb=0)
+    optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    step(head, optimizer, classes)
+    collectives.forget(head.shard.group)
+    step(head, optimizer, classes)
+    return {"peak_bytes": resident("VmHWM") - before, "received": collectives.received(head.shard.group)}
 
 
 def measure() -> list[dict]:

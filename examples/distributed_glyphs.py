@@ -42,21 +42,31 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args()
 
-    group, rank, ranks, device = None, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not dist.is_torchelastic_launched():
+        train(args, device, None)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(args, device, dist.group.WORLD)
+        dist.barrier()  # no rank leaves while another still exchanges
+    finally:  # after an error too: a process that ends with a group open can be aborted as it exits
+        dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
     glyphs = [data.load(max_identities=args.identities) if rank == 0 else None]
     if group is not None:
         dist.broadcast_object_list(glyphs, device=device)
-    train, test = glyphs[0].split(0.1, seed=args.seed)
-    images, labels = torch.from_numpy(train.images).to(device), torch.from_numpy(train.identities).to(device)
-    classes = len(train.characters)
+    seen, test = glyphs[0].split(0.1, seed=args.seed)
+    images, labels = torch.from_numpy(seen.images).to(device), torch.from_numpy(seen.identities).to(device)
+    classes = len(seen.characters)
 
     torch.manual_seed(args.seed)
     net = GlyphNet(args.dim).to(device)
@@ -118,8 +128,6 @@ def main() -> None:
         about = {"identities": classes, "verified_on": len(test.characters), "loss": loss.item()}
         (args.folder / "result.json").write_text(json.dumps({**settings, **about, **rates}))
         print(f"{classes} identities, verified on {len(test.characters)} others:", ", ".join(f"{k} {v:.4f}" for k, v in rates.items()))
-    if group is not None:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

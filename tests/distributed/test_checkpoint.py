@@ -1,6 +1,14 @@
 """Checkpoints: any number of ranks (five Gloo ranks; see helpers/on_ranks_checkpoint.py), half-written ones, layouts of other libraries."""
 
+import copy
+import errno
+import io
+import json
+import os
 import pickle
+import random
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +78,12 @@ def trained(optimizer_of):
 def as_format_1(monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 1)
     monkeypatch.setattr(checkpoint, "_pack", pickle.dumps)
+    unchecked(monkeypatch)
+
+
+def unchecked(monkeypatch):
+    """Let ``save`` write objects of any kind, as a stranger might."""
+    monkeypatch.setattr(checkpoint, "_SavePlanner", checkpoint.DefaultSavePlanner)
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -106,29 +120,297 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("place", ["param_groups", "state"])
-def test_loading_the_optimizer_runs_no_code(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("place", ["param_groups", "state", "extra", "extra in a list"])
+def test_loading_runs_no_code(tmp_path, monkeypatch, place, old):
     pickle.loads(pickle.dumps(Bomb(tmp_path / "plain pickle")))
     assert (tmp_path / "plain pickle").exists()
     a, optimizer = trained(torch.optim.AdamW)
+    bomb, extra = Bomb(tmp_path / "exploded"), {"step": 1}
     if place == "state":
-        optimizer.state[a.weight]["bomb"] = Bomb(tmp_path / "exploded")
+        optimizer.state[a.weight]["bomb"] = bomb
+    elif place == "param_groups":
+        optimizer.param_groups[0]["bomb"] = bomb
     else:
-        optimizer.param_groups[0]["bomb"] = Bomb(tmp_path / "exploded")
-        with pytest.raises(TypeError, match="optimizer: expected param_groups of numbers"):
-            save(tmp_path / "a", a, optimizer)
-    as_format_1(monkeypatch)
-    save(tmp_path / "a", a, optimizer)
-    with pytest.raises((pickle.UnpicklingError, checkpoint.dcp.CheckpointException), match=r"pathlib|weights_only"):
-        load(tmp_path / "a", a, optimizer)
+        extra["bomb"] = bomb if place == "extra" else [torch.zeros(1), [bomb]]
+    with pytest.raises(TypeError, match=f"{place[:5] if 'extra' in place else 'optimizer'}: expected .* of numbers"):
+        save(tmp_path / "a", a, optimizer, extra)
+    assert os.listdir(tmp_path) == ["plain pickle"]
+    if old:
+        as_format_1(monkeypatch)
+    else:
+        unchecked(monkeypatch)
+        monkeypatch.setattr(checkpoint, "_pack", lambda groups: torch.frombuffer(bytearray(saved_bytes(groups)), dtype=torch.uint8))
+    save(tmp_path / "a", a, optimizer, extra)
+    with pytest.raises(pickle.UnpicklingError, match=r"pathlib|getattr"):
+        load(tmp_path / "a", a, optimizer, extra)
     assert not (tmp_path / "exploded").exists()
+
+
+def saved_bytes(v) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(v, buffer)
+    return buffer.getvalue()
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *args):
+        self.what = function, args
+
+    def __reduce__(self):
+        return self.what
+
+
+@pytest.mark.parametrize("where", ["alone", "beside", "in protocol 0", "on a class", "through builtins.getattr"])
+def test_metadata_runs_no_code(tmp_path, where):
+    """torch.distributed.checkpoint itself unpickles its file without restriction."""
+    a = head()
+    save(tmp_path / "a", a)
+    file = tmp_path / "a" / ".metadata"
+    honest = pickle.loads(file.read_bytes())
+    bomb = Calls(os.system, f"touch {tmp_path / 'exploded'}")
+    if where == "alone":
+        data = pickle.dumps(bomb)
+    elif where == "beside":
+        honest.planner_data = bomb
+        data = pickle.dumps(honest)
+    elif where == "in protocol 0":
+        data = b"cos\nsystem\n(S'touch " + str(tmp_path / "exploded").encode() + b"'\ntR."
+    elif where == "on a class":  # (class, (None, {"__reduce__": 1})) BUILD, that is setattr(class, ...)
+        data = b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N(dS'exploded'\nI01\nstb."
+    else:
+        data = b"cbuiltins\ngetattr\n(ctorch.serialization\n_get_layout\nS'__globals__'\ntR."
+    file.write_bytes(data)
+    seal(tmp_path / "a")
+    if where in ("alone", "beside", "in protocol 0"):
+        dcp_reads = checkpoint.FileSystemReader(tmp_path / "a").read_metadata
+        try:
+            dcp_reads()
+        except Exception:
+            assert where != "beside"
+        assert (tmp_path / "exploded").exists()
+        (tmp_path / "exploded").unlink()
+    before = a.weight.detach().clone()
+    with pytest.raises(pickle.UnpicklingError, match="path: expected"):
+        load(tmp_path / "a", a)
+    assert not (tmp_path / "exploded").exists()
+    assert not hasattr(checkpoint.Metadata, "exploded")
+    assert torch.equal(a.weight, before)
+
+
+def test_metadata_names_no_other_files(tmp_path):
+    a = head()
+    save(tmp_path / "a", a)
+    shutil.copy(tmp_path / "a" / "__0_0.distcp", tmp_path / "secret")
+    file = tmp_path / "a" / ".metadata"
+    for name in ("../secret", str(tmp_path / "secret"), ".metadata"):
+        metadata = pickle.loads(file.read_bytes())
+        for place in metadata.storage_data.values():
+            place.relative_path = name
+        file.write_bytes(pickle.dumps(metadata))
+        seal(tmp_path / "a")
+        with pytest.raises(pickle.UnpicklingError, match="an entry in"):
+            load(tmp_path / "a", a)
+
+
+def seal(folder, **changes):
+    """Make the checksums of a changed checkpoint right, as a stranger can."""
+    about = json.loads((folder / checkpoint.MARKER).read_text()) | changes
+    about.pop("crc32")
+    about["files"][".metadata"] = [checkpoint._part(folder / ".metadata")]
+    (folder / checkpoint.MARKER).write_text(checkpoint._sealed(about))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint, and what it was made of."""
+    a, optimizer = trained(torch.optim.AdamW)
+    path = tmp_path_factory.mktemp("whole") / "step-1"
+    save(path, a, optimizer, {"step": 1})
+    return path, a
+
+
+def refused(path, match):
+    """Loading raises, and changes nothing."""
+    b, optimizer = trained(torch.optim.AdamW)
+    before = [b.weight.detach().clone(), optimizer.state[b.weight]["exp_avg"].clone()]
+    with pytest.raises(ValueError, match=match):
+        load(path, b, optimizer, {"step": 0})
+    assert torch.equal(b.weight, before[0])
+    assert torch.equal(optimizer.state[b.weight]["exp_avg"], before[1])
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", checkpoint.MARKER])
+def test_damage_is_noticed(tmp_path, whole, name):
+    """Cut off anywhere, a byte changed anywhere, or missing."""
+    path = tmp_path / "step-1"
+    shutil.copytree(whole[0], path)
+    data = (path / name).read_bytes()
+    places = [0, 1, 7, len(data) // 3, len(data) // 2, len(data) - 2, len(data) - 1]
+    places += [int(p) for p in torch.randint(len(data), (20,), generator=torch.Generator().manual_seed(0))]
+    for place in places:
+        (path / name).write_bytes(data[:place])
+        refused(path, "path: expected a whole checkpoint, got a damaged one")
+        (path / name).write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        refused(path, r"path: expected (a whole checkpoint, got a damaged one|a checkpoint of format)")
+    (path / name).unlink()
+    refused(path, "path: expected a (whole|complete) checkpoint")
+
+
+def test_a_changed_byte_of_a_weight_is_noticed(tmp_path, whole):
+    """torch.load alone reads it as another number."""
+    path, a = whole
+    shutil.copytree(path, tmp_path / "step-1")
+    file = tmp_path / "step-1" / "__0_0.distcp"
+    data = file.read_bytes()
+    place = data.index(a.weight.detach().numpy().tobytes())
+    file.write_bytes(data[:place] + bytes([data[place] ^ 64]) + data[place + 1 :])
+    state = {"head.weight": torch.zeros(C, D)}
+    checkpoint.dcp.load(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    assert 0 < (state["head.weight"] != a.weight).sum() < 3
+    refused(tmp_path / "step-1", "__0_0.distcp is not as it was written, in bytes")
+
+
+def test_what_is_no_checkpoint(tmp_path, whole):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "file", "empty"):
+        refused(tmp_path / name, "path: expected a complete checkpoint, a folder with marginkernels.json")
+    checkpoint.dcp.save({"w": torch.zeros(3)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    refused(tmp_path / "dcp", "path: expected a complete checkpoint")
+    for text in ("", "{}", "[]", "3", "null", '{"format": "two"}', '{"format": 2}', '{"format": 3}', "\0" * 40):
+        (tmp_path / "dcp" / checkpoint.MARKER).write_text(text)
+        refused(tmp_path / "dcp", "path: expected a whole checkpoint, got a damaged one")
+    shutil.copytree(whole[0], tmp_path / "mixed")
+    other, optimizer = trained(torch.optim.AdamW)
+    save(tmp_path / "other", other, optimizer, {"step": 1})
+    shutil.copy(tmp_path / "other" / "__0_0.distcp", tmp_path / "mixed")  # a file of another checkpoint
+    refused(tmp_path / "mixed", "path: expected a whole checkpoint, got a damaged one")
+
+
+def test_another_structure_raises(tmp_path):
+    a = head(bias=True)
+    save(tmp_path / "a", a, extra={"model": {"w": torch.zeros(3)}, "step": 3})
+    for extra, text in (
+        ({"model": {"w": torch.zeros(4)}}, r"extra: expected a tensor of shape \(3,\) as extra.model.w, .*, got \(4,\)"),
+        ({"model": {"v": torch.zeros(3)}}, "extra: expected only what was saved in .*, got extra.model.v besides"),
+        ({"model": {"w": 0}}, r"extra: expected a tensor of shape \(3,\) as extra.model.w, .*, got int"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            load(tmp_path / "a", a, extra=extra)
+    assert load(tmp_path / "a", a, extra={"step": 0}) == {"step": 3}  # a part of what was saved
+    with pytest.raises(ValueError, match="head: expected one with bias, as saved in"):
+        load(tmp_path / "a", head())
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_another_margin_raises(tmp_path, monkeypatch, old):
+    """By class; in the formats before, which do not name it, by its state."""
+    if old:
+        as_format_1(monkeypatch)
+        monkeypatch.setattr(
+            checkpoint, "_sealed", lambda about: json.dumps({k: v for k, v in about.items() if k not in ("margin", "files")})
+        )
+    margins = {"a": mk.ArcFace(), "b": mk.CosFace(), "c": mk.CurricularFace()}
+    for name, margin in margins.items():
+        save(tmp_path / name, mk.MarginHead(D, C, margin))
+    for name in margins:
+        for other, margin in margins.items():
+            b = mk.MarginHead(D, C, margin)
+            if name == other or (old and "c" not in (name, other)):
+                load(tmp_path / name, b)
+                continue
+            text = "head: expected" if not old else "head: expected (one with margin.t|only what was saved)"
+            with pytest.raises(ValueError, match=text):
+                load(tmp_path / name, b)
+
+
+def test_values_of_extra(tmp_path):
+    """Plain values come back as they were, numbers of numpy as Python's; anything else raises when it is saved."""
+    a, optimizer = trained(torch.optim.AdamW)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+    values = {"none": None, "text": "é", "pair": (1, 2.5), "deep": {"list": [1, [True, b"x"]]}, "dtype": torch.bfloat16, "huge": 1 << 200}
+    values |= {"random": random.Random(1).getstate(), "torch": torch.get_rng_state(), "set": {1, 2}, "complex": 1j, "nan": float("inf")}
+    extra = {"values": values, "schedule": schedule.state_dict(), "numpy": np.float32(0.5)}
+    save(tmp_path / "a", a, optimizer, extra)
+    empty = {"values": dict.fromkeys(values), "schedule": copy.deepcopy(schedule.state_dict()), "numpy": None}
+    empty["values"] |= {"torch": torch.zeros_like(values["torch"]), "deep": {"list": None}}
+    loaded = load(tmp_path / "a", a, optimizer, empty)
+    assert torch.equal(loaded["values"].pop("torch"), values.pop("torch"))
+    assert loaded == {"values": values, "schedule": schedule.state_dict(), "numpy": 0.5}
+    for bad, kind in ((tmp_path, "pathlib"), (np.zeros(3), "numpy"), (lambda: 0, "function"), (open, "io.open")):
+        with pytest.raises(
+            TypeError, match=f"extra: expected extra.bad of numbers, strings, tensors and containers of these, got .*{kind}"
+        ):
+            save(tmp_path / "b", a, extra={"bad": bad})
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("place", ["data", ".metadata", "marker", "folder"])
+def test_a_full_disk(tmp_path, monkeypatch, place):
+    """An error that says so; nothing is left, and the checkpoint before is whole."""
+    a = head()
+    save(tmp_path / "step-1", a)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "step-1").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if place == "data":
+        monkeypatch.setattr(torch, "save", full)
+    elif place == ".metadata":
+        monkeypatch.setattr(checkpoint.FileSystemWriter, "finish", full)
+    elif place == "marker":
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match=r"path: expected room and leave to write a checkpoint, got .*No space left on device") as raised:
+        save(tmp_path / "step-2", a, extra={"step": 2})
+    assert raised.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["step-1"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "step-1").iterdir()} == before
+    load(latest(tmp_path), a)
+    save(tmp_path / "step-2", a)
+
+
+@pytest.mark.parametrize("kilobytes", [0.5, 2, 40, 200])
+def test_a_limit_of_the_system(tmp_path, kilobytes):
+    """A real write that fails, within the data, and in the files after it."""
+    a = mk.MarginHead(64, 1000, mk.ArcFace())  # 256 kB
+    save(tmp_path / "step-1", a)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(kilobytes * 1000), hard))
+    try:
+        with pytest.raises(OSError, match=r"path: expected room and leave to write a checkpoint, got .*File too large") as raised:
+            save(tmp_path / "step-2", a)
+        assert raised.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["step-1"]
+    load(latest(tmp_path), a)
+    save(tmp_path / "step-2", a)
+
+
+def test_ctrl_c_while_saving(tmp_path, monkeypatch):
+    """torch.distributed.checkpoint makes an error of its own of it; it stays what it is."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "step-1", head(), extra={"step": 1})
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_later_format(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 9)
     save(tmp_path / "a", head())
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="path: expected a checkpoint of format 2 or older, got format 9"):
+    with pytest.raises(ValueError, match="path: expected a checkpoint of format 3 or older, got format 9"):
         load(tmp_path / "a", head())
 
 

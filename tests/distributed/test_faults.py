@@ -1,5 +1,6 @@
 """A killed rank: the others raise an error and exit, and the run resumes from its last checkpoint with the same losses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from helpers import fault_worker
 from marginkernels.distributed import latest
 
 STEPS = 8
+KILLS = 6
 
 
 def run(folder: Path, name: str, kill_step: int = -1, place: str = "none", ranks: int = 3):
@@ -31,6 +33,22 @@ def run(folder: Path, name: str, kill_step: int = -1, place: str = "none", ranks
     outputs = [p.communicate(timeout=300) for p in started]
     losses = dict(line.split() for line in outputs[0][0].splitlines())
     return [p.returncode for p in started], [err for _, err in outputs], losses
+
+
+def test_killed_at_random():
+    """A few of the runs of ``make kills``, in a process that has not computed with torch yet, because it forks."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-m", "helpers.kills", "--trials", str(KILLS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{KILLS} trials, 0 faults" in done.stdout
+
+
+def test_the_record_of_kills_is_without_fault():
+    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "kills.json").read_text())
+    assert record["trials"] >= 200
+    assert record["faults"] == []
+    assert all(record["killed_in"][moment] >= 20 for moment in ("load", "step", "save"))
 
 
 @pytest.fixture(scope="module")

@@ -696,4 +696,47 @@ def check_received_bytes():
         assert collectives.received(head.shard.group) == want
 
 
+def train_replicated(wrap) -> None:
+    """A whole model, backbone and head with all classes, wrapped as one: the same as training in one process on all rows."""
+    size, rank, c = dist.get_world_size(), dist.get_rank(), 37
+    data = batches(c, 5, 4 * size)
+    want, model, whole = one_process(c, data)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = backbone(), mk.MarginHead(D, c, mk.ArcFace(scale=16.0))
+            self.head.load_state_dict({"weight": case(c).w})
+
+        def forward(self, x, y):
+            return self.head(self.backbone(x), y)
+
+    net = wrap(Model())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = net(x[rank * 4 : rank * 4 + 4], y[rank * 4 : rank * 4 + 4])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    dist.all_reduce(losses)
+    compare(losses / size, want, "losses")
+    for p, q in zip(net.parameters(), (*model.parameters(), *whole.parameters()), strict=True):
+        compare(p.full_tensor() if hasattr(p, "full_tensor") else p, q, "parameters")
+
+
+def check_ddp_around_a_whole_model():
+    train_replicated(nn.parallel.DistributedDataParallel)
+
+
+def check_fsdp2_around_a_whole_model():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    train_replicated(lambda net: fully_shard(net, mesh=mesh))
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -210,6 +213,74 @@ def check_an_error_of_the_first_rank_reaches_all():
     save(folder / "step-1", head)
     with pytest.raises(FileExistsError, match="path: expected a folder that does not exist yet"):
         save(folder / "step-1", head)
+    assert latest(folder) == folder / "step-1"
+
+
+def check_a_disk_that_is_full_for_one_rank():
+    """All ranks raise, nothing is left, and the checkpoint before is whole."""
+    every, folder, rank = groups(), shared_folder(), dist.get_rank()
+    run = Run(every[3], "sgd") if rank < 3 else None
+    if run:
+        run.run(2)
+        run.save(folder / "step-2")
+        for which in range(3):
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if rank == which:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+            with pytest.raises(OSError, match="path: expected room and leave to write a checkpoint") as raised:
+                run.save(folder / "step-3")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert f"OSError on rank {which} of 3: [Errno 27] File too large" in str(raised.value)
+            assert raised.value.errno == errno.EFBIG
+            dist.barrier(every[3])
+            assert os.listdir(folder) == ["step-2"]
+        run.load(folder / "step-2")
+        run.save(folder / "step-3")
+        assert latest(folder) == folder / "step-3"
+
+
+def check_damage_that_one_rank_sees():
+    """All ranks raise, and none has changed a parameter."""
+    every, folder, rank = groups(), shared_folder(), dist.get_rank()
+    run = Run(every[5], "sgd")
+    run.run(2)
+    run.save(folder / "step-2")
+    file = folder / "step-2" / "__3_0.distcp"
+    if rank == 0:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    other = Run(every[5], "sgd", seed=1)
+    before = [p.detach().clone() for p in (*other.model.parameters(), *other.head.parameters())]
+    with pytest.raises(ValueError, match=r"got a damaged one in .*: __3_0.distcp is not as it was written"):
+        other.load(folder / "step-2")
+    assert all(torch.equal(p, q) for p, q in zip((*other.model.parameters(), *other.head.parameters()), before, strict=True))
+
+
+def check_a_folder_that_is_not_shared():
+    """The first rank does not find what the others have written, and says so."""
+    every, folder = groups(), shared_folder()
+    head = mk.MarginHead(D, C, mk.ArcFace(), process_group=every[5])
+    with pytest.raises(OSError, match="path: expected a folder on a file system that all ranks share"):
+        save(folder / str(dist.get_rank()) / "step-1", head)
+    assert latest(folder / "0") is None
+
+
+def check_what_does_not_fit_on_one_rank():
+    """An error that only one rank can see reaches all, instead of leaving them waiting."""
+    every, folder, rank = groups(), shared_folder(), dist.get_rank()
+    head = mk.MarginHead(D, C, mk.ArcFace(), process_group=every[5])
+    save(folder / "step-1", head, extra={"w": torch.zeros(3)})
+    with pytest.raises(ValueError, match="extra: expected a tensor of shape"):
+        load(folder / "step-1", head, extra={"w": torch.zeros(4 if rank == 4 else 3)})
+    with pytest.raises(ValueError, match="path: expected a complete checkpoint"):
+        load(folder / ("step-1" if rank != 2 else "step-2"), head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    if rank == 3:
+        optimizer.param_groups[0]["f"] = open
+    with pytest.raises(TypeError, match="optimizer: expected param_groups of numbers"):
+        save(folder / "step-3", head, optimizer)
     assert latest(folder) == folder / "step-1"
 
 

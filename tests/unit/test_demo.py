@@ -125,6 +125,43 @@ def test_verification_of_sure_things():
     assert all(same.tar(far) == 0 for far in evaluate.FARS)
 
 
+def histogram(counts):
+    """Cosines by bin: (BINS,) float64."""
+    found = torch.zeros(evaluate.BINS, dtype=torch.float64)
+    for place, count in counts.items():
+        found[place] = count
+    return found
+
+
+def test_rates_of_histograms_made_by_hand():
+    """Ten impostor pairs in bins 10 to 13, eight genuine ones in bins 9 to 14: the rates at each false accept rate, ends included."""
+    v = evaluate.Verification(histogram({9: 1, 11: 2, 13: 1, 14: 4}), histogram({10: 5, 11: 2, 12: 2, 13: 1}), 1.0)
+    for far, tar in ((0.0, 4), (0.05, 4), (0.1, 5), (0.29, 5), (0.3, 5), (0.31, 5), (0.5, 7), (0.99, 7), (1.0, 8)):
+        assert v.tar(far) == tar / 8, far
+    false, true = v.roc()
+    assert len(false) == len(true) == evaluate.BINS
+    last = evaluate.BINS - 1
+    assert [float(false[last - b]) for b in (15, 14, 13, 12, 11, 10, 9)] == pytest.approx([0, 0, 0.1, 0.3, 0.5, 1, 1])
+    assert [float(true[last - b]) for b in (15, 14, 13, 12, 11, 10, 9)] == pytest.approx([0, 0.5, 0.625, 0.625, 0.875, 0.875, 1])
+    nothing = evaluate.Verification(histogram({}), histogram({}), 0.0)
+    assert nothing.tar(0.5) == 0
+    first = evaluate.Verification(histogram({last: 3}), histogram({last: 1}), 0.0)  # even the highest threshold accepts an impostor
+    assert first.tar(0.5) == 0
+    assert first.tar(1.0) == 1
+
+
+def test_bins_of_cosines():
+    """Each ordered pair once, in the bin of its cosine: 1 in the last, -1 in the first, 0 in the middle."""
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-3.0, 0.0], [0.0, 0.5]])
+    for block in (1, 2, 5, 1024):
+        found = evaluate.verify_pairs(x, torch.tensor([7, 7, 7, 8, 8]), block=block)
+        middle, last = evaluate.BINS // 2, evaluate.BINS - 1
+        assert {int(b): float(found.genuine[b]) for b in found.genuine.nonzero()} == {last: 2, middle: 6}
+        assert {int(b): float(found.impostor[b]) for b in found.impostor.nonzero()} == {0: 4, middle: 6, last: 2}
+        # The nearest others: of the same identity for the first two, not for the last three.
+        assert found.rank1 == pytest.approx(2 / 5)
+
+
 @pytest.mark.parametrize("name", heads.names())
 def test_what_is_timed_as_eager_is_the_same_loss(name):
     case = testing.Case.random(32, 16, 300, ignored=False)

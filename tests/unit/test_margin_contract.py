@@ -543,3 +543,12 @@ def test_a_masked_class_under_smoothing_is_as_in_torch(backend):
     assert float(ours) == float(theirs) == math.inf
     own = mk.margin_cross_entropy(x, w, torch.full_like(y, 20), margin=mk.Softmax(), bias=bias, backend=backend)
     assert float(own) == math.inf
+
+
+def test_errors_are_measured_against_what_is_right():
+    want, got = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 9.0], dtype=torch.float64)
+    assert testing.relative_error(got, want) == 1.0
+    assert testing.relative_error(want, want) == 0
+    assert testing.relative_error(want * 0, want) == 1
+    assert testing.relative_error(torch.full((2,), 1e-20), want * 0) > 1e200
+    assert math.isnan(testing.relative_error(want * math.nan, want))

@@ -58,6 +58,28 @@ def test_seed_and_step_give_the_draw():
     assert len(set(drawn(-(2**63), 0, 1000, 50).tolist()) & set(drawn(2**63 - 1, 0, 1000, 50).tolist())) < 15
 
 
+def test_numbers_of_drawn_classes():
+    """The nearest integer to the share, at least one for each row, at most all."""
+    from marginkernels.sampling import count
+
+    shapes = ((0.1, 2, 100), (0.1, 2, 96), (0.1, 2, 94), (0.1, 30, 100), (0.5, 300, 100), (1.0, 1, 7), (0.001, 0, 10))
+    assert [count(*shape) for shape in shapes] == [10, 10, 9, 30, 100, 7, 0]
+
+
+def test_a_draw_depends_on_the_number_of_the_class():
+    """The second half of the classes draws by its own numbers: not as the first half does, and as another rank would that begins there."""
+    none = torch.full((1,), -1)
+
+    def draw(first, c, k):
+        return draw_op(torch.tensor(3), torch.tensor(9), none, first, c, k)[0] + first
+
+    low, high = draw(0, 1000, 100), draw(1000, 1000, 100)
+    assert len(set(low.tolist()) & {v - 1000 for v in high.tolist()}) < 30  # 10 are expected
+    # The smallest hashes of a part are those of the whole that lie in it.
+    whole = draw(0, 2000, 1)
+    assert int(whole) in {int(draw(0, 1000, 1)), int(draw(1000, 1000, 1))}
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_log_q_makes_the_sum_unbiased(seed):
     """The mean over many draws of the sum of corrected exponentials is the sum over all classes."""
@@ -191,7 +213,11 @@ def test_accumulated_gradients():
     head.weight.grad = None
     head(x, y).backward()
     torch.testing.assert_close(both.to_dense(), first.to_dense() + head.weight.grad.to_dense())
+    before = head.weight.detach().clone()
+    head.weight.grad = both
     optim.SGD([head.weight], lr=0.1).step()
+    assert both.to_dense().any(1).sum() > 60  # more than one draw
+    torch.testing.assert_close(head.weight.detach(), before - 0.1 * both.to_dense())
 
 
 def test_eval_uses_every_class_and_draws_nothing():

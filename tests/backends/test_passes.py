@@ -1,5 +1,5 @@
-"""The two passes of the ``torch`` and ``cpu`` backends against their definition, written out over the whole N x C matrix: every transform and
-sum, chunks of any width, several parts, every instruction set and number of threads."""
+"""The two passes of the ``torch`` and ``cpu`` backends against their definition, written out over the whole N x C matrix: every transform
+and sum, chunks of any width, several parts, every instruction set and number of threads."""
 
 import itertools
 
@@ -62,6 +62,15 @@ def test_chunks_of_mixed_dtypes(dtypes):
                 check_passes(FUSED["torch"], inputs(dtypes, non_target, True, True), reduction, 6e-3)
 
 
+def test_slopes_that_float16_cannot_hold():
+    """Near a cosine of 1 the upstream is past 65504: each class is taken times its own power of two, and back."""
+    for steep in (1e4, 1e6, 1e9):
+        for width in (40, None):
+            with chunks_of(width):
+                p = inputs((torch.float16, torch.float32), mk.NonTarget.IDENTITY, True, True, n=30, c=90)
+                check_passes(FUSED["torch"], p, Reduction.LOG_SUM_EXP, 6e-3, steep=steep)
+
+
 @pytest.mark.skipif(not CPU, reason="not built")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("level", cpu.levels() if CPU else [])
@@ -78,7 +87,7 @@ def test_parts_and_instruction_sets(level, threads, monkeypatch):
             shape = ({"n": 9, "c": 1300}, {"n": 150, "c": 530})[i // 2 % 2]
             p = inputs((dtype, dtype), non_target, normalize, i % 3 > 0, **shape)
             workspace = (0, 1 << 40, 40_000)[(i + threads) % 3]
-            check_passes(FUSED["cpu"], p, reduction, 1e-5 if dtype == torch.float32 else 6e-3, workspace)
+            check_passes(FUSED["cpu"], p, reduction, 1e-5 if dtype == torch.float32 else 6e-3, workspace=workspace)
     finally:
         torch.set_num_threads(before)
 

@@ -184,8 +184,8 @@ def smoothed_loss(z, y, smoothing):
 
 
 def statistics(x, w, y, b, scale, normalize_embedding, normalize_weight, ignore_index=-100):
-    """Mean cosine to the own center, mean scale, and the share of rows whose own logit (without margin) is above all others: rows not ignored
-    alone, 0 where there is none. ``scale`` is one number a row."""
+    """Mean cosine to the own center, mean scale, and the share of rows whose own logit (without margin) is above all others: of the rows
+    that are not ignored, 0 where there is none. ``scale`` is one number a row."""
     cosine = scales = top = count = 0.0
     length, width = x.norm(dim=1).tolist(), w.norm(dim=1).tolist()
     x, w, b = x.tolist(), w.tolist(), [0.0] * len(w) if b is None else b.tolist()

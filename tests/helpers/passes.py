@@ -52,18 +52,19 @@ def request(reduction: Reduction, *, need_center: bool, need_cos: bool) -> Reque
     return Request(reduction, need_center, need_cos, 0)
 
 
-def upstream_of(inputs: PassInputs, lse: torch.Tensor, reduction: Reduction) -> Upstream:
+def upstream_of(inputs: PassInputs, lse: torch.Tensor, reduction: Reduction, steep: float = 1.0) -> Upstream:
+    """A random upstream gradient; ``steep`` is how large that of the target cosine is in every third row, as where the cosine is near 1."""
     rest = torch.rand(4, inputs.x.shape[0], generator=torch.Generator().manual_seed(2)).to(inputs.acc_dtype)
     return Upstream(
         lse=lse,
         d_lse=rest[0],
         d_logit_sum=rest[1] if reduction == Reduction.LOGIT_SUM else None,
-        d_target_cos=rest[2] - 0.5,
+        d_target_cos=(rest[2] - 0.5) * torch.where(torch.arange(len(lse)) % 3 == 0, steep, 1.0),
         d_target_bias=rest[3],
     )
 
 
-def longhand(inputs: PassInputs, reduction: Reduction) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def longhand(inputs: PassInputs, reduction: Reduction, steep: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Both passes as :mod:`marginkernels.core.types` defines them, from the whole N x C matrix in float64, without any of the package's
     arithmetic: what a row pass gives by field, and what a class pass gives with :func:`upstream_of`."""
     p = inputs
@@ -101,7 +102,7 @@ def longhand(inputs: PassInputs, reduction: Reduction) -> tuple[dict[str, torch.
         "center_sum": (slope * away) @ product,
         "class_factor": factor if p.normalize_weight else factor[:0],
     }
-    up = upstream_of(p, lse.to(p.acc_dtype), reduction)
+    up = upstream_of(p, lse.to(p.acc_dtype), reduction, steep)
     g = up.d_lse.double()[:, None] * share
     if up.d_logit_sum is not None:
         g = g + up.d_logit_sum.double()[:, None] * away
@@ -111,9 +112,11 @@ def longhand(inputs: PassInputs, reduction: Reduction) -> tuple[dict[str, torch.
     return row, {"d_weight": v, "d_bias": torch.where(own, up.d_target_bias.double()[:, None], g / scale).sum(0)}
 
 
-def check_passes(backend: Backend, inputs: PassInputs, reduction: Reduction, tolerance: float, workspace: int = 0) -> None:
+def check_passes(
+    backend: Backend, inputs: PassInputs, reduction: Reduction, tolerance: float, *, workspace: int = 0, steep: float = 1.0
+) -> None:
     """Both passes of ``backend`` against :func:`longhand`. What the row pass saves in ``workspace`` bytes goes to the class pass."""
-    row, classes = longhand(inputs, reduction)
+    row, classes = longhand(inputs, reduction, steep)
 
     def near(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
         assert got.shape == want.shape, name
@@ -129,7 +132,7 @@ def check_passes(backend: Backend, inputs: PassInputs, reduction: Reduction, tol
                 near(getattr(got, name), row[name], name)
     size = backend.workspace_bytes(*inputs.x.shape[:1], inputs.w.shape[0], inputs.x.dtype, workspace)
     first = backend.row_pass(inputs, Request.log_sum_exp(workspace_bytes=size))
-    upstream = upstream_of(inputs, first.lse, reduction)
+    upstream = upstream_of(inputs, first.lse, reduction, steep)
     for need_weight, need_bias in ((True, True), (True, False), (False, True)):
         found = backend.class_pass(inputs, upstream, first.class_factor, first.saved, need_weight, need_bias)
         for name, needed in (("d_weight", need_weight), ("d_bias", need_bias)):

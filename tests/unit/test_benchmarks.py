@@ -119,7 +119,9 @@ class Fake(Provider):
 
 
 def _work(monkeypatch, capsys, case=SMALL, **flaws):
-    return _run_worker(monkeypatch, capsys, case, {"eager": providers()["eager"], **{name: Fake(name, flaw) for name, flaw in flaws.items()}})
+    return _run_worker(
+        monkeypatch, capsys, case, {"eager": providers()["eager"], **{name: Fake(name, flaw) for name, flaw in flaws.items()}}
+    )
 
 
 def _run_worker(monkeypatch, capsys, case, known):
@@ -198,7 +200,7 @@ def test_nan_in_one_output_alone_fails_the_check(monkeypatch, capsys):
 
 
 def test_tolerance_follows_eager_but_never_falls(monkeypatch, capsys):
-    """Three times eager's error where that is more than the table's; a provider at twice eager's error passes, one at four times does not."""
+    """Three times eager's error where that is more than the table's: twice eager's error passes, four times does not."""
     base = testing.TOLERANCE[torch.float32]
 
     def off(by):
@@ -213,7 +215,15 @@ def test_tolerance_follows_eager_but_never_falls(monkeypatch, capsys):
 
 
 def test_figures_of_a_record_are_plain():
-    assert [worker._rounded(v) for v in (1.23456789, math.nan, math.inf, -math.inf, 7, None, "x")] == [1.2346, None, None, None, 7, None, "x"]
+    assert [worker._rounded(v) for v in (1.23456789, math.nan, math.inf, -math.inf, 7, None, "x")] == [
+        1.2346,
+        None,
+        None,
+        None,
+        7,
+        None,
+        "x",
+    ]
 
 
 def test_errors_longhand():
@@ -383,6 +393,20 @@ def test_a_series_that_raises_is_left_out():
     assert len(series["good"].ms) == 3
 
 
+def test_a_series_takes_its_least_and_its_most():
+    for ms, budget, count in ((50.0, 20.0, 4), (1.0, 6.0, 6), (0.1, 1e9, 9)):
+        series = {"one": measure.Series(lambda ms=ms: ms, budget, least=4, most=9)}
+        measure.in_turn(series)
+        assert len(series["one"].ms) == count
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch):
+    device = measure.Device("cpu")
+    times = iter([5.0, 2.0, 9.0, 4.0, 3.0])
+    monkeypatch.setattr(device, "milliseconds", lambda call: next(times))
+    assert measure.copy_bandwidth(device) == 2 * 2**28 / 2e-3
+
+
 def test_percentiles():
     s = measure.Series(lambda: 0.0, 0.0, ms=[float(v) for v in range(101)])
     assert (s.percentile(20), s.percentile(50), s.percentile(80)) == (20.0, 50.0, 80.0)
@@ -444,6 +468,30 @@ def test_what_would_take_too_long_is_not_tried(monkeypatch):
     for ms, status in ((1_000.0, "too slow"), (100.0, "ok")):
         found, _ = _run_case(monkeypatch, [_fine], earlier=[smaller | {"ms_p50": ms}], case=case)
         assert {r["status"] for r in found if r["provider"] == "eager"} == {status}
+
+
+def test_a_step_is_estimated_from_the_largest_case():
+    """By NDC from the largest timed case, and never as less than that case took."""
+    one = {"provider": "eager", "head": "arcface", "dtype": "fp32", "phase": "step", "status": "ok", "N": 256, "D": 512, "C": 10_000}
+    earlier = [one | {"ms_p50": 100.0}, one | {"C": 40_000, "ms_p50": 500.0}, one | {"C": 80_000, "ms_p50": 9.0, "status": "failed"}]
+
+    def estimate(c, **changes):
+        return run.expected_seconds(earlier, "eager", Case(**({"head": "arcface", "N": 256, "D": 512, "C": c, "dtype": "fp32"} | changes)))
+
+    assert estimate(80_000) == pytest.approx(1.0)
+    assert estimate(10_000) == pytest.approx(0.5)
+    assert estimate(80_000, dtype="bf16") is None
+    assert estimate(80_000, head="normface") is None
+
+
+def test_memory_that_a_case_needs(monkeypatch):
+    """Centers and gradient, the momentum where it is timed, and a gigabyte: at the limit it is tried, below it is not."""
+    for training, copies in ((False, 2), (True, 3)):
+        case = Case("arcface", 8, 512, 1_000_000, "fp32", training)
+        need = copies * 4 * 512 * 10**6 + (1 << 30)
+        for more, status in ((1.001, "ok"), (0.999, "oom")):
+            found, _ = _run_case(monkeypatch, [_fine], int(need * more / run.MEMORY_SHARE), case=case, names=("marginkernels-torch",))
+            assert {r["status"] for r in found} == {status}
 
 
 def test_tiny_cases_predict_nothing():
@@ -578,6 +626,29 @@ def test_compare(tmp_path, medians, status):
     base = _records(tmp_path, "base.json", {"marginkernels-torch": 100.0, "eager": 300.0, "torch.compile": 150.0})
     new = _records(tmp_path, "new.json", medians)
     assert compare.run(types.SimpleNamespace(base=base, new=new, peer=None, limit=0.10)) == status
+
+
+def test_change_is_the_median_over_peers(tmp_path):
+    """Two of three peers say 1.1, one disturbed says 2.2; a peer that is named decides alone."""
+    old = _records(tmp_path, "a.json", {"marginkernels-torch": 100.0, "eager": 300.0, "torch.compile": 150.0, "quack": 50.0})
+    new = _records(tmp_path, "b.json", {"marginkernels-torch": 110.0, "eager": 300.0, "torch.compile": 150.0, "quack": 100.0})
+    a, b = (records.Records.read(path) for path in (old, new))
+    for peer, change in ((None, 1.1), ("eager", 1.1), ("quack", 0.55)):
+        changes, lost = compare.compare(a, b, peer)
+        assert list(changes.values()) == pytest.approx([change] * 2)
+        assert not lost
+    assert list(compare.compare(b, a)[0].values()) == pytest.approx([1 / 1.1] * 2)
+
+
+def test_the_fastest_of_a_case(tmp_path):
+    medians = {"marginkernels-torch": 100.0, "marginkernels-cpu": 40.0, "eager": 300.0, "torch.compile": 30.0, "quack": "oom"}
+    found = records.Records.read(_records(tmp_path, "r.json", medians))
+    case = found.cases["arcface", "fp32", "step", 256, 512, 100_000]
+    fastest = [records.fastest(case, ours)["provider"] for ours in (None, True, False)]
+    assert fastest == ["torch.compile", "marginkernels-cpu", "torch.compile"]
+    assert records.fastest({"quack": case["quack"]}) is None
+    assert records.timed(case).keys() == medians.keys() - {"quack"}
+    assert found.providers()[:2] == ["marginkernels-torch", "marginkernels-cpu"]
 
 
 def test_records_from_before_a_rename(tmp_path):

@@ -1,6 +1,7 @@
 """The demo: its images, its verification, and that heads train and agree with eager ones."""
 
 import json
+import math
 import unicodedata
 
 import numpy as np
@@ -192,6 +193,35 @@ def test_learns_unseen_identities_and_repeats_to_the_bit(few):
     assert np.median(first.target_angles["end"]) < np.median(first.target_angles["middle"]) < np.median(first.target_angles["start"]) - 5
     assert first.losses == runs[1].losses
     assert torch.equal(first.verification.genuine, runs[1].verification.genuine)
+
+
+def test_steps_of_a_run():
+    assert train.Settings(epochs=3, batch_size=10).total_steps(25) == 8
+    assert train.Settings(epochs=3, batch_size=10).total_steps(1) == 1
+    assert train.Settings(epochs=3, steps=4, batch_size=10).total_steps(25) == 4
+
+
+def test_embeddings_are_those_of_eval_mode(few):
+    """One image alone has the embedding that it has among others, and the model is left in the mode that it was in."""
+    torch.manual_seed(0)
+    model = train.GlyphNet(8, 4)
+    images = torch.from_numpy(few[0].images[:30].copy())
+    for training in (True, False):
+        model.train(training)
+        found = train.embed(model, images)
+        torch.testing.assert_close(train.embed(model, images[3:4])[0], found[3], rtol=1e-4, atol=1e-5)
+        assert model.training is training
+    w = torch.randn(5, 8)
+    head = type("Head", (), {"weight": w})
+    labels = torch.arange(30) % 5
+    want = [math.degrees(math.acos(float(e @ c / e.norm() / c.norm()))) for e, c in zip(found, w[labels], strict=True)]
+    assert train.target_angles(model, head, images, labels).tolist() == pytest.approx(want, abs=1e-2)
+
+
+def test_shares_of_a_split_are_rounded(few):
+    k = len(few[0].characters)
+    for share in (0.1, 0.496 / k, 0.504 / k, 0.5, 1.7 / k):
+        assert len(few[0].split(share, 0)[1].characters) == round(share * k)
 
 
 def test_unknown_head():

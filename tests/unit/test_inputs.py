@@ -140,6 +140,40 @@ def test_numpy_integers():
     assert math.isfinite(center(X, y).detach())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ends_of_ranges_are_in_them(backend):
+    """What an error says is allowed is allowed, ends included; what lies just beyond is not."""
+    pi = math.nextafter(math.pi, 0)
+    margins = [mk.CosFace(margin=0.0), mk.CosFace(margin=2.0), mk.ArcFace(margin=0.0), mk.ArcFace(margin=pi), mk.CombinedMargin(m3=2.0)]
+    margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
+    margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
+    for margin in margins:
+        c = getattr(margin, "num_classes", C)
+        for smoothing in (0, 1, 1.0):
+            assert math.isfinite(call(w=W[:c], y=Y % c, margin=margin, label_smoothing=smoothing, backend=backend))
+    above = math.nextafter(2.0, 3)
+    for make in (
+        lambda: mk.CosFace(margin=above),
+        lambda: mk.CombinedMargin(m3=above),
+        lambda: mk.ArcFace(margin=math.pi),
+        lambda: mk.CombinedMargin(m2=math.pi),
+        lambda: mk.MVSoftmax("arc", margin=math.pi),
+        lambda: mk.MVSoftmax("am", margin=above),
+        lambda: mk.CurricularFace(margin=math.pi),
+        lambda: mk.CurricularFace(momentum=math.nextafter(1.0, 2)),
+        lambda: call(label_smoothing=math.nextafter(1.0, 2), backend=backend),
+        lambda: call(label_smoothing=-5e-324, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=": expected"):
+            make()
+
+
+def test_workspace_in_bytes():
+    from marginkernels.loss import workspace_bytes
+
+    assert [workspace_bytes(mb) for mb in (None, 0, 1, 0.5, 3.0, math.inf)] == [None, 0, 1 << 20, 1 << 19, 3 << 20, 1 << 60]
+
+
 def test_margin_must_define_target():
     with pytest.raises(NotImplementedError, match="must define target"):
         call(margin=mk.Margin())
@@ -193,6 +227,8 @@ SMALL_HEADS = {k: v for k, v in testing.HEADS.items() if not k.startswith("arcfa
 #: Where an angle is 0 or pi the margin's slope is as steep as the dtype resolves, and with one dimension no direction is left to move in:
 #: the loss is compared there, the gradients are only finite.
 STEEP = ("equal to center", "opposite to center", "multiple of center", "one dimension", "one-hot embeddings")
+#: Where all classes are alike, gradients are nothing but the difference of equal terms.
+CANCELLING = ("one class", "all centers equal")
 
 
 @functools.cache
@@ -231,7 +267,9 @@ def test_odd_but_legal(name, backend):
                 off, right = float((out[key].double() - v).norm()), ODD_TOLERANCE[dtype] * float(v.norm())
                 if off > right:  # what cancels is off by what rounding makes of the logits: thrice what the reference has in float32
                     fair = fair or testing.run(case, SMALL_HEADS[head](w.shape[0]), "reference", **options)
-                    right += 3 * float((fair[key].double() - v).norm()) + (key == "loss") * 4 * eps * scale * v.numel() ** 0.5
+                    right += 3 * float((fair[key].double() - v).norm())
+                    if key == "loss" or name in CANCELLING:  # a few roundings of a logit
+                        right += 4 * eps * scale * v.numel() ** 0.5
                 assert off <= right, (head, dtype, options, key)
 
 

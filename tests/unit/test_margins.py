@@ -222,7 +222,7 @@ def test_value_and_slope_of_the_other_margins():
 
 @pytest.mark.parametrize("m1", [1.0, 1.35])
 def test_ends_of_the_range(m1):
-    """At theta = 0 and pi the value is that of the formula, and the slope that of a constant sine: finite, however steep it is beside it."""
+    """At theta = 0 and pi the value is that of the formula, and the slope that of a constant sine: finite, however steep beside it."""
     m2 = 0.4
     value, slope = mk.CombinedMargin(20.0, m1, m2, 0.1, "none").target(torch.tensor([1.0, -1.0], dtype=torch.float64), None)
     assert value.tolist() == pytest.approx([math.cos(m2) - 0.1, math.cos(m1 * math.pi + m2) - 0.1], abs=1e-7)
@@ -321,7 +321,7 @@ def test_adacos_follows_the_paper_for_steps(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *PREPARED])
 def test_curricularface_and_annealing_for_steps(backend):
-    """t and lambda over several steps and the losses that they give, on batches with ignored rows; in eval mode they are used, not moved."""
+    """t and lambda over several steps and the losses that they give, with ignored rows; in eval mode they are used, not moved."""
     dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
     curricular, sphere, t = mk.CurricularFace(16.0, 0.5, momentum=0.7), mk.SphereFace(4, 16.0, mk.Annealing(20.0, 1.0, 1.0, 4.0)), 0.0
     lambdas = []
@@ -419,7 +419,6 @@ def test_statistics_longhand(backend, bias):
         for rows, labels in ((x[:0], y[:0]), (x, y * 0 - 100)):
             none = mk.head_losses(rows, w, labels, margin=make(C), bias=b, backend=backend)[2]
             assert [float(none[k]) for k in want] == [0.0, 0.0, 0.0], name
-    assert len(share) > 1
     assert 0.1 < max(share) < 1
 
 

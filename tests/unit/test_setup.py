@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from backends.test_cuda_build import load
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +29,7 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Makes a compiler that refuses some flags, and any source without <immintrin.h>; it writes down what it was asked and makes an object."""
+    """Makes a compiler that refuses some flags, and sources without <immintrin.h>; it writes down what it was asked."""
     if os.name != "posix":
         pytest.skip("a shell script")
 
@@ -152,8 +151,8 @@ def test_flags_turn_on_what_the_kernels_use(setup, level):
 def test_what_cannot_be_built_is_said(setup, stub, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(setup.CannotBuild, match="no C\\+\\+ compiler"):
+    with pytest.raises(setup.CannotBuild, match=r"no C\+\+ compiler"):
         setup.compile_cpu(tmp_path / "out.so", tmp_path, "bind.cpp", "", "")
-    with pytest.raises(setup.CannotBuild, match="failed: .*so it was"):
+    with pytest.raises(setup.CannotBuild, match=r"failed: .*so it was"):
         setup.run(sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)")
     setup.run(sys.executable, "-c", "pass")

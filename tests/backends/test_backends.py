@@ -7,7 +7,7 @@ import torch
 from helpers.chunks import chunks_of
 
 from marginkernels import testing
-from marginkernels.backend import FUSED
+from marginkernels.backend import FUSED, resolve
 
 SHAPES = [(7, 33, 101), (31, 64, 1000), (33, 128, 517)]
 #: Classes in a chunk of the ``torch`` backend, for each shape: one, some, and all.
@@ -33,6 +33,17 @@ def test_embeddings_at_their_centers_in_float16(backend, head):
     got = testing.run(testing.Case(w[:5].clone(), w, torch.arange(5), None), testing.HEADS[head](9), backend)
     assert all(v.isfinite().all() for v in got.values())
     assert float(got["dw"].float().norm()) < 1e4
+
+
+def test_auto_takes_only_what_is_verified(monkeypatch):
+    """The first that can serve and is verified; by name also one that is not."""
+    for name in BACKENDS:
+        monkeypatch.setattr(FUSED[name], "verified", name == "torch")
+        assert resolve(name, "cpu", torch.float32, torch.float32, 8) == name
+    assert resolve("auto", "cpu", torch.float32, torch.float32, 8) == "torch"
+    monkeypatch.setattr(FUSED["torch"], "verified", False)
+    with pytest.raises(ValueError, match="has not been verified on this hardware"):
+        resolve("auto", "cpu", torch.float32, torch.float32, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

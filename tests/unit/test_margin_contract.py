@@ -545,6 +545,16 @@ def test_a_masked_class_under_smoothing_is_as_in_torch(backend):
     assert float(own) == math.inf
 
 
+def test_upstream_of_a_run():
+    """The gradient of the loss that a comparison is told is used: twice the gradients, and row by row for losses of rows."""
+    case = testing.Case.random(6, 5, 9)
+    for backend in ("reference", "torch"):
+        plain, twice = (testing.run(case, mk.CosFace(8.0), backend, upstream=u) for u in (None, torch.tensor(2.0)))
+        torch.testing.assert_close(twice["dx"], 2 * plain["dx"])
+        only = testing.run(case, mk.CosFace(8.0), backend, upstream=torch.eye(6)[1], reduction="none")
+        assert only["dx"].any(1).tolist() == [i == 1 for i in range(6)]
+
+
 def test_errors_are_measured_against_what_is_right():
     want, got = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 9.0], dtype=torch.float64)
     assert testing.relative_error(got, want) == 1.0

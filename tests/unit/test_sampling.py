@@ -126,6 +126,47 @@ def test_loss_and_gradient_are_those_of_the_drawn_classes(name, backend):
         assert testing.relative_error(got.detach(), expected.detach()) < 2e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_log_q_under_smoothing_and_a_bias(backend):
+    """The correction -log q stands beside the bias in the exponentials, and has no part in the mean logit of label smoothing."""
+    case = testing.Case.random(4, D, 60, bias=True, ignored=False)
+    head = mk.MarginHead(D, 60, mk.NormFace(6.0), bias=True, sample_rate=0.3, log_q=True, label_smoothing=0.2, backend=backend)
+    head.load_state_dict(head.state_dict() | {"weight": case.w, "bias": case.bias})
+    x = case.x.clone().requires_grad_()
+    loss = head(x, case.labels)
+    loss.backward()
+    index = head.weight.grad.indices()[0]
+    labels = torch.searchsorted(index, case.labels)
+    own = len(set(labels.tolist()))
+    z0, w, b = (v.double().requires_grad_() for v in (case.x, case.w[index], case.bias[index]))
+    z = 6 * torch.nn.functional.normalize(z0) @ torch.nn.functional.normalize(w).T + b
+    q = (len(index) - own) / (60 - own)
+    drawn = torch.tensor([j not in labels.tolist() for j in range(len(index))])
+    lse = torch.logsumexp(z - drawn * math.log(q), 1)
+    want = (lse - 0.8 * z.gather(1, labels[:, None])[:, 0] - 0.2 * z.mean(1)).mean()
+    want.backward()
+    for got, expected in ((loss, want), (x.grad, z0.grad), (head.weight.grad.values(), w.grad), (head.bias.grad.values(), b.grad)):
+        assert testing.relative_error(got.detach(), expected.detach()) < 2e-5
+
+
+def test_draws_of_a_seed_stay_what_they_are():
+    """A run resumes on another version: SplitMix64 in plain integers says which classes a seed and a step draw."""
+    word = 1 << 64
+
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % word
+        return (z ^ (z >> 31)) % (1 << 63)
+
+    def keyed(counter, key):
+        return mix((counter * 0x9E3779B97F4A7C15 + key) % word)
+
+    for seed, step in ((0, 0), (7, 3), (-5, 1000), (2**63 - 1, 2)):
+        key = keyed(step, keyed(seed % word, 0))
+        order = sorted(range(200), key=lambda c, key=key: keyed(c, key))
+        assert drawn(seed, step, 200, 15).tolist() == sorted(order[:15])
+
+
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     "nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),

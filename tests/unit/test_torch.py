@@ -275,6 +275,18 @@ def test_autocast(backend, name, around):
     assert torch.equal(head.bias.grad, want["dbias"])
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_leaves_float64_alone(backend):
+    head = make_head("arcface", backend, dtype=torch.float64)
+    x, y = batch()
+    x = x.double().requires_grad_()
+    want = head(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = head(x, y)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grad_scaler(backend):
     """float16 embeddings under a scale train like float32 ones, and an overflow skips the step."""

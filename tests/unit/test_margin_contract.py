@@ -545,6 +545,26 @@ def test_a_masked_class_under_smoothing_is_as_in_torch(backend):
     assert float(own) == math.inf
 
 
+def test_eager_is_the_reference_in_the_dtype_of_the_embeddings():
+    case = testing.Case.random(9, 5, 30, torch.float64, bias=True)
+    for name in ("arcface", "curricularface", "l2-softmax-trainable"):
+        want = testing.run(case, testing.HEADS[name](30), "reference")
+        got = testing.eager(case, testing.HEADS[name](30))
+        for key, v in got.items():
+            torch.testing.assert_close(v, want[key])
+
+
+@pytest.mark.parametrize("backend", QUICK)
+def test_all_other_classes_masked(backend):
+    """Nothing is left to tell the own class from: no loss and no gradient, and none that is not a number."""
+    case = testing.Case.random(5, 4, 3, ignored=False)
+    labels = torch.zeros(5, dtype=torch.int64)
+    bias = torch.tensor([0.0, -math.inf, -math.inf])
+    for name in ("arcface", "curricularface", "softmax"):
+        found = testing.run(testing.Case(case.x, case.w, labels, bias), testing.HEADS[name](3), backend)
+        assert all(not v.any() for v in found.values()), name
+
+
 def test_upstream_of_a_run():
     """The gradient of the loss that a comparison is told is used: twice the gradients, and row by row for losses of rows."""
     case = testing.Case.random(6, 5, 9)

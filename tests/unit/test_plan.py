@@ -132,6 +132,8 @@ def test_limits_by_brute_force():
             ranks = next((r for r in range(1, 70) if need(300, r) <= limit), None)
             if ranks is not None:
                 assert plan.fewest_ranks(limit, 300, 8, 2, **options) == ranks
+        assert plan.fewest_ranks(need(300, 1), 300, 8, 2, **options) == 1
+        assert plan.fewest_ranks(need(300, 1) - 1, 300, 8, 2, **options) != 1
 
 
 def test_plan_in_numbers(capsys):

@@ -270,9 +270,11 @@ def test_autocast(backend, name, around):
     case = testing.Case(x.detach().bfloat16(), head.weight.detach(), y, head.bias.detach())
     want = testing.run(case, before, backend, label_smoothing=0.1)
     assert torch.equal(loss.detach(), want["loss"])
-    assert torch.equal(x.grad, want["dx"].float())
-    assert torch.equal(head.weight.grad, want["dw"])
-    assert torch.equal(head.bias.grad, want["dbias"])
+    for got, name in ((x.grad, "dx"), (head.weight.grad, "dw"), (head.bias.grad, "dbias")):
+        if backend == "reference" and around == "both":  # eager products, which autocast takes to bfloat16 in the backward pass
+            assert testing.relative_error(got, want[name]) < 3e-2
+        else:
+            assert torch.equal(got, want[name].float())
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

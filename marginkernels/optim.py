@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .core.numerics import accumulation_dtype
 from .core.validation import check_number
 
 #: Elements updated at once: 64 MB of float32, so that the temporaries of a step are small compared with the weight.
@@ -164,9 +165,10 @@ class AdamW(_RowOptimizer):
 
     def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        steps = state["step"].add_(1)
+        # In float64, since 1 - 0.999 ** step has few digits in float32 at the first steps; then in what the parameter is updated in.
+        steps, dtype = state["step"].add_(1).to(torch.float64), accumulation_dtype(p.dtype)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         m = state["exp_avg"].lerp_(g.to(p.dtype), 1 - first)
         v = state["exp_avg_sq"].mul_(second).addcmul_(g, g, value=1 - second)
-        root = v.sqrt().div_((1 - second**steps).sqrt()).add_(group["eps"])
-        p.sub_(m.div(root).mul_(group["lr"] / (1 - first**steps)))
+        root = v.sqrt().div_((1 - second**steps).sqrt().to(dtype)).add_(group["eps"])
+        p.sub_(m.div(root).mul_((group["lr"] / (1 - first**steps)).to(dtype)))

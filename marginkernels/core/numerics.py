@@ -11,6 +11,8 @@ from torch import Tensor
 TINY = 1e-30
 #: Logits that a chunk holds at once; 4M float32 are 16 MB, small against any weight worth a chunk.
 CHUNK_ELEMENTS = 1 << 22
+#: Classes that a chunk has at the least: below that the products are too narrow to pay.
+LEAST_CHUNK = 256
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +22,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def chunks(n: int, c: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of the chunks of ``c`` classes whose logits for ``n`` rows number about ``CHUNK_ELEMENTS``."""
-    width = max(256, CHUNK_ELEMENTS // max(n, 1))
+    width = max(LEAST_CHUNK, CHUNK_ELEMENTS // max(n, 1))
     return ((start, min(start + width, c)) for start in range(0, c, width))
 
 

@@ -4,19 +4,23 @@ import itertools
 
 import pytest
 import torch
+from helpers.chunks import chunks_of
 
 import marginkernels as mk
 from marginkernels import testing
-from marginkernels.backend import FUSED
+from marginkernels.backend import FUSED, resolve
 
 SHAPES = [(7, 33, 101), (31, 64, 1000), (33, 128, 517)]
+#: Classes in a chunk of the ``torch`` backend, for each shape: one, some, and all.
+WIDTHS = dict(zip(SHAPES, (1, 300, None), strict=True))
 BACKENDS = [name for name, b in FUSED.items() if b.unavailable_reason() is None and "cpu" in b.device_types]
 
 
 @pytest.mark.parametrize(("backend", "head", "shape"), list(itertools.product(BACKENDS, testing.HEADS, SHAPES)))
 def test_every_head(backend, head, shape):
     for dtype in FUSED[backend].dtypes:
-        found = testing.errors(testing.Case.random(*shape, dtype), testing.HEADS[head](shape[2]), backend)
+        with chunks_of(WIDTHS[shape] if backend == "torch" else None):
+            found = testing.errors(testing.Case.random(*shape, dtype), testing.HEADS[head](shape[2]), backend)
         assert max(found.values()) <= testing.TOLERANCE[dtype], (dtype, found)
 
 
@@ -32,11 +36,22 @@ def test_embeddings_at_their_centers_in_float16(backend, head):
     assert float(got["dw"].float().norm()) < 1e4
 
 
+def test_auto_takes_only_what_is_verified(monkeypatch):
+    """The first that can serve and is verified; by name also one that is not."""
+    for name in BACKENDS:
+        monkeypatch.setattr(FUSED[name], "verified", name == "torch")
+        assert resolve(name, "cpu", torch.float32, torch.float32, 8) == name
+    assert resolve("auto", "cpu", torch.float32, torch.float32, 8) == "torch"
+    monkeypatch.setattr(FUSED["torch"], "verified", False)
+    with pytest.raises(ValueError, match="has not been verified on this hardware"):
+        resolve("auto", "cpu", torch.float32, torch.float32, 8)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head", testing.HEADS)
 def test_no_worse_than_eager(backend, head):
     """At most three times the error that eager PyTorch makes in the same dtype, on two problems of awkward shape."""
-    for shape in ((31, 64, 1000), (25, 123, 507)):
+    for shape, width in (((31, 64, 1000), 300), ((25, 123, 507), None)):
         for dtype in FUSED[backend].dtypes:
             if dtype == torch.float64:
                 continue
@@ -44,7 +59,8 @@ def test_no_worse_than_eager(backend, head):
             margin = testing.HEADS[head](shape[2])
             want = testing.run(case, margin, "reference", dtype=torch.float64)
             fair = testing.eager(case, margin)
-            got = testing.run(case, margin, backend)
+            with chunks_of(width if backend == "torch" else None):
+                got = testing.run(case, margin, backend)
             for name in fair:
                 ours, theirs = (testing.relative_error(v[name], want[name]) for v in (got, fair))
                 # One rounding of the result is nobody's error.

@@ -14,22 +14,18 @@ def cosines(x, w):
 
 
 def cross_entropy(logits, labels, *, reduction="mean", ignore_index=-100, smoothing=0.0, gamma=0.0):
-    """Focal cross-entropy with smoothing, row by row."""
-    rows = []
-    for z, y in zip(logits, labels.tolist(), strict=True):
-        if y == ignore_index:
-            rows.append(z.sum() * 0)
-            continue
-        p = torch.exp(z - z.max())
-        p = p / p.sum()
-        goal = torch.full_like(z, smoothing / len(z))
-        goal[y] += 1 - smoothing
-        others = sum(p[j] for j in range(len(z)) if j != y)
-        rows.append(-(goal * p.log()).sum() * (others**gamma if gamma else 1))
-    rows = torch.stack(rows)
+    """Focal cross-entropy with smoothing."""
+    kept = labels != ignore_index
+    z, y = logits[kept], torch.nn.functional.one_hot(labels[kept], logits.shape[1]).to(logits.dtype)
+    p = torch.exp(z - z.detach().amax(1, keepdim=True))
+    p = p / p.sum(1, keepdim=True)
+    goal = smoothing / logits.shape[1] + (1 - smoothing) * y
+    rows = -(goal * p.log()).sum(1)
+    if gamma:
+        rows = rows * (p * (1 - y)).sum(1) ** gamma
     if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(1, int((labels != ignore_index).sum()))
+        return torch.zeros_like(logits[:, 0]).masked_scatter(kept, rows)
+    return rows.sum() if reduction == "sum" else rows.sum() / max(1, int(kept.sum()))
 
 
 def assemble(c, labels, target, other, ignore_index=-100):
@@ -93,21 +89,47 @@ def cosface(s, m):
     return lambda x, w, y: assemble(cosines(x, w), y, lambda i, th: s * (torch.cos(th) - m), lambda i, row, cy: s * row)
 
 
-def arc_target(th, m, beyond="linear"):
+def past_pi(m1, m2):
+    """The angle theta* from which on ``m1 theta + m2`` is past pi."""
+    return (math.pi - m2) / m1
+
+
+def combined_target(th, m1, m2, m3, beyond="linear"):
+    """cos(m1 theta + m2) - m3, and what takes the place of the cosine past theta*, with M = pi - theta*."""
+    end = past_pi(m1, m2)
+    big = math.pi - end
     if beyond == "easy":
-        return torch.cos(th + m) if torch.cos(th) > 0 else torch.cos(th)
-    if beyond == "none" or th + m <= math.pi:
-        return torch.cos(th + m)
+        return (torch.cos(m1 * th + m2) if th < math.pi / 2 else torch.cos(th)) - m3
+    if beyond == "none" or th <= end:
+        return torch.cos(m1 * th + m2) - m3
     return {
-        "linear": lambda: torch.cos(th) - m * math.sin(m),
-        "continuous": lambda: torch.cos(th) - (1 + math.cos(math.pi - m)),
+        "linear": lambda: torch.cos(th) - big * math.sin(big),
+        "continuous": lambda: torch.cos(th) - (1 + math.cos(math.pi - big)),
         "clip": lambda: th * 0 + math.cos(math.pi),
-    }[beyond]()
+    }[beyond]() - m3
 
 
-def arcface(s, m, beyond="linear", detached=False):
+def combined_slope(theta, m1, m2, beyond="linear"):
+    """d/dcos(theta) of :func:`combined_target` at a number ``theta`` within (0, pi): its derivative in theta over -sin(theta)."""
+    inside = theta < math.pi / 2 if beyond == "easy" else beyond == "none" or theta <= past_pi(m1, m2)
+    if inside:
+        return m1 * math.sin(m1 * theta + m2) / math.sin(theta)
+    return 0.0 if beyond == "clip" else 1.0
+
+
+def psi_slope(theta, m):
+    """d psi / d cos(theta)."""
+    k = min(m - 1, int(theta * m / math.pi))
+    return (-1) ** k * m * math.sin(m * theta) / math.sin(theta)
+
+
+def arc_target(th, m, beyond="linear"):
+    return combined_target(th, 1.0, m, 0.0, beyond)
+
+
+def combined(s, m1, m2, m3, beyond="linear", detached=False):
     def target(i, th):
-        value = arc_target(th, m, beyond)
+        value = combined_target(th, m1, m2, m3, beyond)
         if detached:
             value = torch.cos(th) + (value - torch.cos(th)).detach()
         return s * value
@@ -115,14 +137,8 @@ def arcface(s, m, beyond="linear", detached=False):
     return lambda x, w, y: assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
 
 
-def combined(s, m1, m2, m3):
-    """Within m1 theta + m2 <= pi."""
-
-    def target(i, th):
-        assert m1 * th + m2 <= math.pi
-        return s * (torch.cos(m1 * th + m2) - m3)
-
-    return lambda x, w, y: assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+def arcface(s, m, beyond="linear", detached=False):
+    return combined(s, 1.0, m, 0.0, beyond, detached)
 
 
 def adacos_fixed(c):
@@ -157,6 +173,35 @@ def curricularface(s, m, t):
         return s * torch.where(hard, row * (t + row), row)
 
     return lambda x, w, y: assemble(cosines(x, w), y, lambda i, th: s * arc_target(th, m), other)
+
+
+def smoothed_loss(z, y, smoothing):
+    """Cross-entropy of one row of logits (numbers) with the label's probability lowered to 1 - eps + eps/C: all of it in plain numbers."""
+    highest = max(z)
+    lse = highest + math.log(sum(math.exp(v - highest) for v in z))
+    goal = [smoothing / len(z) + (1 - smoothing if j == y else 0.0) for j in range(len(z))]
+    return sum(q * (lse - v) for q, v in zip(goal, z, strict=True))
+
+
+def statistics(x, w, y, b, scale, normalize_embedding, normalize_weight, ignore_index=-100):
+    """Mean cosine to the own center, mean scale, and the share of rows whose own logit (without margin) is above all others: of the rows
+    that are not ignored, 0 where there is none. ``scale`` is one number a row."""
+    cosine = scales = top = count = 0.0
+    length, width = x.norm(dim=1).tolist(), w.norm(dim=1).tolist()
+    x, w, b = x.tolist(), w.tolist(), [0.0] * len(w) if b is None else b.tolist()
+    for i, own in enumerate(y.tolist()):
+        if own == ignore_index:
+            continue
+        dots = [sum(p * q for p, q in zip(x[i], row, strict=True)) for row in w]
+        z = [
+            scale[i] * dot / (length[i] if normalize_embedding else 1) / (width[j] if normalize_weight else 1) + b[j]
+            for j, dot in enumerate(dots)
+        ]
+        count += 1
+        cosine += dots[own] / length[i] / width[own]
+        scales += scale[i]
+        top += all(z[own] > v for j, v in enumerate(z) if j != own)
+    return {"target_cosine": cosine / max(count, 1), "scale": scales / max(count, 1), "top1": top / max(count, 1)}
 
 
 def curricular_step(t, x, w, y, momentum=0.99, ignore_index=-100):

@@ -7,6 +7,7 @@ import torch
 from marginkernels import NonTarget, testing
 from marginkernels.backend import Backend
 from marginkernels.backend.chunked import ChunkedBackend
+from marginkernels.core.numerics import accumulation_dtype
 from marginkernels.core.types import PassInputs, Reduction, Request, Upstream
 
 #: Tensors of a row pass's output by reduction.
@@ -23,9 +24,10 @@ def pass_inputs(
     *,
     normalize_weight: bool = True,
     bias: bool = False,
+    n: int = 70,
+    c: int = 300,
 ) -> PassInputs:
-    """70 rows and 300 classes of ``dtypes``; scale, threshold and t differ from row to row, and some labels are of no class here."""
-    n, c = 70, 300
+    """Rows and classes of ``dtypes``; scale, threshold and t differ from row to row, and some labels are of no class here."""
     dtype, weight_dtype = dtypes
     case = testing.Case.random(n, dim, c, dtype, weight_dtype=weight_dtype, bias=bias)
     g = torch.Generator().manual_seed(1)
@@ -33,14 +35,14 @@ def pass_inputs(
     labels[:4] = torch.tensor([-1, c, 2**40, 2**32 + 5])
     hard = non_target != NonTarget.IDENTITY
     return PassInputs(
-        x=(case.x.float() / case.x.float().norm(dim=1, keepdim=True) * 0.7).to(dtype),
-        row_factor=torch.full((n,), 1 / 0.7),
+        x=(case.x.double() / case.x.double().norm(dim=1, keepdim=True) * 0.7).to(dtype),
+        row_factor=torch.full((n,), 1 / 0.7, dtype=accumulation_dtype(dtype)),
         w=case.w,
-        bias=None if case.bias is None else case.bias.float(),
+        bias=None if case.bias is None else case.bias.to(accumulation_dtype(dtype)),
         labels=labels,
-        scale=torch.rand(n, generator=g) * 20 + 1,
-        threshold=torch.rand(n, generator=g) * 0.2 - 0.1 if hard else None,
-        t=torch.rand(n, generator=g) * 0.6 if hard else None,
+        scale=(torch.rand(n, generator=g) * 20 + 1).to(accumulation_dtype(dtype)),
+        threshold=(torch.rand(n, generator=g) * 0.2 - 0.1).to(accumulation_dtype(dtype)) if hard else None,
+        t=(torch.rand(n, generator=g) * 0.6).to(accumulation_dtype(dtype)) if hard else None,
         non_target=non_target,
         normalize_weight=normalize_weight,
     )
@@ -48,6 +50,96 @@ def pass_inputs(
 
 def request(reduction: Reduction, *, need_center: bool, need_cos: bool) -> Request:
     return Request(reduction, need_center, need_cos, 0)
+
+
+def upstream_of(inputs: PassInputs, lse: torch.Tensor, reduction: Reduction, steep: float = 1.0) -> Upstream:
+    """A random upstream gradient; ``steep`` is how large that of the target cosine is in every third row, as where the cosine is near 1."""
+    rest = torch.rand(4, inputs.x.shape[0], generator=torch.Generator().manual_seed(2)).to(inputs.acc_dtype)
+    return Upstream(
+        lse=lse,
+        d_lse=rest[0],
+        d_logit_sum=rest[1] if reduction == Reduction.LOGIT_SUM else None,
+        d_target_cos=(rest[2] - 0.5) * torch.where(torch.arange(len(lse)) % 3 == 0, steep, 1.0),
+        d_target_bias=rest[3],
+    )
+
+
+def longhand(inputs: PassInputs, reduction: Reduction, steep: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Both passes as :mod:`marginkernels.core.types` defines them, from the whole N x C matrix in float64, without any of the package's
+    arithmetic: what a row pass gives by field, and what a class pass gives with :func:`upstream_of`."""
+    p = inputs
+    rows = p.x.double() * p.row_factor.double()[:, None]
+    w = p.w.double()
+    factor = 1 / w.square().sum(1).sqrt() if p.normalize_weight else torch.ones(len(w), dtype=torch.float64)
+    unit = w * factor[:, None]
+    product = unit.to(p.x.dtype).double()  # centers are rounded to what the products are in
+    c = rows @ product.T
+    t = p.t.double()[:, None] if p.t is not None else 0
+    hard = c > p.threshold.double()[:, None] if p.threshold is not None else c > torch.inf
+    if p.non_target == NonTarget.HARD_LINEAR:
+        value, slope = torch.where(hard, (1 + t) * c + t, c), torch.where(hard, 1 + t, 1)
+    elif p.non_target == NonTarget.HARD_QUADRATIC:
+        value, slope = torch.where(hard, c * (t + c), c), torch.where(hard, t + 2 * c, 1)
+    else:
+        value, slope = c, torch.ones_like(c)
+    scale = p.scale.double()[:, None]
+    bias = p.bias.double() if p.bias is not None else 0
+    z, raw = scale * value + bias, scale * c + bias
+    own = p.labels[:, None] == torch.arange(len(w))
+    away = ~own
+    highest = raw.masked_fill(own, -torch.inf).max(1).values
+    top = z.masked_fill(own, -torch.inf).max(1).values
+    total = (torch.exp(z - top[:, None]) * away).sum(1)
+    lse = total.log() + top
+    share = torch.exp(z - lse[:, None]) * away
+    row = {
+        "lse": lse,
+        "max_logit": highest,
+        "mean_cos": (share * value).sum(1),
+        "mean_center": (share * slope) @ product,
+        "logit_sum": (z * away).sum(1),
+        "cos_sum": (value * away).sum(1),
+        "center_sum": (slope * away) @ product,
+        "class_factor": factor if p.normalize_weight else factor[:0],
+    }
+    up = upstream_of(p, lse.to(p.acc_dtype), reduction, steep)
+    g = up.d_lse.double()[:, None] * share
+    if up.d_logit_sum is not None:
+        g = g + up.d_logit_sum.double()[:, None] * away
+    v = torch.where(own, up.d_target_cos.double()[:, None], g * slope).T @ rows
+    if p.normalize_weight:
+        v = factor[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
+    return row, {"d_weight": v, "d_bias": torch.where(own, up.d_target_bias.double()[:, None], g / scale).sum(0)}
+
+
+def check_passes(
+    backend: Backend, inputs: PassInputs, reduction: Reduction, tolerance: float, *, workspace: int = 0, steep: float = 1.0
+) -> None:
+    """Both passes of ``backend`` against :func:`longhand`. What the row pass saves in ``workspace`` bytes goes to the class pass."""
+    row, classes = longhand(inputs, reduction, steep)
+
+    def near(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
+        assert got.shape == want.shape, name
+        assert testing.relative_error(got, want) <= tolerance, name
+        assert not want.numel() or (got.double() - want).abs().max() <= 20 * tolerance * want.abs().max(), name
+
+    for wanted in (True, False):
+        # The sum of cosines is asked for where the transform is not the identity.
+        with_cos = wanted and (inputs.non_target != NonTarget.IDENTITY or backend.name == "torch")
+        got = backend.row_pass(inputs, request(reduction, need_center=wanted, need_cos=with_cos))
+        for name in FIELDS[reduction]:
+            if getattr(got, name).numel() or (wanted and with_cos) or name in ("lse", "max_logit", "logit_sum"):
+                near(getattr(got, name), row[name], name)
+    size = backend.workspace_bytes(*inputs.x.shape[:1], inputs.w.shape[0], inputs.x.dtype, workspace)
+    first = backend.row_pass(inputs, Request.log_sum_exp(workspace_bytes=size))
+    upstream = upstream_of(inputs, first.lse, reduction, steep)
+    for need_weight, need_bias in ((True, True), (True, False), (False, True)):
+        found = backend.class_pass(inputs, upstream, first.class_factor, first.saved, need_weight, need_bias)
+        for name, needed in (("d_weight", need_weight), ("d_bias", need_bias)):
+            if needed:
+                near(getattr(found, name), classes[name], name)
+            else:
+                assert not getattr(found, name).numel()
 
 
 def compare_passes(backend: Backend, inputs: PassInputs, reduction: Reduction, tolerance: float) -> None:
@@ -63,14 +155,7 @@ def compare_passes(backend: Backend, inputs: PassInputs, reduction: Reduction, t
             assert (field in FIELDS[reduction]) or not b.numel(), field
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 20)
     lse = torch_backend.row_pass(inputs, Request.log_sum_exp()).lse
-    rest = torch.rand(4, inputs.x.shape[0], generator=torch.Generator().manual_seed(2))
-    upstream = Upstream(
-        lse=lse,
-        d_lse=rest[0],
-        d_logit_sum=rest[1] if reduction == Reduction.LOGIT_SUM else None,
-        d_target_cos=rest[2] - 0.5,
-        d_target_bias=rest[3],
-    )
+    upstream = upstream_of(inputs, lse, reduction)
     for need_weight, need_bias in ((True, True), (True, False), (False, True)):
         got, want = (
             b.class_pass(inputs, upstream, want.class_factor, want.saved, need_weight, need_bias) for b in (backend, torch_backend)

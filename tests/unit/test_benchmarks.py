@@ -1,6 +1,7 @@
 """The benchmarks: their reference, their measurements, and that failures are recorded."""
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -19,7 +20,7 @@ from benchmarks.heads import HEADS
 from benchmarks.peers import PEERS, providers
 from benchmarks.peers.base import Provider, Work
 from benchmarks.peers.eager import eager_loss
-from benchmarks.reference import expected
+from benchmarks.reference import Expected, expected
 from marginkernels import testing
 from marginkernels.margins import ArcFace
 
@@ -118,8 +119,14 @@ class Fake(Provider):
 
 
 def _work(monkeypatch, capsys, case=SMALL, **flaws):
-    known = {"eager": providers()["eager"], **{name: Fake(name, flaw) for name, flaw in flaws.items()}}
+    return _run_worker(
+        monkeypatch, capsys, case, {"eager": providers()["eager"], **{name: Fake(name, flaw) for name, flaw in flaws.items()}}
+    )
+
+
+def _run_worker(monkeypatch, capsys, case, known):
     monkeypatch.setattr(worker, "providers", lambda: known)
+    monkeypatch.setattr(measure, "PEAK_SIDE", {"cpu": 256})  # nothing here depends on the machine's peak
     worker.run(case, "cpu", list(known), 0.01, None)
     events = [json.loads(line[len(worker.EVENT) :]) for line in capsys.readouterr().out.splitlines() if line.startswith(worker.EVENT)]
     return {(e["record"]["provider"], e["record"]["phase"]): e["record"] for e in events if "record" in e}
@@ -150,6 +157,120 @@ def test_wrong_gradient_has_no_figure(monkeypatch, capsys):
 def test_nan_fails_the_check(monkeypatch, capsys):
     found = _work(monkeypatch, capsys, nan=lambda run, x, w, labels: run(x, w, labels) * float("nan"))
     assert found["nan", "step"]["status"] == "failed check"
+
+
+def test_nan_in_one_output_alone_fails_the_check(monkeypatch, capsys):
+    """The loss, one element of dx, or of the gradient of one class, is NaN; everything else is right."""
+
+    class Spoiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v, row):
+            ctx.row = row
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            g = g.clone()
+            g[ctx.row, 0] = torch.nan
+            return g, None
+
+    def spoiled_class(own):
+        def run_(run, x, w, labels):
+            inside = torch.isin(torch.arange(len(w)), labels)
+            return run(x, Spoiled.apply(w, int((inside if own else ~inside).nonzero()[-1])), labels)
+
+        return run_
+
+    flaws = {
+        "loss": lambda run, x, w, labels: (loss := run(x, w, labels)) + (torch.nan - loss).detach(),
+        "dx": lambda run, x, w, labels: run(Spoiled.apply(x, 3), w, labels),
+        "dw_own": spoiled_class(True),
+        "dw_rest": spoiled_class(False),
+    }
+    found = _work(monkeypatch, capsys, **flaws)
+    assert found["eager", "step"]["status"] == "ok"
+    for name in flaws:
+        for phase in SMALL.phases:
+            record = found[name, phase]
+            assert record["status"] == "failed check"
+            assert record["error_in"] == name
+            assert record["error"] is None
+            assert record["ms_p50"] is None
+            assert f"nan in {name}" in record["reason"]
+
+
+def test_tolerance_follows_eager_but_never_falls(monkeypatch, capsys):
+    """Three times eager's error where that is more than the table's: twice eager's error passes, four times does not."""
+    base = testing.TOLERANCE[torch.float32]
+
+    def off(by):
+        return lambda run, x, w, labels: run(x, w, labels) * (1 + by)
+
+    known = {name: Fake(name, off(by)) for name, by in {"eager": 10 * base, "twice": 20 * base, "four": 40 * base}.items()}
+    status = {name: r["status"] for (name, _), r in _run_worker(monkeypatch, capsys, SMALL, known).items()}
+    # eager is judged by its own error, as three times that is allowed
+    assert status == {"eager": "ok", "twice": "ok", "four": "failed check"}
+    assert _work(monkeypatch, capsys, small=off(0.9 * base))["small", "step"]["status"] == "ok"
+    assert _work(monkeypatch, capsys, large=off(1.5 * base))["large", "step"]["status"] == "failed check"
+
+
+def test_figures_of_a_record_are_plain():
+    assert [worker._rounded(v) for v in (1.23456789, math.nan, math.inf, -math.inf, 7, None, "x")] == [
+        1.2346,
+        None,
+        None,
+        None,
+        7,
+        None,
+        "x",
+    ]
+
+
+def test_errors_longhand():
+    """|got - want| / |want| of each output; classes of a label and others apart, each by their own norm."""
+    want = Expected(
+        torch.tensor(2.0),
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([1]),
+        torch.tensor([[6.0, 8.0]]),
+        torch.tensor([2, 0]),
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+    )
+    dw = torch.tensor([[0.0, 0.5], [6.0, 9.0], [0.0, 1.0]])
+    found = want.errors(torch.tensor(2.5), torch.tensor([[3.0, 3.0]]), dw)
+    assert found == pytest.approx({"loss": 0.25, "dx": 0.2, "dw_own": 0.1, "dw_rest": 0.5})
+
+
+def test_counts_of_a_case():
+    case = Case("arcface", 3, 5, 7, "bf16")
+    assert case.product == 105
+    assert (case.flop("forward"), case.flop("step"), case.flop("train")) == (210, 840, 840)
+    assert case.gradient_bytes() == 7 * 5 * 4 + 3 * 5 * 2
+    assert case.phases == ("forward", "step")
+    assert Case("arcface", 3, 5, 7, "bf16", train=True).phases == ("forward", "step", "train")
+    eager = providers()["eager"]
+    assert eager.expected_bytes(case) == int(4 * 7 * max(eager.logit_copies * 3 + 5, eager.weight_copies * 5))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_targets_of_the_peers(head):
+    """The formula that peers use is the margin that is timed, over all angles, past pi - m too; value and slope."""
+    theta = torch.linspace(0.01, math.pi - 0.01, 301, dtype=torch.float64)
+    cos = theta.cos().requires_grad_()
+    m = {"arcface": 0.5, "cosface": 0.35, "normface": 0.0}[head]
+    if head == "arcface":
+        past = theta > math.pi - m
+        assert past.any()
+        want = torch.where(past, theta.cos() - m * math.sin(m), (theta + m).cos())
+        slope = torch.where(past, 1, (theta + m).sin() / theta.sin())
+    else:
+        want, slope = theta.cos() - m, torch.ones_like(theta)
+    value = HEADS[head].target(cos)
+    torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), cos)[0], slope, rtol=1e-8, atol=1e-8)
+    ours = HEADS[head].margin()
+    assert ours.scale == 64.0
+    torch.testing.assert_close(ours.target(cos.detach(), None)[0], want, rtol=1e-9, atol=1e-9)
 
 
 def test_out_of_memory_and_errors_are_results(monkeypatch, capsys):
@@ -272,6 +393,20 @@ def test_a_series_that_raises_is_left_out():
     assert len(series["good"].ms) == 3
 
 
+def test_a_series_takes_its_least_and_its_most():
+    for ms, budget, count in ((50.0, 20.0, 4), (1.0, 6.0, 6), (0.1, 1e9, 9)):
+        series = {"one": measure.Series(lambda ms=ms: ms, budget, least=4, most=9)}
+        measure.in_turn(series)
+        assert len(series["one"].ms) == count
+
+
+def test_bandwidth_counts_reading_and_writing(monkeypatch):
+    device = measure.Device("cpu")
+    times = iter([5.0, 2.0, 9.0, 4.0, 3.0])
+    monkeypatch.setattr(device, "milliseconds", lambda call: next(times))
+    assert measure.copy_bandwidth(device) == 2 * 2**28 / 2e-3
+
+
 def test_percentiles():
     s = measure.Series(lambda: 0.0, 0.0, ms=[float(v) for v in range(101)])
     assert (s.percentile(20), s.percentile(50), s.percentile(80)) == (20.0, 50.0, 80.0)
@@ -333,6 +468,30 @@ def test_what_would_take_too_long_is_not_tried(monkeypatch):
     for ms, status in ((1_000.0, "too slow"), (100.0, "ok")):
         found, _ = _run_case(monkeypatch, [_fine], earlier=[smaller | {"ms_p50": ms}], case=case)
         assert {r["status"] for r in found if r["provider"] == "eager"} == {status}
+
+
+def test_a_step_is_estimated_from_the_largest_case():
+    """By NDC from the largest timed case, and never as less than that case took."""
+    one = {"provider": "eager", "head": "arcface", "dtype": "fp32", "phase": "step", "status": "ok", "N": 256, "D": 512, "C": 10_000}
+    earlier = [one | {"ms_p50": 100.0}, one | {"C": 40_000, "ms_p50": 500.0}, one | {"C": 80_000, "ms_p50": 9.0, "status": "failed"}]
+
+    def estimate(c, **changes):
+        return run.expected_seconds(earlier, "eager", Case(**({"head": "arcface", "N": 256, "D": 512, "C": c, "dtype": "fp32"} | changes)))
+
+    assert estimate(80_000) == pytest.approx(1.0)
+    assert estimate(10_000) == pytest.approx(0.5)
+    assert estimate(80_000, dtype="bf16") is None
+    assert estimate(80_000, head="normface") is None
+
+
+def test_memory_that_a_case_needs(monkeypatch):
+    """Centers and gradient, the momentum where it is timed, and a gigabyte: at the limit it is tried, below it is not."""
+    for training, copies in ((False, 2), (True, 3)):
+        case = Case("arcface", 8, 512, 1_000_000, "fp32", training)
+        need = copies * 4 * 512 * 10**6 + (1 << 30)
+        for more, status in ((1.001, "ok"), (0.999, "oom")):
+            found, _ = _run_case(monkeypatch, [_fine], int(need * more / run.MEMORY_SHARE), case=case, names=("marginkernels-torch",))
+            assert {r["status"] for r in found} == {status}
 
 
 def test_tiny_cases_predict_nothing():
@@ -467,6 +626,29 @@ def test_compare(tmp_path, medians, status):
     base = _records(tmp_path, "base.json", {"marginkernels-torch": 100.0, "eager": 300.0, "torch.compile": 150.0})
     new = _records(tmp_path, "new.json", medians)
     assert compare.run(types.SimpleNamespace(base=base, new=new, peer=None, limit=0.10)) == status
+
+
+def test_change_is_the_median_over_peers(tmp_path):
+    """Two of three peers say 1.1, one disturbed says 2.2; a peer that is named decides alone."""
+    old = _records(tmp_path, "a.json", {"marginkernels-torch": 100.0, "eager": 300.0, "torch.compile": 150.0, "quack": 50.0})
+    new = _records(tmp_path, "b.json", {"marginkernels-torch": 110.0, "eager": 300.0, "torch.compile": 150.0, "quack": 100.0})
+    a, b = (records.Records.read(path) for path in (old, new))
+    for peer, change in ((None, 1.1), ("eager", 1.1), ("quack", 0.55)):
+        changes, lost = compare.compare(a, b, peer)
+        assert list(changes.values()) == pytest.approx([change] * 2)
+        assert not lost
+    assert list(compare.compare(b, a)[0].values()) == pytest.approx([1 / 1.1] * 2)
+
+
+def test_the_fastest_of_a_case(tmp_path):
+    medians = {"marginkernels-torch": 100.0, "marginkernels-cpu": 40.0, "eager": 300.0, "torch.compile": 30.0, "quack": "oom"}
+    found = records.Records.read(_records(tmp_path, "r.json", medians))
+    case = found.cases["arcface", "fp32", "step", 256, 512, 100_000]
+    fastest = [records.fastest(case, ours)["provider"] for ours in (None, True, False)]
+    assert fastest == ["torch.compile", "marginkernels-cpu", "torch.compile"]
+    assert records.fastest({"quack": case["quack"]}) is None
+    assert records.timed(case).keys() == medians.keys() - {"quack"}
+    assert found.providers()[:2] == ["marginkernels-torch", "marginkernels-cpu"]
 
 
 def test_records_from_before_a_rename(tmp_path):

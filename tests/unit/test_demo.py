@@ -1,6 +1,7 @@
 """The demo: its images, its verification, and that heads train and agree with eager ones."""
 
 import json
+import math
 import unicodedata
 
 import numpy as np
@@ -125,6 +126,43 @@ def test_verification_of_sure_things():
     assert all(same.tar(far) == 0 for far in evaluate.FARS)
 
 
+def histogram(counts):
+    """Cosines by bin: (BINS,) float64."""
+    found = torch.zeros(evaluate.BINS, dtype=torch.float64)
+    for place, count in counts.items():
+        found[place] = count
+    return found
+
+
+def test_rates_of_histograms_made_by_hand():
+    """Ten impostor pairs in bins 10 to 13, eight genuine ones in bins 9 to 14: the rates at each false accept rate, ends included."""
+    v = evaluate.Verification(histogram({9: 1, 11: 2, 13: 1, 14: 4}), histogram({10: 5, 11: 2, 12: 2, 13: 1}), 1.0)
+    for far, tar in ((0.0, 4), (0.05, 4), (0.1, 5), (0.29, 5), (0.3, 5), (0.31, 5), (0.5, 7), (0.99, 7), (1.0, 8)):
+        assert v.tar(far) == tar / 8, far
+    false, true = v.roc()
+    assert len(false) == len(true) == evaluate.BINS
+    last = evaluate.BINS - 1
+    assert [float(false[last - b]) for b in (15, 14, 13, 12, 11, 10, 9)] == pytest.approx([0, 0, 0.1, 0.3, 0.5, 1, 1])
+    assert [float(true[last - b]) for b in (15, 14, 13, 12, 11, 10, 9)] == pytest.approx([0, 0.5, 0.625, 0.625, 0.875, 0.875, 1])
+    nothing = evaluate.Verification(histogram({}), histogram({}), 0.0)
+    assert nothing.tar(0.5) == 0
+    first = evaluate.Verification(histogram({last: 3}), histogram({last: 1}), 0.0)  # even the highest threshold accepts an impostor
+    assert first.tar(0.5) == 0
+    assert first.tar(1.0) == 1
+
+
+def test_bins_of_cosines():
+    """Each ordered pair once, in the bin of its cosine: 1 in the last, -1 in the first, 0 in the middle."""
+    x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-3.0, 0.0], [0.0, 0.5]])
+    for block in (1, 2, 5, 1024):
+        found = evaluate.verify_pairs(x, torch.tensor([7, 7, 7, 8, 8]), block=block)
+        middle, last = evaluate.BINS // 2, evaluate.BINS - 1
+        assert {int(b): float(found.genuine[b]) for b in found.genuine.nonzero()} == {last: 2, middle: 6}
+        assert {int(b): float(found.impostor[b]) for b in found.impostor.nonzero()} == {0: 4, middle: 6, last: 2}
+        # The nearest others: of the same identity for the first two, not for the last three.
+        assert found.rank1 == pytest.approx(2 / 5)
+
+
 @pytest.mark.parametrize("name", heads.names())
 def test_what_is_timed_as_eager_is_the_same_loss(name):
     case = testing.Case.random(32, 16, 300, ignored=False)
@@ -155,6 +193,35 @@ def test_learns_unseen_identities_and_repeats_to_the_bit(few):
     assert np.median(first.target_angles["end"]) < np.median(first.target_angles["middle"]) < np.median(first.target_angles["start"]) - 5
     assert first.losses == runs[1].losses
     assert torch.equal(first.verification.genuine, runs[1].verification.genuine)
+
+
+def test_steps_of_a_run():
+    assert train.Settings(epochs=3, batch_size=10).total_steps(25) == 8
+    assert train.Settings(epochs=3, batch_size=10).total_steps(1) == 1
+    assert train.Settings(epochs=3, steps=4, batch_size=10).total_steps(25) == 4
+
+
+def test_embeddings_are_those_of_eval_mode(few):
+    """One image alone has the embedding that it has among others, and the model is left in the mode that it was in."""
+    torch.manual_seed(0)
+    model = train.GlyphNet(8, 4)
+    images = torch.from_numpy(few[0].images[:30].copy())
+    for training in (True, False):
+        model.train(training)
+        found = train.embed(model, images)
+        torch.testing.assert_close(train.embed(model, images[3:4])[0], found[3], rtol=1e-4, atol=1e-5)
+        assert model.training is training
+    w = torch.randn(5, 8)
+    head = type("Head", (), {"weight": w})
+    labels = torch.arange(30) % 5
+    want = [math.degrees(math.acos(float(e @ c / e.norm() / c.norm()))) for e, c in zip(found, w[labels], strict=True)]
+    assert train.target_angles(model, head, images, labels).tolist() == pytest.approx(want, abs=1e-2)
+
+
+def test_shares_of_a_split_are_rounded(few):
+    k = len(few[0].characters)
+    for share in (0.1, 0.496 / k, 0.504 / k, 0.5, 1.7 / k):
+        assert len(few[0].split(share, 0)[1].characters) == round(share * k)
 
 
 def test_unknown_head():

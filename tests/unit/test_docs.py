@@ -268,6 +268,7 @@ def data(folder: Path) -> dict:
 def test_examples_run(page, tmp_path):
     """Every Python block of a page, in one namespace; those marked ``# needs:`` where it is there."""
     space: dict = {"__name__": "example"}
+    ran = 0
     for code in blocks(page, "python"):
         needs = re.match(r"# needs: (.*)", code)
         if needs and needs[1] == "pytorch-metric-learning" and importlib.util.find_spec("pytorch_metric_learning") is None:
@@ -282,6 +283,13 @@ def test_examples_run(page, tmp_path):
         finally:
             if ranks:
                 dist.destroy_process_group()
+        ran += 1
+        for name, v in space.items():
+            held = v.state_dict() if isinstance(v, torch.nn.Module) else {"": v, "gradient": getattr(v, "grad", None)}
+            for key, u in held.items():
+                if isinstance(u, torch.Tensor) and u.is_floating_point() and not u.is_meta:
+                    assert u.isfinite().all(), (name, key)
+    assert ran > 0
 
 
 def own_margins() -> dict[str, type[mk.Margin]]:

@@ -1,5 +1,7 @@
 """Bad input gets an error that names the argument, what was expected and what came; odd but legal input works and stays finite."""
 
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -140,6 +142,40 @@ def test_numpy_integers():
     assert math.isfinite(center(X, y).detach())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ends_of_ranges_are_in_them(backend):
+    """What an error says is allowed is allowed, ends included; what lies just beyond is not."""
+    pi = math.nextafter(math.pi, 0)
+    margins = [mk.CosFace(margin=0.0), mk.CosFace(margin=2.0), mk.ArcFace(margin=0.0), mk.ArcFace(margin=pi), mk.CombinedMargin(m3=2.0)]
+    margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
+    margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
+    for margin in margins:
+        c = getattr(margin, "num_classes", C)
+        for smoothing in (0, 1, 1.0):
+            assert math.isfinite(call(w=W[:c], y=Y % c, margin=margin, label_smoothing=smoothing, backend=backend))
+    above = math.nextafter(2.0, 3)
+    for make in (
+        lambda: mk.CosFace(margin=above),
+        lambda: mk.CombinedMargin(m3=above),
+        lambda: mk.ArcFace(margin=math.pi),
+        lambda: mk.CombinedMargin(m2=math.pi),
+        lambda: mk.MVSoftmax("arc", margin=math.pi),
+        lambda: mk.MVSoftmax("am", margin=above),
+        lambda: mk.CurricularFace(margin=math.pi),
+        lambda: mk.CurricularFace(momentum=math.nextafter(1.0, 2)),
+        lambda: call(label_smoothing=math.nextafter(1.0, 2), backend=backend),
+        lambda: call(label_smoothing=-5e-324, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=": expected"):
+            make()
+
+
+def test_workspace_in_bytes():
+    from marginkernels.loss import workspace_bytes
+
+    assert [workspace_bytes(mb) for mb in (None, 0, 1, 0.5, 3.0, math.inf)] == [None, 0, 1 << 20, 1 << 19, 3 << 20, 1 << 60]
+
+
 def test_margin_must_define_target():
     with pytest.raises(NotImplementedError, match="must define target"):
         call(margin=mk.Margin())
@@ -190,18 +226,53 @@ SMALL_HEADS = {k: v for k, v in testing.HEADS.items() if not k.startswith("arcfa
 }
 
 
+#: Where an angle is 0 or pi the margin's slope is as steep as the dtype resolves, and with one dimension no direction is left to move in:
+#: the loss is compared there, the gradients are only finite.
+STEEP = ("equal to center", "opposite to center", "multiple of center", "one dimension", "one-hot embeddings")
+#: Where all classes are alike, gradients are nothing but the difference of equal terms.
+CANCELLING = ("one class", "all centers equal")
+
+
+@functools.cache
+def odd_reference(name, head, dtype, option):
+    """Loss and gradients in float64, of inputs that were rounded to ``dtype``."""
+    x, w, y = odd_cases()[name]
+    case = testing.Case(x.to(dtype), w, y, odd_bias(w))
+    return testing.run(case, SMALL_HEADS[head](w.shape[0]), "reference", dtype=torch.float64, **ODD_OPTIONS[option])
+
+
+def odd_bias(w):
+    return torch.randn(w.shape[0], generator=torch.Generator().manual_seed(2))
+
+
+ODD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+ODD_OPTIONS = ({}, {"label_smoothing": 0.1}, {"reduction": "none"})
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", odd_cases())
 def test_odd_but_legal(name, backend):
+    """Finite everywhere, and what the reference in float64 says of the same inputs."""
     x, w, y = odd_cases()[name]
-    for dtype in (torch.float32, torch.bfloat16):
-        for head, make in SMALL_HEADS.items():
-            if w.shape[0] < 3 and head in ("adacos", "adacos-fixed", "l2-softmax", "l2-softmax-trainable"):
-                continue  # their scale is made for C >= 3, and for the head's C
-            case = testing.Case(x.to(dtype), w, y, torch.randn(w.shape[0]))
-            for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
-                out = testing.run(case, make(w.shape[0]), backend, **options)
-                assert all_finite(out), (head, dtype, options, {k: float(v.abs().max()) if v.numel() else None for k, v in out.items()})
+    for dtype, head in itertools.product((torch.float32, torch.bfloat16), SMALL_HEADS):
+        if w.shape[0] < 3 and head in ("adacos", "adacos-fixed", "l2-softmax", "l2-softmax-trainable"):
+            continue  # their scale is made for C >= 3, and for the head's C
+        case = testing.Case(x.to(dtype), w, y, odd_bias(w))
+        for i, options in enumerate(ODD_OPTIONS):
+            out = testing.run(case, SMALL_HEADS[head](w.shape[0]), backend, **options)
+            assert all_finite(out), (head, dtype, options, {k: float(v.abs().max()) if v.numel() else None for k, v in out.items()})
+            want = odd_reference(name, head, dtype, i)
+            scale, eps, fair = float(getattr(SMALL_HEADS[head](3), "scale", None) or 1), torch.finfo(dtype).eps, None
+            for key, v in want.items():
+                if key != "loss" and (name in STEEP or scale * eps > 0.5):  # bfloat16 at a scale of 1024 says little of a softmax
+                    continue
+                off, right = float((out[key].double() - v).norm()), ODD_TOLERANCE[dtype] * float(v.norm())
+                if off > right:  # what cancels is off by what rounding makes of the logits: thrice what the reference has in float32
+                    fair = fair or testing.run(case, SMALL_HEADS[head](w.shape[0]), "reference", **options)
+                    right += 3 * float((fair[key].double() - v).norm())
+                    if key == "loss" or name in CANCELLING:  # a few roundings of a logit
+                        right += 4 * eps * scale * v.numel() ** 0.5
+                assert off <= right, (head, dtype, options, key)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -543,3 +543,42 @@ def test_a_masked_class_under_smoothing_is_as_in_torch(backend):
     assert float(ours) == float(theirs) == math.inf
     own = mk.margin_cross_entropy(x, w, torch.full_like(y, 20), margin=mk.Softmax(), bias=bias, backend=backend)
     assert float(own) == math.inf
+
+
+def test_eager_is_the_reference_in_the_dtype_of_the_embeddings():
+    case = testing.Case.random(9, 5, 30, torch.float64, bias=True)
+    for name in ("arcface", "curricularface", "l2-softmax-trainable"):
+        want = testing.run(case, testing.HEADS[name](30), "reference")
+        got = testing.eager(case, testing.HEADS[name](30))
+        for key, v in got.items():
+            torch.testing.assert_close(v, want[key])
+
+
+@pytest.mark.parametrize("backend", QUICK)
+def test_all_other_classes_masked(backend):
+    """Nothing is left to tell the own class from: no loss and no gradient, and none that is not a number."""
+    case = testing.Case.random(5, 4, 3, ignored=False)
+    labels = torch.zeros(5, dtype=torch.int64)
+    bias = torch.tensor([0.0, -math.inf, -math.inf])
+    for name in ("arcface", "curricularface", "softmax"):
+        found = testing.run(testing.Case(case.x, case.w, labels, bias), testing.HEADS[name](3), backend)
+        assert all(not v.any() for v in found.values()), name
+
+
+def test_upstream_of_a_run():
+    """The gradient of the loss that a comparison is told is used: twice the gradients, and row by row for losses of rows."""
+    case = testing.Case.random(6, 5, 9)
+    for backend in ("reference", "torch"):
+        plain, twice = (testing.run(case, mk.CosFace(8.0), backend, upstream=u) for u in (None, torch.tensor(2.0)))
+        torch.testing.assert_close(twice["dx"], 2 * plain["dx"])
+        only = testing.run(case, mk.CosFace(8.0), backend, upstream=torch.eye(6)[1], reduction="none")
+        assert only["dx"].any(1).tolist() == [i == 1 for i in range(6)]
+
+
+def test_errors_are_measured_against_what_is_right():
+    want, got = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 9.0], dtype=torch.float64)
+    assert testing.relative_error(got, want) == 1.0
+    assert testing.relative_error(want, want) == 0
+    assert testing.relative_error(want * 0, want) == 1
+    assert testing.relative_error(torch.full((2,), 1e-20), want * 0) > 1e200
+    assert math.isnan(testing.relative_error(want * math.nan, want))

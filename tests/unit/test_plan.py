@@ -53,6 +53,117 @@ def test_sampling_and_ranks_shrink_what_they_should():
     assert plan.exchanged(512, 1, 128) == dict.fromkeys(plan.exchanged(512, 2, 128), 0)
 
 
+def test_memory_longhand():
+    """10 classes on 3 ranks of 5 rows: 4 classes and 15 rows on the rank with the most; every part in plain arithmetic."""
+    shape = {"classes": 10, "dim": 8, "ranks": 3, "batch": 5}
+    rows = 15 * 8 * (4 + 4 + 4 + 5 * 8)
+    assert plan.memory(**shape) == {
+        "class centers": 4 * 8 * 4,
+        "optimizer state": 4 * 8 * 4,
+        "gradient": 4 * 8 * 4,
+        "rows": rows,
+        "chunks": 6 * 4 * 15 * 4 + 4 * 4,  # more than the copy of the optimizer
+    }
+    adamw = plan.memory(**shape, optimizer="adamw", weight_bytes=2, embedding_bytes=2, workspace=77)
+    assert adamw == {
+        "class centers": 4 * 8 * 2,
+        "optimizer state": 4 * (2 * 8 * 2 + 4),
+        "gradient": 4 * 8 * 2,
+        "rows": 15 * 8 * (2 + 2 + 4 + 5 * 8),
+        "chunks": 6 * 4 * 15 * 4 + 4 * 4,
+        "workspace": 77,
+    }
+
+
+def test_memory_of_sampled_classes_longhand():
+    """1,001 classes on 2 ranks: 501 held, of which a tenth, 50, are drawn."""
+    for optimizer, moments, steps in (("sgd", 1, 0), ("adamw", 2, 4)):
+        found = plan.memory(1001, 16, 2, 4, sample_rate=0.1, optimizer=optimizer)
+        assert found["class centers"] == 501 * 64
+        assert found["optimizer state"] == 501 * (moments * 64 + steps)
+        assert found["gradient"] == 50 * 64
+        assert found["drawn classes"] == 40 * 501  # the keys, more than the copies
+        assert found["rows"] == 8 * 16 * 52
+        assert found["chunks"] == max(6 * 4 * 8 * 50 + 4 * 50, (2 * moments + 1) * 4 * 50 * 16)
+    wide = plan.memory(1001, 512, 2, 4, sample_rate=0.1)
+    assert wide["drawn classes"] == 50 * 2048
+    assert wide["chunks"] == 3 * 4 * 50 * 512
+    assert plan.memory(1001, 512, 2, 4, optimizer="adamw")["chunks"] == 2 * 4 * 501 * 512
+    # Chunks end at their limits: 4M logits, 16M elements of the optimizer.
+    assert plan.memory(10**7, 4, 1, 64)["chunks"] == max(24 * 2**22 + 4 * 10**7, 4 * 2**24)
+    assert plan.memory(10**7, 512, 1, 1, optimizer="adamw")["chunks"] == max(24 * 2**22 + 4 * 10**7, 2 * 4 * 2**24)
+
+
+def test_other_figures_longhand():
+    assert plan.met_classes(1001, 2, 4, 1) == 501
+    assert plan.met_classes(1001, 2, 4, 0.1) == 50
+    assert plan.met_classes(1001, 2, 40, 0.1) == 80  # the rows of all ranks may each be of another class
+    assert plan.met_classes(10, 2, 40, 0.1) == 5
+    # Rings of 4 ranks with 3 rows each: 3 others; targets are summed, reduced and gathered.
+    assert plan.exchanged(8, 4, 3, embedding_bytes=2) == {
+        "embeddings": 3 * 3 * 8 * 2,
+        "labels": 3 * 3 * 8,
+        "targets": 2 * 3 * 12 * 24 // 4,
+        "log-sum-exps": 3 * 12 * 8,
+        "embedding gradients": 3 * 3 * 8 * 4,
+    }
+    fine = plan.exchanged(8, 4, 3, embedding_bytes=8, label_smoothing=True)
+    assert fine["log-sum-exps"] == 3 * 12 * 24
+    assert fine["embedding gradients"] == fine["embeddings"] == 3 * 3 * 8 * 8
+    assert plan.flops(1001, 16, 2, 4) == 8 * 8 * 16 * 501
+    assert plan.flops(1001, 16, 2, 4, 0.1) == 8 * 8 * 16 * 50
+    shape = {"classes": 1001, "dim": 16, "ranks": 2, "batch": 4, "weight_bytes": 2}
+    assert plan.traffic(**shape, sample_rate=1, optimizer="sgd") == (3 * 501 * 32, 5 * 501 * 32)
+    assert plan.traffic(**shape, sample_rate=1, optimizer="adamw") == (3 * 501 * 32, 7 * 501 * 32)
+    # Drawn: the copy of W, and W and the moments copied out and back, each read and written.
+    assert plan.traffic(**shape, sample_rate=0.1, optimizer="sgd") == (3 * 50 * 32, (5 + 2 + 8) * 50 * 32 + 240 * 501)
+    assert plan.traffic(**shape, sample_rate=0.1, optimizer="adamw") == (3 * 50 * 32, (7 + 2 + 12) * 50 * 32 + 240 * 501)
+
+
+def test_limits_by_brute_force():
+    for options in ({}, {"optimizer": "adamw", "sample_rate": 0.3}):
+
+        def need(c, r, options=options):
+            return sum(plan.memory(c, 8, r, 2, **options).values())
+
+        for limit in (3_000, 20_000):
+            fitting = [c for c in range(0, 600, 3) if need(c, 3) <= limit]
+            assert plan.most_classes(limit, 8, 3, 2, **options) == (fitting[-1] if fitting else 0)
+            ranks = next((r for r in range(1, 70) if need(300, r) <= limit), None)
+            if ranks is not None:
+                assert plan.fewest_ranks(limit, 300, 8, 2, **options) == ranks
+        assert plan.fewest_ranks(need(300, 1), 300, 8, 2, **options) == 1
+        assert plan.fewest_ranks(need(300, 1) - 1, 300, 8, 2, **options) != 1
+
+
+def test_plan_in_numbers(capsys):
+    """Every figure of the command from its arguments."""
+    words = ["plan", "--classes", "1e6", "--dim", "64", "--gpus", "2", "--memory", "30", "--batch", "16", "--reserve", "4", "--json"]
+    words += ["--rate", "100", "--bandwidth", "1000", "--link", "20", "--workspace-mb", "3", "--weight", "bf16", "--embedding", "fp32"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    parts = plan.memory(10**6, 64, 2, 16, weight_bytes=2, embedding_bytes=4, workspace=3 << 20)
+    assert found["bytes"] == parts | {"reserve": 4 * 10**9}
+    assert found["fits"] is True
+    assert found["exchanged"] == plan.exchanged(64, 2, 16, embedding_bytes=4)
+    work = 8 * 32 * 64 * 500_000
+    assert found["flops"] == work
+    assert found["seconds"]["passes"] == pytest.approx(max(work / 100e12, 3 * 500_000 * 128 / 1000e9))
+    assert found["seconds"]["optimizer"] == pytest.approx(5 * 500_000 * 128 / 1000e9)
+    assert found["seconds"]["exchange"] == pytest.approx(sum(found["exchanged"].values()) / 20e9)
+    assert [(o["sample_rate"], o["optimizer"]) for o in found["options"]] == [(1.0, "sgd"), (1.0, "adamw"), (0.1, "sgd"), (0.1, "adamw")]
+    for o in found["options"]:
+        options = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": 2}
+        assert o["bytes"] == sum(plan.memory(10**6, 64, 2, 16, **options).values()) + 4 * 10**9
+        assert o["most_classes"] == plan.most_classes(26 * 10**9, 64, 2, 16, **options)
+        assert o["fewest_gpus"] == plan.fewest_ranks(26 * 10**9, 10**6, 64, 16, **options)
+    # It fits by the sum of its parts, the reserve among them.
+    total = sum(found["bytes"].values()) / 1e9
+    for memory, status in ((total * 1.001, 0), (total * 0.999, 1)):
+        assert main([*words, "--memory", f"{memory}"]) == status
+        assert json.loads(capsys.readouterr().out)["fits"] is (status == 0)
+
+
 def test_command(capsys):
     command = ["plan", "--classes", "30e6", "--dim", "512", "--gpus", "8", "--memory", "80"]
     assert main(command) == 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.chunks import chunks_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ def problems(draw):
         "workspace_mb": draw(st.sampled_from([None, 0.0, 0.02, 0.1])),
     }
     layout = draw(st.sampled_from(["plain", "pitched", "transposed"]))
+    options["width"] = draw(st.sampled_from([None, 1, 7, 64]))  # of the chunks of the torch backend
     return (n, d, c), seed, draw(st.sampled_from(sorted(testing.HEADS))), draw(st.booleans()), layout, options
 
 
@@ -41,6 +43,7 @@ def test_any_problem(backend):
     @given(problem=problems(), dtype=st.sampled_from(dtypes))
     def holds(problem, dtype):
         shape, seed, head, bias, layout, options = problem
+        width = options.pop("width")
         # A center that is rounded to the products' dtype is off by its last bit in few dimensions, and by less the more there are.
         assume(dtype[0] == dtype[1] or shape[1] >= 32)
         case = testing.Case.random(*shape, dtype[0], weight_dtype=dtype[1], bias=bias, seed=seed)
@@ -48,7 +51,8 @@ def test_any_problem(backend):
         upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(seed)) if options["reduction"] == "none" else None
         margin = testing.HEADS[head](shape[2])
         want = testing.run(case, margin, "reference", dtype=torch.float64, upstream=upstream, **options)
-        got = testing.run(case, margin, backend, upstream=upstream, **options)
+        with chunks_of(width if backend == "torch" else None):
+            got = testing.run(case, margin, backend, upstream=upstream, **options)
         tolerance = max(testing.TOLERANCE[v] for v in dtype)
         for output, value in want.items():
             # Where rows cancel (one class drawn from both sides, smoothing 1) what is left is measured against what cancelled, and below

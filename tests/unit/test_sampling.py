@@ -58,6 +58,28 @@ def test_seed_and_step_give_the_draw():
     assert len(set(drawn(-(2**63), 0, 1000, 50).tolist()) & set(drawn(2**63 - 1, 0, 1000, 50).tolist())) < 15
 
 
+def test_numbers_of_drawn_classes():
+    """The nearest integer to the share, at least one for each row, at most all."""
+    from marginkernels.sampling import count
+
+    shapes = ((0.1, 2, 100), (0.1, 2, 96), (0.1, 2, 94), (0.1, 30, 100), (0.5, 300, 100), (1.0, 1, 7), (0.001, 0, 10))
+    assert [count(*shape) for shape in shapes] == [10, 10, 9, 30, 100, 7, 0]
+
+
+def test_a_draw_depends_on_the_number_of_the_class():
+    """The second half of the classes draws by its own numbers: not as the first half does, and as another rank would that begins there."""
+    none = torch.full((1,), -1)
+
+    def draw(first, c, k):
+        return draw_op(torch.tensor(3), torch.tensor(9), none, first, c, k)[0] + first
+
+    low, high = draw(0, 1000, 100), draw(1000, 1000, 100)
+    assert len(set(low.tolist()) & {v - 1000 for v in high.tolist()}) < 30  # 10 are expected
+    # The smallest hashes of a part are those of the whole that lie in it.
+    whole = draw(0, 2000, 1)
+    assert int(whole) in {int(draw(0, 1000, 1)), int(draw(1000, 1000, 1))}
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_log_q_makes_the_sum_unbiased(seed):
     """The mean over many draws of the sum of corrected exponentials is the sum over all classes."""
@@ -102,6 +124,47 @@ def test_loss_and_gradient_are_those_of_the_drawn_classes(name, backend):
         *((p.grad, q.grad) for p, q in zip(head.margin.parameters(), single.parameters(), strict=True)),
     ):
         assert testing.relative_error(got.detach(), expected.detach()) < 2e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_log_q_under_smoothing_and_a_bias(backend):
+    """The correction -log q stands beside the bias in the exponentials, and has no part in the mean logit of label smoothing."""
+    case = testing.Case.random(4, D, 60, bias=True, ignored=False)
+    head = mk.MarginHead(D, 60, mk.NormFace(6.0), bias=True, sample_rate=0.3, log_q=True, label_smoothing=0.2, backend=backend)
+    head.load_state_dict(head.state_dict() | {"weight": case.w, "bias": case.bias})
+    x = case.x.clone().requires_grad_()
+    loss = head(x, case.labels)
+    loss.backward()
+    index = head.weight.grad.indices()[0]
+    labels = torch.searchsorted(index, case.labels)
+    own = len(set(labels.tolist()))
+    z0, w, b = (v.double().requires_grad_() for v in (case.x, case.w[index], case.bias[index]))
+    z = 6 * torch.nn.functional.normalize(z0) @ torch.nn.functional.normalize(w).T + b
+    q = (len(index) - own) / (60 - own)
+    drawn = torch.tensor([j not in labels.tolist() for j in range(len(index))])
+    lse = torch.logsumexp(z - drawn * math.log(q), 1)
+    want = (lse - 0.8 * z.gather(1, labels[:, None])[:, 0] - 0.2 * z.mean(1)).mean()
+    want.backward()
+    for got, expected in ((loss, want), (x.grad, z0.grad), (head.weight.grad.values(), w.grad), (head.bias.grad.values(), b.grad)):
+        assert testing.relative_error(got.detach(), expected.detach()) < 2e-5
+
+
+def test_draws_of_a_seed_stay_what_they_are():
+    """A run resumes on another version: SplitMix64 in plain integers says which classes a seed and a step draw."""
+    word = 1 << 64
+
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % word
+        return (z ^ (z >> 31)) % (1 << 63)
+
+    def keyed(counter, key):
+        return mix((counter * 0x9E3779B97F4A7C15 + key) % word)
+
+    for seed, step in ((0, 0), (7, 3), (-5, 1000), (2**63 - 1, 2)):
+        key = keyed(step, keyed(seed % word, 0))
+        order = sorted(range(200), key=lambda c, key=key: keyed(c, key))
+        assert drawn(seed, step, 200, 15).tolist() == sorted(order[:15])
 
 
 OPTIMIZERS = {
@@ -191,7 +254,11 @@ def test_accumulated_gradients():
     head.weight.grad = None
     head(x, y).backward()
     torch.testing.assert_close(both.to_dense(), first.to_dense() + head.weight.grad.to_dense())
+    before = head.weight.detach().clone()
+    head.weight.grad = both
     optim.SGD([head.weight], lr=0.1).step()
+    assert both.to_dense().any(1).sum() > 60  # more than one draw
+    torch.testing.assert_close(head.weight.detach(), before - 0.1 * both.to_dense())
 
 
 def test_eval_uses_every_class_and_draws_nothing():

@@ -80,7 +80,9 @@ class ExtensionBackend(Backend):
     def class_pass(
         self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
     ) -> ClassPassOutput:
-        contiguous: dict[str, Any] = {name: None if v is None else v.contiguous() for name, v in vars(upstream.rounded(torch.float32)).items()}
+        contiguous: dict[str, Any] = {
+            name: None if v is None else v.contiguous() for name, v in vars(upstream.rounded(torch.float32)).items()
+        }
         with on_device_of(inputs.x):
             return self._class_pass(inputs, Upstream(**contiguous), class_factor, saved, need_weight, need_bias)
 

@@ -130,7 +130,8 @@ class Request:
 
 @dataclass(frozen=True)
 class RowPassOutput:
-    """What the row pass gives, the two sums in float64 and the rest in acc_dtype. A field that the request did not ask for has no rows: (0,) or (0, D).
+    """What the row pass gives, the two sums in float64 and the rest in acc_dtype. A field that the request did not ask for has no rows:
+    (0,) or (0, D).
 
     With ``p_ij = softmax_{j != y}(z_ij)``:
 
@@ -168,8 +169,8 @@ class RowPassOutput:
         class_factor: Tensor,
         saved: Tensor | None = None,
     ) -> RowPassOutput:
-        """From the sums of a pass: ``value`` (N,), in whatever dtype it was summed, ``cos`` (N,) or (0,) and ``center`` (N, D) or (0, D) go where the request's
-        reduction has them. ``max_logit`` is dropped where the reduction has none."""
+        """From the sums of a pass: ``value`` (N,), in whatever dtype it was summed, ``cos`` (N,) or (0,) and
+        ``center`` (N, D) or (0, D) go where the request's reduction has them. ``max_logit`` is dropped where the reduction has none."""
         if saved is None:
             saved = max_logit.new_empty(0, dtype=torch.uint8)
         value = value.to(torch.float64)
@@ -200,7 +201,8 @@ class RowPassOutput:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The upstream gradient of the class pass and of the row gradient: each (N,) acc_dtype, but ``lse`` float64. With L the loss and lambda = lse,
+    """The upstream gradient of the class pass and of the row gradient: each (N,) acc_dtype, but ``lse`` float64. With L the loss
+    and lambda = lse,
 
         G_ij = N'(c_ij) (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i)   for j != y_i,    G_iy = d_target_cos_i,
         v_j  = sum_i G_ij f_i x_i,    dw_j = a_j (v_j - (v_j . a_j w_j) a_j w_j), or v_j where weights are not normalized.

@@ -105,7 +105,7 @@ def restored_on_error(margin: Margin) -> Iterator[None]:
     except BaseException:
         with torch.no_grad():
             for name, v in margin.named_buffers():
-                if name in before:
+                if name in before and writable(v):
                     v.copy_(before[name])
         raise
 

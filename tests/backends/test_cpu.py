@@ -222,7 +222,7 @@ def test_accuracy_at_every_scale(level, head):
 @pytest.mark.parametrize("name", [name for name, dtype in LEVELS if dtype == torch.float32])
 @pytest.mark.parametrize(("d", "limit"), [(128, 1.4e-7), (512, 1.2e-7)])
 def test_cosines_are_summed_in_short_chains(level, name, d, limit):
-    """The relative error of a cosine near 1, root of the mean square: 1.0e-7 and 0.85e-7, where one chain of sums makes 1.75e-7 and 3.3e-7."""
+    """The root mean square of the relative error of a cosine near 1: 1.0e-7 and 0.85e-7; one chain of sums makes 1.75e-7 and 3.3e-7."""
     level(name)
     g, errors, backend = torch.Generator().manual_seed(0), [], FUSED["cpu"]
     labels = torch.zeros(64, dtype=torch.int64)

@@ -102,9 +102,9 @@ def test_other_figures_longhand():
     # Rings of 4 ranks with 3 rows each: 3 others; targets are summed, reduced and gathered.
     assert plan.exchanged(8, 4, 3, embedding_bytes=2) == {
         "embeddings": 3 * 3 * 8 * 2,
-        "labels": 3 * 3 * 8,
+        "labels": 3 * (3 + 1) * 8,  # and the dtypes
         "targets": 2 * 3 * 12 * 24 // 4,
-        "log-sum-exps": 3 * 12 * 8,
+        "log-sum-exps": 3 * 12 * 16,  # in float64
         "embedding gradients": 3 * 3 * 8 * 4,
     }
     fine = plan.exchanged(8, 4, 3, embedding_bytes=8, label_smoothing=True)

@@ -1,7 +1,7 @@
 # make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
 # make test    lint and all tests that need no GPU, with the share of the package's lines that they run
 # make test-all  the same with the tests that take minutes
-# make mutants     plant each of the known mistakes in a copy and see that its tests notice it (benchmarks/results/mutants.json)
+# make mutants     plant each of the known mistakes in a copy and see that its tests notice it
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
 # make kills N=200  kill ranks at random moments of save, step and load; the record is benchmarks/results/kills.json
 # All make a virtual environment first, in .venv, with the versions of requirements.lock.

@@ -326,7 +326,9 @@ def test_workspace(level, name, dtype):
         3 * chunk,
         8 * chunk,
     ]
-    for head in HEADS:
+    # One for each transform and kind of scale: more these passes do not see of a head.
+    heads = ("softmax", "arcface", "mv-am", "curricularface", "l2-softmax-trainable") if dtype == torch.float32 else ("arcface", "mv-am")
+    for head in heads:
         for options in ({}, {"label_smoothing": 0.1}):
             for bias in (False, True):
                 case = testing.Case.random(n, 33, c, dtype, bias=bias)

@@ -199,6 +199,9 @@ def _terms_of_step(
     target = cos.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     steep = (per_row(margin.row_scale(batch), target, torch.float64) * margin.target(target, batch)[1]).detach().abs()
     slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
+    if problem.smoothing:  # a softmax that is nearly uniform cancels against the smoothing's 1/C
+        scale = per_row(margin.row_scale(batch), target, torch.float64).detach().abs()
+        slope += (ROUNDING * rounded * up * scale)[:, None] * (torch.softmax(logits, 1).nan_to_num() + problem.smoothing / problem.c)
     f = _inverse(rows) if margin.normalize_embedding else 1.0
     a = _inverse(given["w"].double()) if margin.normalize_weight else 1.0
     loss = ROUNDING * lost * up * largest

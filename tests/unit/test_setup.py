@@ -18,6 +18,8 @@ MACROS = {
     "avx512_bf16": {"__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__", "__AVX512BF16__"},
     "amx": {"__AVX512F__", "__AVX512BF16__", "__AMX_TILE__", "__AMX_BF16__"},
 }
+#: What is built for every processor.
+GENERAL = {"level_plain.cpp", "row_math.cpp", "driver.cpp", "topk.cpp", "bind.cpp"}
 COMPILER = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
 
 
@@ -98,13 +100,12 @@ def test_levels_are_those_that_the_compiler_understands(setup, stub, monkeypatch
     monkeypatch.setattr(setup, "is_x86", lambda: True)
     found = built(setup, monkeypatch, stub(*refused)[0])
     files = {f"level_{level}.cpp" for level in levels} | ({"level_amx_split.cpp"} if "amx" in levels else set())
-    general = {"level_plain.cpp", "row_math.cpp", "driver.cpp", "bind.cpp"}
-    assert found.keys() == files | general | {"link"}
+    assert found.keys() == files | GENERAL | {"link"}
     for level in levels:
         assert f" {setup.LEVELS[level]}" in found[f"level_{level}.cpp"]
     if "amx" in levels:
         assert found["level_amx_split.cpp"] == found["level_amx.cpp"]
-    for name in general:
+    for name in GENERAL:
         assert "-m" not in found[name].replace("-Wno-maybe-uninitialized", "")
     assert {word for word in found["driver.cpp"].split() if word.startswith("-D")} == {f"-DMK_HAS_{level.upper()}" for level in levels}
     assert all("-g" in flags.split() for flags in found.values())
@@ -116,7 +117,7 @@ def test_levels_are_those_that_the_compiler_understands(setup, stub, monkeypatch
 def test_other_processors_have_the_plain_level_only(setup, stub, monkeypatch):
     monkeypatch.setattr(setup, "is_x86", lambda: False)
     compiler, log = stub()
-    assert built(setup, monkeypatch, compiler).keys() == {"level_plain.cpp", "row_math.cpp", "driver.cpp", "bind.cpp", "link"}
+    assert built(setup, monkeypatch, compiler).keys() == GENERAL | {"link"}
     assert log.read_text() == ""
     for machine, x86 in (("x86_64", True), ("AMD64", True), ("aarch64", False), ("arm64", False)):
         monkeypatch.undo()

@@ -58,6 +58,7 @@ def test_caught_survived_and_broken(project, monkeypatch, capsys):
         mistake(project, id="survived", after="b + a"),
         mistake(project, id="equivalent", before="the sum", after="their sum", equivalent="a comment"),
         mistake(project, id="broken", tests=("test_code.py -k nothing",)),
+        mistake(project, id="failing", tests=("test_fails.py",)),
     ]
     monkeypatch.setattr(runner, "planted", lambda: given[:3])
     for m in given:
@@ -69,9 +70,12 @@ def test_caught_survived_and_broken(project, monkeypatch, capsys):
     assert {k: v["result"] for k, v in found["mistakes"].items()} == {"caught": "caught", "survived": "survived", "equivalent": "survived"}
     assert found["mistakes"]["caught"]["by"] == "test_code.py::test_add"
     assert found["total"] == {"planted": 3, "caught": 1, "equivalent": 1, "survived": 1}
-    # What the record holds is not done again; and a test that does not pass by itself ends the run.
+    # What the record holds is not done again; and a test that does not pass by itself catches nothing.
     assert runner.main(["--record", str(record), "--only", "caught"]) == 0
     assert "0 to do" in capsys.readouterr().out
     monkeypatch.setattr(runner, "planted", lambda: given[3:])
+    (project / "test_fails.py").write_text("def test_fails():\n    assert False\n")
     assert runner.main(["--jobs", "1"]) == 1
-    assert "does not pass without a mistake" in capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "broken: broken (code.py)" in out
+    assert "test_fails.py does not pass without a mistake" in out

@@ -138,6 +138,16 @@ def test_norms_far_from_one(emulated, name, dtype):
     assert (got["dw"][7] == 0).all()
 
 
+@pytest.mark.parametrize("upstream", [1e-6, 65536.0])
+@pytest.mark.parametrize("name", DTYPES)
+def test_float16_holds_any_upstream(emulated, name, upstream):
+    """Weights of the class pass are brought into float16's range, be the loss scaled up or averaged over many rows."""
+    case, scale = testing.Case.random(31, 128, 300, torch.float16, weight_dtype=torch.float32), torch.tensor(upstream)
+    want = testing.run(case, testing.HEADS["arcface"](300), "reference", dtype=torch.float64, upstream=scale)
+    got = testing.run(case, testing.HEADS["arcface"](300), name, upstream=scale)
+    assert testing.relative_error(got["dw"], want["dw"]) <= testing.TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_strided_centers_and_crowded_classes(emulated, name):
     """Centers that are columns of a larger tensor; all rows of one class; labels of other shards."""

@@ -7,9 +7,10 @@ An output is right where its error against the float64 reference, ``||got - want
 - **rounding**: what no algorithm of that precision can avoid. Eight times what the float64 reference moves when its inputs are moved by a
   unit of roundoff of the products' dtype, and its similarities by one of the accumulation dtype: where a margin is steep or has a kink,
   and at a tie that a hard transform decides. And eight units of roundoff of the *terms* of a gradient, ``sum_j |G_ij| |w_j|``, where their
-  sum cancels (equal class centers; D = 1).
+  sum cancels (equal class centers; D = 1), the smoothing's 1/C against the softmax among them.
 
-To each comes what the output's own dtype cannot hold: half of its smallest number, per element.
+To each comes what the output's own dtype cannot hold: half of its smallest number, per element; and infinity where what is fair exceeds its
+largest number.
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ def check(problem: Problem) -> Verdict:
     bound = {name: tolerance * size[name] + least[name] for name in held}
 
     def wrong() -> list[str]:
-        return [name for name in held if not off[name] <= bound[name]]  # also where it is NaN
+        # Also where it is NaN. Where what is fair exceeds the largest number of the output's dtype, so may infinity be.
+        fair = {name: math.inf if bound[name] > torch.finfo(got[name].dtype).max else bound[name] for name in held}
+        return [name for name in held if not off[name] <= fair[name]]
 
     if not wrong():
         return Verdict("tolerance")
@@ -201,7 +204,9 @@ def _terms_of_step(
     slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
     if problem.smoothing:  # a softmax that is nearly uniform cancels against the smoothing's 1/C
         scale = per_row(margin.row_scale(batch), target, torch.float64).detach().abs()
-        slope += (ROUNDING * rounded * up * scale)[:, None] * (torch.softmax(logits, 1).nan_to_num() + problem.smoothing / problem.c)
+        slope += (ROUNDING * torch.finfo(DTYPES[problem.dtype]).eps / 2 * up * scale)[:, None] * (
+            torch.softmax(logits, 1).nan_to_num() + problem.smoothing / problem.c
+        )
     f = _inverse(rows) if margin.normalize_embedding else 1.0
     a = _inverse(given["w"].double()) if margin.normalize_weight else 1.0
     loss = ROUNDING * lost * up * largest

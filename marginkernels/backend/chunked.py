@@ -96,13 +96,13 @@ def _similarity(p: PassInputs, w: Tensor, start: int, stop: int) -> tuple[Tensor
 
 
 def _weighted_rows(p: PassInputs, g: Tensor) -> Tensor:
-    """(chunk, D) ``sum_i g_ij x_i`` for g (N, chunk), whose slopes near a cosine of 1 can be larger than float16 goes: there each class is
-    taken times a power of two."""
+    """(chunk, D) ``sum_i g_ij x_i`` for g (N, chunk). Slopes near a cosine of 1 can be larger than float16 goes, the softmax of a sure row
+    smaller: there each class is taken times a power of two that brings its largest to 2^13 and more."""
     if p.x.dtype != torch.float16:
         return matmul(g.to(p.x.dtype).T, p.x, p.acc_dtype)
     largest = g.abs().amax(0)
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
-    pow2 = torch.where(largest > 2.0**14, torch.ldexp(torch.ones_like(largest), 14 - exponent), 1.0)
+    pow2 = torch.where(largest.isfinite() & (largest > 0), torch.ldexp(torch.ones_like(largest), 14 - exponent), 1.0)
     return matmul((g * pow2).to(p.x.dtype).T, p.x, p.acc_dtype) / pow2[:, None]
 
 

@@ -71,6 +71,15 @@ def test_slopes_that_float16_cannot_hold():
                 check_passes(FUSED["torch"], p, Reduction.LOG_SUM_EXP, 6e-3, steep=steep)
 
 
+def test_softmaxes_that_float16_cannot_hold():
+    """A sure row's softmax lies below 6e-8: so does its gradient, but it is no zero."""
+    case = testing.Case.random(1, 100, 30, torch.float16, weight_dtype=torch.float32)
+    near = testing.Case((case.x.float() + 30 * case.w[case.labels]).half(), case.w, case.labels, None)
+    found = testing.errors(near, mk.CosFace(), "torch")
+    assert 1e-15 < float(testing.run(near, mk.CosFace(), "torch")["loss"]) < 1e-9
+    assert max(found.values()) <= testing.TOLERANCE[torch.float16], found
+
+
 @pytest.mark.skipif(not CPU, reason="not built")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("level", cpu.levels() if CPU else [])

@@ -202,6 +202,7 @@ def _terms_of_step(
     target = cos.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     steep = (per_row(margin.row_scale(batch), target, torch.float64) * margin.target(target, batch)[1]).detach().abs()
     slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
+    softmax = torch.softmax(logits, 1).nan_to_num()
     if problem.smoothing:  # a softmax that is nearly uniform cancels against the smoothing's 1/C
         scale = per_row(margin.row_scale(batch), target, torch.float64).detach().abs()
         slope += (ROUNDING * torch.finfo(DTYPES[problem.dtype]).eps / 2 * up * scale)[:, None] * (
@@ -214,7 +215,7 @@ def _terms_of_step(
         "loss": loss.norm() if problem.reduction == "none" else loss.sum(),
         "dx": (f * (slope @ unit_w.norm(dim=1))).norm(),
         "dw": (a * (slope.T @ unit_x.norm(dim=1))).norm(),
-        "db": slope.sum(0).norm(),
+        "db": (slope + ROUNDING * rounded * up[:, None] * (softmax + own)).sum(0).norm(),  # not of the scale, which may be 0
         "dalpha": (slope * cos.abs()).sum(),
     }
     return {name: float(v) for name, v in found.items()}

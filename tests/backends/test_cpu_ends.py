@@ -1,0 +1,66 @@
+"""The C++ kernels where their arithmetic ends: squares that overflow, cosines that round past 1, NaN, the last class of a chunk."""
+
+import pytest
+import torch
+
+import marginkernels as mk
+from marginkernels import testing
+from marginkernels.backend import FUSED, cpu
+from marginkernels.core.types import HeadInputs
+
+pytestmark = pytest.mark.skipif(FUSED["cpu"].unavailable_reason() is not None, reason=f"{FUSED['cpu'].unavailable_reason()}")
+LEVELS = [name for name in cpu.levels() if name not in ("avx512_bf16", "amx")]  # those that serve float32
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setattr(FUSED["cpu"], "level", request.param)
+
+
+@pytest.mark.parametrize("length", [1e-29, 1e-22, 1e22, 1e37])
+def test_lengths_whose_squares_leave_float32(level, length):
+    """Centers of that length, every other one, and embeddings: what the directions alone give."""
+    case = testing.Case.random(9, 40, 70)
+    w, x = case.w.clone(), case.x.clone()
+    w[::2] *= length / w[::2].norm(dim=1, keepdim=True)
+    x[::3] *= length / x[::3].norm(dim=1, keepdim=True)
+    wild = testing.Case(x, w, case.labels, None)
+    want = testing.run(wild, mk.CosFace(), "reference", dtype=torch.float64)
+    got = testing.run(wild, mk.CosFace(), "cpu")
+    assert testing.relative_error(got["loss"], want["loss"]) <= testing.TOLERANCE[torch.float32]
+    for name, rows in (("dw", w), ("dx", x)):  # in units of one over the length, which alone may overflow
+        size = rows.double().norm(dim=1, keepdim=True)
+        held = (want[name].abs().amax(1) < 3e38) & (want[name].abs().amax(1) > 1e-36)
+        assert testing.relative_error((got[name].double() * size)[held], (want[name] * size)[held]) <= 1e-4
+
+
+def test_no_cosine_exceeds_one():
+    """Rounding would take some of these past 1, of which no arccosine is a number."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(4000, 7, generator=g)
+    x = w * torch.linspace(-3, 3, 4000)[:, None]
+    unit = torch.nn.functional.normalize
+    assert (unit(x.double()) * unit(w.double())).sum(1).abs().max() > 1
+    rows = FUSED["cpu"].prepare_inputs(HeadInputs(x, w, torch.arange(4000), True, True))
+    assert rows.target_cos.abs().max() == rows.target_similarity.abs().max() == 1
+
+
+def test_nan_reaches_every_gradient(level):
+    """Of the row itself, of the classes that it is compared with, and of none of the other rows."""
+    case = testing.Case.random(6, 24, 300, ignored=False, bias=True)
+    case.x[2, 5] = torch.nan
+    x, w, b = (v.clone().requires_grad_() for v in (case.x, case.w, case.bias))
+    mk.margin_cross_entropy(x, w, case.labels, margin=mk.CosFace(), bias=b, reduction="sum", backend="cpu").backward()
+    assert w.grad.isnan().all()
+    assert b.grad.isnan().all()
+    assert x.grad.isnan().all(1).tolist() == [i == 2 for i in range(6)]
+
+
+@pytest.mark.parametrize("label", [0, 126, 127, 128, 255, 256, 298, 299])
+def test_a_target_at_the_ends_of_its_chunk(level, label):
+    """Alone in its block of rows, so that no other row's target tells that the chunk has one."""
+    case = testing.Case.random(1, 24, 300, bias=True)
+    alone = testing.Case(case.x, case.w, torch.tensor([label]), case.bias)
+    for margin in (mk.CosFace(), mk.CurricularFace()):
+        found = testing.errors(alone, margin, "cpu", label_smoothing=0.1)
+        assert max(found.values()) <= testing.TOLERANCE[torch.float32], (label, found)

@@ -200,7 +200,8 @@ def _terms_of_step(
     rows = torch.where(valid[:, None], given["x"].double(), 1)
     batch = BatchInfo(rows, torch.where(valid, labels, -1), problem.c)
     target = cos.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    steep = (per_row(margin.row_scale(batch), target, torch.float64) * margin.target(target, batch)[1]).detach().abs()
+    value, target_slope = margin.target(target, batch)
+    steep = (per_row(margin.row_scale(batch), target, torch.float64) * target_slope).detach().abs()
     slope += own * (ROUNDING * lost * up * largest * (1 + steep))[:, None]
     softmax = torch.softmax(logits, 1).nan_to_num()
     if problem.smoothing:  # a softmax that is nearly uniform cancels against the smoothing's 1/C
@@ -213,7 +214,7 @@ def _terms_of_step(
     loss = ROUNDING * lost * up * largest
     found = {
         "loss": loss.norm() if problem.reduction == "none" else loss.sum(),
-        "dx": (f * (slope @ unit_w.norm(dim=1))).norm(),
+        "dx": (f * (slope @ unit_w.norm(dim=1)) + ROUNDING * lost * up * value.detach().abs()).norm(),  # where the scale is |x|
         "dw": (a * (slope.T @ unit_x.norm(dim=1))).norm(),
         "db": (slope + ROUNDING * rounded * up[:, None] * (softmax + own)).sum(0).norm(),  # not of the scale, which may be 0
         "dalpha": (slope * cos.abs()).sum(),

@@ -173,16 +173,17 @@ def test_centers_off_sixteen_bytes(emulated, name):
     assert max(found.values()) <= testing.TOLERANCE[torch.bfloat16], found
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["apart", "mixed"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_logits_near_and_far(emulated, sign):
+def test_logits_near_and_far(emulated, sign, mixed):
     """Rows whose logits cannot leave the range of an exponential keep no running maximum, others do; with cosines of all but 1 or -1."""
     p = pass_inputs(128, (torch.bfloat16, torch.float32))
     p.w[:] = sign * p.x[20].float() + 0.1 * p.w * torch.linspace(0, 1, 300)[:, None]
     p.x[:] = p.x[20]
-    p.scale[:] = torch.where(torch.arange(70) < 16, 1000.0, 64.0)  # the first warp's rows are far
-    reach = emulated["hopper"]._reach(p)
-    assert (reach[:16] > 96).all()
-    assert (reach[16:] <= 96).all()
+    rows = torch.arange(70)
+    far = rows % 3 == 0 if mixed else rows < 16  # some rows of every warp, or the first warp's
+    p.scale[:] = torch.where(far, 1000.0, 64.0)
+    assert torch.equal(emulated["hopper"]._reach(p) > 96, far)
     request = Request.log_sum_exp(need_center=True, need_cos=True)
     got, want = (b.row_pass(p, request) for b in (emulated["hopper"], ChunkedBackend()))
     for field in ("lse", "max_logit", "mean_cos", "mean_center"):

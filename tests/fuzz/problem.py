@@ -177,8 +177,10 @@ class Problem:
         labels = torch.randint(self.c, (self.n,), generator=g)
         if self.one_class and self.n:
             labels[:] = labels[0].clone()
-        # A head that keeps both norms has logits as large as their product: there the class centers keep ordinary magnitudes.
-        kept = not self.margin().normalize_embedding or not self.margin().normalize_weight
+        # A head that keeps a norm, or takes it for its scale, has logits as large as that: ordinary magnitudes, since past 1e15 even
+        # the softmax of float64 has no correct digit.
+        margin = self.margin()
+        kept = not margin.normalize_embedding or not margin.normalize_weight or getattr(margin, "scale", 1.0) is None
         products = "float16" if self.dtype == "float16" else self.weight_dtype  # the centers are converted to the embeddings' dtype
         w = _values(self.weight_values, self.c, self.d, products, g, ordinary=kept).to(DTYPES[self.weight_dtype])
         x = _values(self.values, self.n, self.d, self.dtype, g, ordinary=kept)

@@ -181,15 +181,15 @@ def _run(wanted: list[Mistake], record: Record, jobs: int) -> bool:
                 own.copy = copies.get()
             return own.copy
 
-        def take(mistake: Mistake) -> tuple[Mistake, str, str, float]:
+        def take(mistake: Mistake) -> tuple[Mistake, str, str, float, str]:
             start = time.monotonic()
             found, by = mine().try_out(mistake)
-            return mistake, found, by, time.monotonic() - start
+            return mistake, found, by, time.monotonic() - start, mistake.fingerprint(mine().root)
 
         with ThreadPoolExecutor(jobs) as pool:
             bar = tqdm(pool.map(take, wanted), total=len(wanted), desc="planted", unit="mistake")
-            for mistake, found, by, seconds in bar:
-                record.add(mistake, found, by, seconds)
+            for mistake, found, by, seconds, fingerprint in bar:
+                record.add(mistake, found, by, seconds, fingerprint)
                 if found != "caught":
                     bar.write(f"{found}: {mistake.id} ({mistake.file}): {mistake.why} {by}")
     return True
@@ -217,11 +217,11 @@ class Record:
     def found(self, mistake: Mistake) -> str:
         return str(self.results.get(mistake.id, {}).get("result", "not run"))
 
-    def add(self, mistake: Mistake, found: str, by: str, seconds: float) -> None:
+    def add(self, mistake: Mistake, found: str, by: str, seconds: float, fingerprint: str) -> None:
         line = {"file": mistake.file, "result": found, "by": by, "seconds": round(seconds, 1), "commit": self.commit}
         if mistake.equivalent:
             line["equivalent"] = mistake.equivalent
-        self.results[mistake.id] = line | {"fingerprint": mistake.fingerprint()}
+        self.results[mistake.id] = line | {"fingerprint": fingerprint}
         if self.path:
             known = [m.id for m in self.everything]
             lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(self.results[name])}" for name in known if name in self.results)

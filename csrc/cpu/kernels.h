@@ -25,7 +25,8 @@
 // bfloat16, a number has 24 bits, and a product is the sum of the six products of planes whose indices sum to 2 or less. The omitted terms
 // are about as large as the rounding of float32 itself.
 //
-// Plain bfloat16 products take the class centers unnormalized: a bfloat16 center that is normalized first would be rounded twice.
+// Plain bfloat16 products take the class centers unnormalized: a bfloat16 center that is normalized first would be rounded twice. Very long
+// and very short centers are multiplied by a power of two, since neither they nor their factors may leave bfloat16's normal numbers.
 
 #include "../scalar.h"
 #include "interface.h"
@@ -169,19 +170,29 @@ float inverse_norm(const char* row, int64_t d) {
 
 #if MK_PAIRS && !MK_SPLIT
 
-// Loads DIMS numbers of a row as a cache line of bfloat16; only `left` of them exist, the rest are 0.
+// Loads DIMS numbers of a row, times `pow2`, as a cache line of bfloat16; only `left` of them exist, the rest are 0.
 template <int DTYPE>
-MK_INLINE __m512i load_line(const char* p, int64_t left) {
-  if (DTYPE == BFLOAT16 && left >= DIMS) return load<__m512i>(p);
+MK_INLINE __m512i load_line(const char* p, int64_t left, float pow2) {
+  const bool as_is = DTYPE == BFLOAT16 && pow2 == 1.0f;
+  if (as_is && left >= DIMS) return load<__m512i>(p);
   alignas(64) char line[64] = {};
-  if (DTYPE == BFLOAT16) {
+  if (as_is) {
     if (left > 0) __builtin_memcpy(line, p, left * 2);
   } else {
     float strip[DIMS];
     load_strip<DTYPE>(p, left, strip);
+    for (int i = 0; i < DIMS; i += W) store(strip + i, load<V>(strip + i) * pow2);
     store_units(strip, 0, (uint32_t*)line);
   }
   return load<__m512i>(line);
+}
+
+// A power of two that a center with this inverse of its norm is packed times; 1 for ordinary norms.
+inline float packed_pow2(float inverse) {
+  if (inverse == 0 || (inverse > 1e-15f && inverse < 1e15f)) return 1.0f;
+  int exponent;
+  (void)__builtin_frexpf(inverse, &exponent);
+  return __builtin_ldexpf(1.0f, exponent);
 }
 
 // Interleaves two lines of 32 bfloat16 into 32 pairs: the pair of column i is (a[i], b[i]).
@@ -195,13 +206,14 @@ MK_INLINE void interleave(__m512i a, __m512i b, uint32_t* out) {
 
 #endif
 
-// Packs a chunk of class centers into `centers` and (unless null) `values`, with zeros past the last class, and computes their factors,
-// which are 1 if the weights are not normalized. Unless RAW, the packed centers are multiplied by their factors.
+// Packs a chunk of class centers into `centers` and (unless null) `values`, with zeros past the last class. Unless RAW, the packed centers
+// are normalized.
 struct PackChunk {
   const PassInputs& p;
   int64_t first, count;
-  float* factor;       // (count up to a multiple of 32)
-  const float* known;  // factors that were computed before, or null
+  float* factor;       // (count up to a multiple of 32) receives what takes a packed center to a normalized one where RAW
+  const float* known;  // the inverse norms that were computed before, or null
+  float* inverse;      // receives them, or null
   uint32_t* centers;
   uint32_t* values;
   const Layout& l;
@@ -212,15 +224,21 @@ struct PackChunk {
     const int64_t pitch = p.w_stride * SIZE;
     const char* row = (const char*)p.w + first * pitch;
     for (int64_t j = 0; j < up(count, 32); j += 2, row += 2 * pitch) {
+      float pow2[2] = {1.0f, 1.0f};
       for (int h = 0; h < 2; ++h) {
         const bool normalize = j + h < count && p.normalize_weight;
         factor[j + h] = !normalize ? 1.0f : known ? known[j + h] : inverse_norm<DTYPE>(row + h * pitch, p.d);
+        if (normalize && inverse) inverse[j + h] = factor[j + h];
+#if MK_PAIRS && !MK_SPLIT
+        if (normalize) pow2[h] = packed_pow2(factor[j + h]), factor[j + h] /= pow2[h];
+#endif
       }
       for (int64_t k = 0; k < l.dk; k += STRIP) {
         const int64_t d = k * PER_UNIT, left[2] = {j < count ? p.d - d : 0, j + 1 < count ? p.d - d : 0};
         uint32_t* to = centers + k * PLANES * CLASSES + j * STRIP;
 #if MK_PAIRS && !MK_SPLIT
-        const __m512i line[2] = {load_line<DTYPE>(row + d * SIZE, left[0]), load_line<DTYPE>(row + pitch + d * SIZE, left[1])};
+        const __m512i line[2] = {load_line<DTYPE>(row + d * SIZE, left[0], pow2[0]),
+                                 load_line<DTYPE>(row + pitch + d * SIZE, left[1], pow2[1])};
         store(to, line[0]), store(to + STRIP, line[1]);
         if (values) interleave(line[0], line[1], values + j / 2 * l.ldn + d);
 #else
@@ -570,8 +588,8 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES, even = up(count, 2);
-    with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, m.centers, task.need_center ? m.values : nullptr, l});
-    if (task.class_factor && p.normalize_weight) __builtin_memcpy(task.class_factor + first, factor, count * 4);
+    float* inverse = task.class_factor ? task.class_factor + first : nullptr;
+    with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, inverse, m.centers, task.need_center ? m.values : nullptr, l});
     chunk_bias(p, first, count, bias);
     const int64_t chunk = first / CLASSES;
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
@@ -594,8 +612,8 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
 struct WriteGradient {
   const PassInputs& p;
   int64_t first, count;
-  const float* factor;
-  float pow2;  // Rows::pow2
+  const float* inverse;  // of the centers' norms, or null
+  float pow2;            // Rows::pow2
   const float* v;
   void* d_weight;
   const Layout& l;
@@ -612,7 +630,7 @@ struct WriteGradient {
       __builtin_memcpy(ends[0], center + whole * SIZE, (p.d - whole) * SIZE);
       V a = {}, dot = {};
       if (p.normalize_weight) {
-        a = broadcast(factor[j]);
+        a = broadcast(inverse[j]);
         V dots[2] = {};
         int64_t k = 0;
         for (; k + 2 * W <= whole; k += 2 * W)
@@ -651,10 +669,7 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
     const float* known = p.normalize_weight ? task.class_factor + first : nullptr;
     const int64_t chunk = first / CLASSES;
     const bool from_saved = chunk < task.saved_chunks;
-    if (!from_saved)
-      with_dtype(p.w_dtype, PackChunk{p, first, count, factor, known, m.centers, nullptr, l});
-    else if (known)
-      __builtin_memcpy(factor, known, count * 4);
+    if (!from_saved) with_dtype(p.w_dtype, PackChunk{p, first, count, factor, known, nullptr, m.centers, nullptr, l});
     chunk_bias(p, first, count, bias);
     if (need_bias) __builtin_memset(db, 0, CLASSES * W * 4);
     for (int64_t block = 0; block < p.n; block += ROWS) {
@@ -669,7 +684,7 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
       }
       if (task.d_weight) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
     }
-    if (task.d_weight) with_dtype(p.w_dtype, WriteGradient{p, first, count, factor, r.pow2, v, task.d_weight, l});
+    if (task.d_weight) with_dtype(p.w_dtype, WriteGradient{p, first, count, known, r.pow2, v, task.d_weight, l});
     if (need_bias)
       for (int64_t j = 0; j < count; ++j) task.d_bias[first + j] = sum(load<V>(db + j * W)) * r.pow2;
   }

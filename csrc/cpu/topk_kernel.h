@@ -207,7 +207,7 @@ void topk_task(const PassInputs& p, const TopkTask& task) {
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
-    with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, m.centers, nullptr, l});
+    with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, nullptr, m.centers, nullptr, l});
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
       cosines(l, count, m.centers, task.along + row * l.along, tile);
       const Chunk chunk{first, (int)count, nullptr, factor, tile, nullptr, nullptr};

@@ -9,29 +9,32 @@ from marginkernels.backend import FUSED, cpu
 from marginkernels.core.types import HeadInputs
 
 pytestmark = pytest.mark.skipif(FUSED["cpu"].unavailable_reason() is not None, reason=f"{FUSED['cpu'].unavailable_reason()}")
-LEVELS = [name for name in cpu.levels() if name not in ("avx512_bf16", "amx")]  # those that serve float32
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=cpu.levels())
 def level(request, monkeypatch):
+    """Every instruction set in turn; the dtype that it serves."""
     monkeypatch.setattr(FUSED["cpu"], "level", request.param)
+    return torch.bfloat16 if request.param in ("avx512_bf16", "amx") else torch.float32
 
 
 @pytest.mark.parametrize("length", [1e-29, 1e-22, 1e22, 1e37])
 def test_lengths_whose_squares_leave_float32(level, length):
     """Centers of that length, every other one, and embeddings: what the directions alone give."""
     case = testing.Case.random(9, 40, 70)
-    w, x = case.w.clone(), case.x.clone()
+    w, x = case.w, case.x
     w[::2] *= length / w[::2].norm(dim=1, keepdim=True)
     x[::3] *= length / x[::3].norm(dim=1, keepdim=True)
+    w, x = w.to(level), x.to(level)
     wild = testing.Case(x, w, case.labels, None)
     want = testing.run(wild, mk.CosFace(), "reference", dtype=torch.float64)
     got = testing.run(wild, mk.CosFace(), "cpu")
-    assert testing.relative_error(got["loss"], want["loss"]) <= testing.TOLERANCE[torch.float32]
+    assert testing.relative_error(got["loss"], want["loss"]) <= testing.TOLERANCE[level]
     for name, rows in (("dw", w), ("dx", x)):  # in units of one over the length, which alone may overflow
         size = rows.double().norm(dim=1, keepdim=True)
         held = (want[name].abs().amax(1) < 3e38) & (want[name].abs().amax(1) > 1e-36)
-        assert testing.relative_error((got[name].double() * size)[held], (want[name] * size)[held]) <= 1e-4
+        tolerance = 1e-4 if level == torch.float32 else 3e-2
+        assert testing.relative_error((got[name].double() * size)[held], (want[name] * size)[held]) <= tolerance
 
 
 def test_no_cosine_exceeds_one():
@@ -47,7 +50,7 @@ def test_no_cosine_exceeds_one():
 
 def test_nan_reaches_every_gradient(level):
     """Of the row itself, of the classes that it is compared with, and of none of the other rows."""
-    case = testing.Case.random(6, 24, 300, ignored=False, bias=True)
+    case = testing.Case.random(6, 24, 300, level, ignored=False, bias=True)
     case.x[2, 5] = torch.nan
     x, w, b = (v.clone().requires_grad_() for v in (case.x, case.w, case.bias))
     mk.margin_cross_entropy(x, w, case.labels, margin=mk.CosFace(), bias=b, reduction="sum", backend="cpu").backward()
@@ -59,8 +62,8 @@ def test_nan_reaches_every_gradient(level):
 @pytest.mark.parametrize("label", [0, 126, 127, 128, 255, 256, 298, 299])
 def test_a_target_at_the_ends_of_its_chunk(level, label):
     """Alone in its block of rows, so that no other row's target tells that the chunk has one."""
-    case = testing.Case.random(1, 24, 300, bias=True)
+    case = testing.Case.random(1, 24, 300, level, bias=True)
     alone = testing.Case(case.x, case.w, torch.tensor([label]), case.bias)
     for margin in (mk.CosFace(), mk.CurricularFace()):
         found = testing.errors(alone, margin, "cpu", label_smoothing=0.1)
-        assert max(found.values()) <= testing.TOLERANCE[torch.float32], (label, found)
+        assert max(found.values()) <= testing.TOLERANCE[level], (label, found)

@@ -19,8 +19,8 @@ CPU = FUSED["cpu"].unavailable_reason() is None
 FLOATS = (torch.float32, torch.float32)
 
 
-def inputs(dtypes, non_target, normalize, bias, **shape):
-    return pass_inputs(23, dtypes, non_target, normalize_weight=normalize, bias=bias, **shape)
+def inputs(dtypes, non_target, normalize, bias, dim=23, **shape):
+    return pass_inputs(dim, dtypes, non_target, normalize_weight=normalize, bias=bias, **shape)
 
 
 def test_the_problem_has_what_it_should():
@@ -93,7 +93,7 @@ def test_parts_and_instruction_sets(level, threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         for i, (non_target, reduction, normalize) in enumerate(KINDS):
-            shape = ({"n": 9, "c": 1300}, {"n": 150, "c": 530})[i // 2 % 2]
+            shape = ({"n": 9, "c": 2100, "dim": 640}, {"n": 300, "c": 530})[i // 2 % 2]  # the first: enough work for three threads
             p = inputs((dtype, dtype), non_target, normalize, i % 3 > 0, **shape)
             workspace = (0, 1 << 40, 40_000)[(i + threads) % 3]
             check_passes(FUSED["cpu"], p, reduction, 1e-5 if dtype == torch.float32 else 6e-3, workspace=workspace)

@@ -59,6 +59,17 @@ def test_nan_reaches_every_gradient(level):
     assert x.grad.isnan().all(1).tolist() == [i == 2 for i in range(6)]
 
 
+@pytest.mark.parametrize("what", ["w", "bias"])
+@pytest.mark.parametrize("margin", [mk.CosFace(), mk.CurricularFace()], ids=["plain", "hard"])
+def test_nan_of_a_class_that_is_nobodys_target(level, margin, what):
+    """It is in every row's softmax: every loss is NaN."""
+    case = testing.Case.random(6, 24, 300, level, ignored=False, bias=True)
+    getattr(case, what)[299] = torch.nan
+    case.labels[:] = torch.arange(6)
+    loss = mk.margin_cross_entropy(case.x, case.w, case.labels, margin=margin, bias=case.bias, reduction="none", backend="cpu")
+    assert loss.isnan().all()
+
+
 @pytest.mark.parametrize("label", [0, 126, 127, 128, 255, 256, 298, 299])
 def test_a_target_at_the_ends_of_its_chunk(level, label):
     """Alone in its block of rows, so that no other row's target tells that the chunk has one."""

@@ -78,3 +78,14 @@ def test_a_target_at_the_ends_of_its_chunk(level, label):
     for margin in (mk.CosFace(), mk.CurricularFace()):
         found = testing.errors(alone, margin, "cpu", label_smoothing=0.1)
         assert max(found.values()) <= testing.TOLERANCE[level], (label, found)
+
+
+def test_prepared_from_any_layout():
+    """The backend takes views, whoever calls it."""
+    case = testing.Case.random(8, 24, 30)
+    labels = torch.stack([case.labels, case.labels.flip(0)], 1)[:, 0]
+    assert not labels.is_contiguous()
+    want = FUSED["cpu"].prepare_inputs(HeadInputs(case.x, case.w, case.labels, True, True))
+    got = FUSED["cpu"].prepare_inputs(HeadInputs(case.x.t().contiguous().t(), case.w.t().contiguous().t(), labels, True, True))
+    assert torch.equal(got.target_similarity, want.target_similarity)
+    assert torch.equal(got.x, want.x)

@@ -78,7 +78,7 @@ def test_options(kind, narrow_chunks, ran):
     assert chunks == {0} if x == w == torch.float32 or kind == "bfloat16" else chunks == set(range(0, 600, 256 * 2 // x.itemsize))
 
 
-@pytest.mark.parametrize("dim", [1, 33, 96, 200])
+@pytest.mark.parametrize("dim", [1, 33, 96, 200, 201])
 def test_dimensions(dim):
     """Odd rows, which TMA cannot load, and columns that do not fill a tile."""
     for kind in ("float32", "mixed"):
@@ -163,12 +163,13 @@ def test_no_row_counts():
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "mixed", "float16-mixed"])
 def test_norms_far_from_one(kind, ran):
-    """Centers of norm 1e18, 1e-18 and 0, and embeddings of the like where the dtype holds them."""
+    """Centers of norm 1e18, 1e-18, 0 and near it, and embeddings of the like where the dtype holds them."""
     x, w = DTYPES[kind]
     case = testing.Case.random(33, 40, 150, x, weight_dtype=w)
     case.w[3::5] *= 1e18
     case.w[4::5] *= 1e-18
     case.w[7] = 0
+    case.w[12] *= 1e-33
     if x != torch.float16:
         case.x[::3] *= 1e18
         case.x[1::3] *= 1e-18
@@ -180,7 +181,7 @@ def test_norms_far_from_one(kind, ran):
         assert testing.relative_error(got["dw"][part], want["dw"][part]) <= tolerance
     for part in (slice(0, None, 3), slice(1, None, 3), slice(2, None, 3)):
         assert testing.relative_error(got["dx"][part], want["dx"][part]) <= tolerance
-    assert (got["dw"][7] == 0).all()
+    assert (got["dw"][[7, 12]] == 0).all()
 
 
 @pytest.mark.parametrize(("scale", "online"), [(64.0, False), (1024.0, True)])
@@ -309,6 +310,14 @@ def test_workspace_heads(head):
             got = testing.run(case, margin, "triton", **workspace(case, groups))
             found = {k: testing.relative_error(got[k], v) for k, v in want.items()}
             assert max(found.values()) <= TOLERANCE[kind], (kind, groups, found)
+
+
+def test_workspace_and_smoothing():
+    """Of the sum of logits the saved weights know nothing."""
+    case = testing.Case.random(9, 24, 300)
+    want = testing.run(case, mk.ArcFace(), "reference", dtype=torch.float64, label_smoothing=0.3)
+    got = testing.run(case, mk.ArcFace(), "triton", label_smoothing=0.3, **workspace(case, 3))
+    assert all(testing.relative_error(got[k], v) <= TOLERANCE["float32"] for k, v in want.items())
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("float32", 1024.0), ("bfloat16", 1024.0), ("mixed", 64.0), ("float16-mixed", 64.0)])

@@ -30,7 +30,14 @@ def mine(n: int | None = None) -> slice:
 
 
 def case(c: int, bias: bool = False, seed: int = 0) -> testing.Case:
-    return testing.Case.random(sum(ROWS[: dist.get_world_size()]), D, c, bias=bias, seed=seed)
+    """Among its labels are the last class of the first shard and the first of the second."""
+    size = dist.get_world_size()
+    found = testing.Case.random(sum(ROWS[:size]), D, c, bias=bias, seed=seed)
+    counted = (found.labels >= 0).nonzero()[:, 0].tolist()
+    width = -(-c // size)
+    for row, label in zip(counted, (width, width - 1), strict=False):
+        found.labels[row] = min(label, c - 1)
+    return found
 
 
 def sharded(whole: testing.Case, margin: mk.Margin, **options) -> mk.MarginHead:
@@ -173,15 +180,16 @@ def check_half_precision():
 
 
 def check_topk():
-    whole = case(37, bias=True)
-    for margin in (mk.ArcFace(), mk.Softmax()):
-        single = mk.MarginHead(D, 37, margin, bias=True)
-        single.load_state_dict({"weight": whole.w, "bias": whole.bias})
-        scores, classes = single.topk(whole.x, 11)
-        for batch_size in (None, 1):  # of training steps; a search may have more rows
-            got = sharded(whole, copy.deepcopy(margin), batch_size=batch_size).topk(whole.x[mine()], 11)
-            assert torch.equal(got[1], classes[mine()])
-            compare(got[0], scores[mine()], "scores", float(scores.norm()))
+    for c, k in ((37, 11), (5, 5)):  # more classes than asked for in every shard, and fewer
+        whole = case(c, bias=True)
+        for margin in (mk.ArcFace(), mk.Softmax()):
+            single = mk.MarginHead(D, c, margin, bias=True)
+            single.load_state_dict({"weight": whole.w, "bias": whole.bias})
+            scores, classes = single.topk(whole.x, k)
+            for batch_size in (None, 1):  # of training steps; a search may have more rows
+                got = sharded(whole, copy.deepcopy(margin), batch_size=batch_size).topk(whole.x[mine()], k)
+                assert torch.equal(got[1], classes[mine()])
+                compare(got[0], scores[mine()], "scores", float(scores.norm()))
 
 
 def check_start_does_not_depend_on_ranks():

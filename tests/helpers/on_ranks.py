@@ -679,11 +679,19 @@ def check_grad_scaler():
         head = _head(2 * dist.get_world_size() + 1, batch_size=3)
         optimizer = kind(head.parameters(), lr=0.1)
         scaler = GradScaler("cpu", init_scale=8.0, growth_interval=10, process_group=dist.group.WORLD)
-        for poisoned in (None, 0, 1 % dist.get_world_size()):  # with 4 ranks the last holds no class
+        last = 1 % dist.get_world_size()
+        for poisoned, without in (
+            (None, None),
+            (0, None),
+            (last, None),
+            (last, 0 if last else None),
+        ):  # with 4 ranks the last holds no class
             optimizer.zero_grad()
             scaler.scale(head(torch.randn(3, D), torch.tensor([0, 1, 2]))).backward()
             if dist.get_rank() == poisoned:
                 head.weight.grad[-1] = torch.inf
+            if dist.get_rank() == without:
+                optimizer.zero_grad(set_to_none=True)
             before, scale = head.weight.detach().clone(), scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()

@@ -129,6 +129,9 @@ def run(case: Case, kind: str, names: list[str], seconds: float, memory_bytes: i
     """
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    # The modules and what else is here by now need not be looked at in every collection, of which there is one for each round.
+    gc.collect()
+    gc.freeze()
     device = Device(kind)
     known = providers()
     x, w, labels = inputs(case, kind)

@@ -80,6 +80,21 @@ def test_a_target_at_the_ends_of_its_chunk(level, label):
         assert max(found.values()) <= testing.TOLERANCE[level], (label, found)
 
 
+@pytest.mark.parametrize("margin", [mk.CosFace(), mk.CurricularFace()], ids=["plain", "hard"])
+def test_chunks_of_the_target_alone(level, margin):
+    """All other classes of the first two chunks are masked, so that the sums start with nothing; and a problem of one class."""
+    case = testing.Case.random(9, 24, 300, level, bias=True)
+    case.bias[:257] = -torch.inf
+    case.labels[:] = 3
+    case.bias[3] = 0
+    for c in (300, 1):
+        few = testing.Case(case.x, case.w[:c], case.labels.clamp(max=c - 1), case.bias[:c])
+        want, got = testing.run(few, margin, "reference", dtype=torch.float64), testing.run(few, margin, "cpu")
+        assert testing.relative_error(got["loss"], want["loss"]) <= testing.TOLERANCE[level]
+        assert all(v.isfinite().all() for v in got.values())
+        assert testing.relative_error(got["dw"], want["dw"]) <= testing.TOLERANCE[level]
+
+
 def test_prepared_from_any_layout():
     """The backend takes views, whoever calls it."""
     case = testing.Case.random(8, 24, 30)

@@ -281,7 +281,7 @@ class MarginHead(nn.Module):
         if self.shard is None:
             return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend)
         rows = self.shard.gather(embeddings, _no_labels(embeddings), -1, dtypes=(embeddings.dtype, self.weight.dtype), ask=True)[0]
-        agreed = agreed_by(self.shard, rows.device) if self.backend == "auto" else None
+        agreed = agreed_by(self.shard, str(rows.device)) if self.backend == "auto" else None
         widest = max(self.shard.widths())
         scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend, widest, agreed)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)

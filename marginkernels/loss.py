@@ -171,16 +171,17 @@ def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None,
         classes = max(shard.widths())
     if sampler is not None:
         classes = sampler.count(rows, classes)
-    agreed = None if shard is None else agreed_by(shard, embeddings.device)
-    return backends.resolve(name, embeddings.device, embeddings.dtype, weight.dtype, weight.shape[1], rows, classes, agreed)
+    agreed = None if shard is None else agreed_by(shard, str(embeddings.device))
+    return backends.resolve(name, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], rows, classes, agreed)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def agreed_by(shard: Shard, device: torch.device) -> backends.Agreement:
+def agreed_by(shard: Shard, device: str) -> backends.Agreement:
     """What all ranks of a shard may choose a backend from on devices of this kind; they compare it once, at their first call there."""
-    if device.type not in shard.agreed:
-        shard.agreed[device.type] = backends.agreement(shard.of_all_ranks(backends.offer(device)))
-    return shard.agreed[device.type]
+    kind = device.partition(":")[0]
+    if kind not in shard.agreed:
+        shard.agreed[kind] = backends.agreement(shard.of_all_ranks(backends.offer(device)))
+    return shard.agreed[kind]
 
 
 def _without_bad_ignored_rows(embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Records of ``python -m marginkernels verify``: which backend is right, and how fast, on one kind of machine; and what ``auto`` makes of them.
+"""Records of ``python -m marginkernels verify``: which backend is right, and how fast, on one kind of machine; what ``auto`` makes of them.
 
-A record is a JSON file of :class:`Record`. The user's lie in :func:`folder`, those of the package in ``SHIPPED``; both are read the same way.
-It serves where :func:`why_not` finds nothing against it. Reading never raises: a file that is damaged is one more that does not serve.
+A record is a JSON file of :class:`Record`. The user's lie in :func:`folder`, the package's in ``SHIPPED``; both are read the same way. One
+serves where :func:`why_not` finds nothing against it. Reading never raises: a file that is damaged is one more that does not serve.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SIZE_CLASSES = (
     SizeClass("small, narrow", 1 << 22, 256, {"cpu": (64, 128, 10_007), "cuda": (64, 128, 10_007)}),
     SizeClass("small, wide", 1 << 22, math.inf, {"cpu": (64, 512, 10_007), "cuda": (64, 512, 10_007)}),
     SizeClass("medium, narrow", 1 << 27, 256, {"cuda": (512, 128, 100_003)}),
-    SizeClass("medium, wide", 1 << 27, math.inf, {"cpu": (128, 512, 40_009), "cuda": (512, 512, 100_003)}),
+    SizeClass("medium, wide", 1 << 27, math.inf, {"cuda": (512, 512, 100_003)}),
     SizeClass("large, narrow", math.inf, 256, {"cuda": (1024, 128, 1_000_003)}),
     SizeClass("large, wide", math.inf, math.inf, {"cuda": (1024, 512, 1_000_003)}),
 )
@@ -234,7 +234,7 @@ class Record:
                 made=str(found["made"]),
                 backends={name: Verdict(**(v | {"pairs": tuple(v["pairs"])})) for name, v in found["backends"].items()},
                 times={
-                    size: {dtype: {name: Time(float(t["ms"]), float(t["torch_ms"])) for name, t in of.items()} for dtype, of in each.items()}
+                    size: {dtype: {name: Time(**one) for name, one in of.items()} for dtype, of in each.items()}
                     for size, each in found["times"].items()
                 },
                 tiles=tuple(found["tiles"]),
@@ -366,5 +366,3 @@ def fastest(record: Record, candidates: Sequence[str], dtypes: str, size: str) -
             if math.isfinite(ratio):
                 ratios[name] = ratio
     return min(ratios, key=lambda name: ratios[name], default=None)
-
-

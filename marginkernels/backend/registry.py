@@ -42,7 +42,7 @@ def get(name: str) -> Backend:
 
 def resolve(
     name: str,
-    device: torch.device | str,
+    device: str,
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     dim: int,
@@ -53,7 +53,7 @@ def resolve(
     """The name of the backend that serves. An explicit backend never falls back; it raises and lists the reasons.
 
     Args:
-        device: of the tensors; its type will do.
+        device: of the tensors, such as ``"cuda:1"``; its type will do.
         dtype, weight_dtype, dim: of embeddings, weight, and D.
         rows, classes: N and C, of which ``auto`` on a GPU takes the size class; while tracing, those that are traced, without a guard.
         agreed: what the ranks of a sharded head may choose from; None where this process decides for itself.
@@ -63,7 +63,8 @@ def resolve(
     """
     if torch.compiler.is_dynamo_compiling():
         comptime(_note_sizes)
-        return _resolve_traced(name, device, dtype, weight_dtype, dim, agreed)
+        traced: str = _resolve_traced(name, device, dtype, weight_dtype, dim, agreed)
+        return traced
     return _resolve(name, device, dtype, weight_dtype, dim, _hint(rows), _hint(classes), agreed)
 
 
@@ -81,15 +82,13 @@ def _hint(size: Any) -> int | None:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _resolve_traced(
-    name: str, device: torch.device | str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, agreed: Agreement | None
-) -> str:
+def _resolve_traced(name: str, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, agreed: Agreement | None) -> str:
     return _resolve(name, device, dtype, weight_dtype, dim, *_TRACED[0], agreed)
 
 
 def _resolve(
     name: str,
-    device: torch.device | str,
+    device: str,
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
     dim: int,
@@ -97,7 +96,7 @@ def _resolve(
     classes: int | None,
     agreed: Agreement | None,
 ) -> str:
-    name, kind = backend_name(name), torch.device(device).type
+    name, kind = backend_name(name), device.partition(":")[0]
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     if name == "reference":
@@ -106,17 +105,27 @@ def _resolve(
     def why_not(candidate: Backend) -> str | None:
         return candidate.unavailable_reason() or candidate.unsupported_reason(kind, dtype, weight_dtype, dim)
 
-    reasons = {one: why_not(FUSED[one]) for one in (FUSED if name == "auto" else [name])}
-    serving = [one for one, reason in reasons.items() if reason is None]
-    if name == "auto" and serving:
+    found, taken_away = Reading(None, None, ()), dict[str, str]()
+    if name != "auto":
+        candidates = [name]
+    else:
         found = reading(device)
         taken_away = records.bad(found.record) if agreed is None else dict.fromkeys(agreed[1], "found wrong on one of the ranks")
-        left = [one for one in serving if one not in taken_away]
-        chosen = _choice(left, kind, found, records.pair(dtype, weight_dtype), records.size_class(rows, classes, dim), agreed)
-        reasons |= taken_away
+        candidates = [one for one in FUSED if one not in taken_away and (kind in RECORDED or kind in FUSED[one].tested_on)]
+    chosen = None
+    if name != "auto" or kind not in RECORDED:
+        chosen = next((one for one in candidates if why_not(FUSED[one]) is None), None)
     else:
-        chosen = serving[0] if serving else None
+        serving = [one for one in candidates if why_not(FUSED[one]) is None]
+        if found.record is None:
+            if any(one != FALLBACK for one in serving):
+                _warn_once(found)
+        elif agreed is None or agreed[0]:
+            chosen = records.fastest(found.record, serving, records.pair(dtype, weight_dtype), records.size_class(rows, classes, dim))
+        if chosen is None and FALLBACK in serving:
+            chosen = FALLBACK
     if chosen is None:
+        reasons = {one: taken_away.get(one) or why_not(FUSED[one]) for one in (FUSED if name == "auto" else [name])}
         listed = "; ".join(f"{k}: {reason or 'has not been verified here; name it to use it'}" for k, reason in reasons.items())
         raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {kind} ({listed})")
     if chosen == "triton" and kind in RECORDED:
@@ -124,44 +133,29 @@ def _resolve(
     return chosen
 
 
-def _choice(left: list[str], kind: str, found: Reading, dtypes: str, size: str, agreed: Agreement | None) -> str | None:
-    """One of the backends that serve and that no record takes away, or None."""
-    if kind not in RECORDED:
-        return next((one for one in left if kind in FUSED[one].tested_on), None)
-    if found.record is None:
-        if any(one != FALLBACK for one in left):
-            _warn_once(found)
-    elif agreed is None or agreed[0]:
-        fastest = records.fastest(found.record, left, dtypes, size)
-        if fastest is not None:
-            return fastest
-    return FALLBACK if FALLBACK in left else None
-
-
 def _warn_once(found: Reading) -> None:
     if not _WARNED:
         stale = "".join(f" {path.name} is {reason}." for path, reason in found.ignored if reason.startswith("stale"))
         _WARNED.append(
-            f"marginkernels: backend='auto' takes {FALLBACK!r} on this GPU, because no record says which of the faster backends are right on "
-            f"it; 'python -m marginkernels verify --device cuda' makes one.{stale}"
+            f"marginkernels: backend='auto' takes {FALLBACK!r} on this GPU, because no record says which of the faster backends are "
+            f"right on it; 'python -m marginkernels verify --device cuda' makes one.{stale}"
         )
         warnings.warn(_WARNED[0], UserWarning, stacklevel=2)
 
 
-def machine(device: torch.device | str) -> Machine:
+def machine(device: str) -> Machine:
     """What records of ``device`` are about here."""
     return records.here(torch.device(device))
 
 
-def reading(device: torch.device | str) -> Reading:
+def reading(device: str) -> Reading:
     """The record that serves ``device`` here, if there is one; files are read once in a process."""
-    key = str(device)
-    if key not in _READINGS:
-        kind = torch.device(device).type
+    if device not in _READINGS:
+        kind = device.partition(":")[0]
         known = kind == "cpu" or (kind in RECORDED and torch.cuda.is_available())
         # Without any record, most often, the kernels' sources need not be hashed.
-        _READINGS[key] = records.read(machine(device)) if known and records.files() else Reading(None, None, ())
-    return _READINGS[key]
+        _READINGS[device] = records.read(machine(device)) if known and records.files() else Reading(None, None, ())
+    return _READINGS[device]
 
 
 def forget() -> None:
@@ -170,7 +164,7 @@ def forget() -> None:
     _WARNED.clear()
 
 
-def offer(device: torch.device | str) -> tuple[str, tuple[str, ...]]:
+def offer(device: str) -> tuple[str, tuple[str, ...]]:
     """What this process would choose from on ``device``, for comparison between ranks: what must be the same for all to use their records,
     and the backends that this one's record takes away."""
     found = reading(device)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..core.validation import FLOATS, positive
 from . import _collectives as collectives
 
-
 T = TypeVar("T")
 
 

@@ -178,7 +178,7 @@ def use_tiles(path: str | Path | None) -> list[Key]:
     found: dict[Key, Tile] = {}
     if path is not None:
         try:
-            found = _checked(read_tiles(path))
+            found = check_tiles(read_tiles(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     global _asked
@@ -208,10 +208,11 @@ def take_recorded(tiles: Iterable[Mapping[str, Any]]) -> None:
     """Take the tiles with which a record's backend was verified, unless this process has asked for others or for the defaults."""
     if not _asked and not CHOSEN:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a record that somebody edited is nobody's error here
-            CHOSEN.update(_checked(tiles))
+            CHOSEN.update(check_tiles(tiles))
 
 
-def _checked(tiles: Iterable[Mapping[str, Any]]) -> dict[Key, Tile]:
+def check_tiles(tiles: Iterable[Mapping[str, Any]]) -> dict[Key, Tile]:
+    """Tiles as :func:`save_tiles` writes them; raises ValueError where one cannot serve, KeyError or TypeError where it is none."""
     found: dict[Key, Tile] = {}
     for one in tiles:
         key = Key(**{name: one[name] for name in Key.__annotations__})

@@ -143,6 +143,10 @@ def _warn_once(found: Reading) -> None:
         warnings.warn(_WARNED[0], UserWarning, stacklevel=2)
 
 
+def gpu_is_here() -> bool:
+    return torch.cuda.is_available()
+
+
 def machine(device: str) -> Machine:
     """What records of ``device`` are about here."""
     return records.here(torch.device(device))
@@ -152,7 +156,7 @@ def reading(device: str) -> Reading:
     """The record that serves ``device`` here, if there is one; files are read once in a process."""
     if device not in _READINGS:
         kind = device.partition(":")[0]
-        known = kind == "cpu" or (kind in RECORDED and torch.cuda.is_available())
+        known = kind == "cpu" or (kind in RECORDED and gpu_is_here())
         # Without any record, most often, the kernels' sources need not be hashed.
         _READINGS[device] = records.read(machine(device)) if known and records.files() else Reading(None, None, ())
     return _READINGS[device]
@@ -200,7 +204,7 @@ def verified(b: Backend) -> bool:
     """Whether ``auto`` may choose a backend here, on a CPU or on the current GPU."""
     if any(b.name not in records.bad(reading(kind).record) for kind in b.tested_on):
         return True
-    if "cuda" not in b.device_types or b.unavailable_reason() is not None or not torch.cuda.is_available():
+    if "cuda" not in b.device_types or b.unavailable_reason() is not None or not gpu_is_here():
         return False
     record = reading("cuda").record
     return record is not None and b.name in record.backends and record.backends[b.name].verdict == records.RIGHT

@@ -28,23 +28,19 @@ from .supervise import Outcome, Settings, supervise, times, verdict
 OUTPUTS = ("loss", "dx", "dw", "dbias")
 #: Minutes by default, and what the compiled peer gets of them at most: it has no verdict.
 MINUTES, PEER_SHARE = {"cpu": 3.0, "cuda": 20.0}, 0.25
+#: Seconds of one check that are a hang. On a GPU the first checks compile kernels.
+LIMIT = {"cpu": 60.0, "cuda": 300.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, once = parser.add_argument, "only this one (may be repeated); writes no record"
     add("--device", type=usable_device, default="cpu", help="where to run, such as cpu or cuda (default: %(default)s)")
-    add("--minutes", type=number(0, 24 * 60, open_low=True), metavar="M", help="begin no check after that (default: 3 on a CPU, else 20)")
-    add(
-        "--limit",
-        type=number(0, open_low=True),
-        default=120.0,
-        metavar="S",
-        help="seconds of one check that count as a hang (default: 120)",
-    )
+    add("--minutes", type=number(0, open_low=True), metavar="M", help="begin no check after that (default: 3; 20 on a GPU)")
+    add("--limit", type=number(0, open_low=True), metavar="S", help="seconds of one check that are a hang (default: 60; 300 on a GPU)")
     add("--tiles", type=tiles_file, metavar="PATH", help="verify the Triton kernels with the tiles of this file of tune, and record them")
-    add("--backend", action="append", type=backend_name, choices=["reference", *FUSED], help="only this one (may be repeated); no record")
-    add("--head", action="append", choices=list(testing.HEADS), metavar="NAME", help="only this one (may be repeated); no record")
-    add("--dtype", action="append", choices=list(DTYPES), help="of embeddings and weight; only this one (may be repeated); no record")
+    add("--backend", action="append", type=backend_name, choices=["reference", *FUSED], help=once)
+    add("--head", action="append", choices=list(testing.HEADS), metavar="NAME", help=once)
+    add("--dtype", action="append", choices=list(DTYPES), help=f"of embeddings and weight; {once}")
     add("--seed", type=integer(0, MAX_SEED), default=0, help="of the random problems (default: %(default)s)")
 
 
@@ -74,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = 60 * (args.minutes if args.minutes is not None else MINUTES.get(kind, MINUTES["cuda"]))
     before = registry.reading(args.device).record
     tiles = heuristics.read_tiles(args.tiles) if args.tiles else list(before.tiles) if before is not None else []
-    settings = Settings(args.device, args.limit, args.seed, tiles)
+    limit = args.limit if args.limit is not None else LIMIT.get(kind, LIMIT["cuda"])
+    settings = Settings(args.device, limit, args.seed, tiles)
     asked = candidates(args.device, args.backend)
     plans = [(one, checks(one, args.device, heads=args.head, dtypes=args.dtype)) for one in asked]
     peer = [] if narrowed else compiled_checks(args.device)

@@ -48,7 +48,10 @@ LAYERS: dict[str, set[str]] = {
     "head": {"core", "margins", "backend", "sampling", "retrieval", "loss", "distributed._shard"},
     "distributed": {"core", "head", "distributed._collectives", "distributed._shard"},
     "testing": {"core", "margins", "reference", "loss", "head"},
-    "cli": {"", "core", "margins", "optim", "sampling", "backend", "backend.triton", "loss", "head", "distributed", "testing"},
+    "cli": {
+        *("", "core", "margins", "optim", "sampling", "loss", "head", "distributed", "testing"),
+        *("backend", "backend.triton", "backend.cpu", "backend.records", "backend.registry", "backend.torch_topk"),
+    },
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},
     "__main__": set(),
     "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval"},

@@ -97,7 +97,7 @@ def _resolve(
     agreed: Agreement | None,
 ) -> str:
     name, kind = backend_name(name), device.partition(":")[0]
-    if name not in NAMES:
+    if name not in NAMES and name not in FUSED:
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
     if name == "reference":
         return name

@@ -17,7 +17,7 @@ from marginkernels.__main__ import main
 from marginkernels.backend import FUSED, cpu, records, registry, resolve
 from marginkernels.backend.records import RIGHT, UNFINISHED, Time
 from marginkernels.cli import verify as command
-from marginkernels.cli.verify import plan, supervise, worker
+from marginkernels.cli.verify import plan, processes, worker
 from marginkernels.cli.verify.plan import Candidate, Check
 
 TESTS = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def planted(kind):
 
 
 def settings(limit=300.0):
-    return supervise.Settings("cpu", limit)
+    return processes.Settings("cpu", limit)
 
 
 # -- in this process: what each check finds ----------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_nothing_is_blamed_on_others_where_the_device_is_lost(monkeypatch):
 
     def crash(candidate, checks, *_):
         assert candidate.name == "first"
-        return supervise.Outcome(fault=("crash", "as planted"))
+        return processes.Outcome(fault=("crash", "as planted"))
 
     monkeypatch.setattr(command, "supervise", crash)
     monkeypatch.setattr(command, "answers", lambda settings: False)
@@ -178,8 +178,8 @@ SIZED += [Check(kind, PAIR, (64, 128, 10_007), size="small, narrow") for kind in
 
 def judged(*said, **outcome):
     results = {number: {"verdict": word, "why": "so", "ms": 2.0, "torch_ms": 4.0} for number, word in enumerate(said) if word}
-    found = supervise.Outcome(results=results, **outcome)
-    return supervise.verdict(SIZED, found, "cuda"), supervise.times(SIZED, found)
+    found = processes.Outcome(results=results, **outcome)
+    return processes.verdict(SIZED, found, "cuda"), processes.times(SIZED, found)
 
 
 def test_verdicts():
@@ -297,7 +297,7 @@ def test_the_record_is_written_and_doctor_shows_it(capsys, monkeypatch, cache):
 
 
 def test_a_record_that_cannot_be_written(capsys, monkeypatch):
-    found = command.Found(Candidate("torch", "torch"), [], supervise.Outcome(), records.Verdict(RIGHT, checks={"values": 1}))
+    found = command.Found(Candidate("torch", "torch"), [], processes.Outcome(), records.Verdict(RIGHT, checks={"values": 1}))
 
     def refuse(record):
         raise OSError("read-only file system")

@@ -22,7 +22,7 @@ from ...backend.triton import heuristics
 from .._progress import tqdm
 from .._text import MAX_SEED, integer, number, table, usable_device
 from .plan import COMPILED, DTYPES, Candidate, Check, candidates, checks, compiled_checks, unavailable, unsupported
-from .supervise import Outcome, Settings, supervise, times, verdict
+from .processes import Outcome, Settings, supervise, times, verdict
 
 #: The outputs of every head; a margin with parameters also has their gradients, and a search its scores and classes.
 OUTPUTS = ("loss", "dx", "dw", "dbias")

@@ -1,4 +1,4 @@
-"""The process in which one candidate is checked; whatever it does to that process is seen from outside (``supervise.py``).
+"""The process in which one candidate is checked; whatever it does to that process is seen from outside (``processes.py``).
 
 It reads a plan and writes a line of JSON when it is ready, before and after each check, and at its end.
 """

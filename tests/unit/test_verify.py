@@ -34,6 +34,15 @@ def cache(tmp_path, monkeypatch):
     registry.forget()
 
 
+@pytest.fixture
+def registered():
+    """The registry, for a test to change."""
+    before = dict(FUSED)
+    yield FUSED
+    FUSED.clear()
+    FUSED.update(before)
+
+
 def planted(kind):
     return Candidate(f"planted-{kind}", "planted", source=f"helpers.planted_backends:{kind}")
 
@@ -116,7 +125,7 @@ def test_the_peer_is_arcface():
 # -- in processes of their own -----------------------------------------------------------------------------------------------------
 
 
-def test_planted_backends_end_as_verdicts_and_are_never_chosen(monkeypatch, cache):
+def test_planted_backends_end_as_verdicts_and_are_never_chosen(monkeypatch, registered):
     """A wrong one, one that crashes, one that hangs and a right one, each in its process; then what ``auto`` takes."""
     asked = [(planted(kind), [VALUES, Check("topk", PAIR, (5, 24, 19))]) for kind in ("wrong", "crashing", "right")]
     monkeypatch.setattr(command, "answers", lambda settings: True)
@@ -134,19 +143,17 @@ def test_planted_backends_end_as_verdicts_and_are_never_chosen(monkeypatch, cach
     # All of them where they would be preferred: auto takes the one that is right, and without it what is below.
     for f in found:
         backend = getattr(planted_backends, f.candidate.source.partition(":")[2])
-        backend.name = f.candidate.name
-        monkeypatch.setitem(FUSED, f.candidate.name, backend)
-    order = [f.candidate.name for f in found if f.verdict.verdict != RIGHT] + ["planted-right", "torch"]
-    for name in list(FUSED):
-        if name not in order:
-            monkeypatch.delitem(FUSED, name)
-    for name in order:
-        monkeypatch.setitem(FUSED, name, FUSED.pop(name))
-    assert resolve("auto", "cpu", torch.float32, torch.float32, 24) == order[0]  # without a record
+        monkeypatch.setattr(backend, "name", f.candidate.name)
+        registered[f.candidate.name] = backend
+    bad = [f.candidate.name for f in found if f.verdict.verdict != RIGHT]
+    order = {name: registered[name] for name in (*bad, "planted-right", "torch")}
+    registered.clear()
+    registered.update(order)
+    assert resolve("auto", "cpu", torch.float32, torch.float32, 24) == bad[0]  # without a record
     records.write(command.record_of(found, {}, settings(), 60.0))
     registry.forget()
     assert resolve("auto", "cpu", torch.float32, torch.float32, 24) == "planted-right"
-    monkeypatch.delitem(FUSED, "planted-right")
+    del registered["planted-right"]
     assert resolve("auto", "cpu", torch.float32, torch.float32, 24) == "torch"
 
 

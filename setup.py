@@ -1,6 +1,7 @@
 """Builds the compiled backends with ninja. Each is optional: where one cannot be built the package installs without it, and a text
 file in its place says why (``marginkernels.backends()`` shows it)."""
 
+import hashlib
 import os
 import platform
 import re
@@ -167,13 +168,24 @@ def build_cuda(target: Path, folder: Path) -> None:
 BUILDERS = {"marginkernels._cpu": build_cpu, "marginkernels._cuda": build_cuda}
 
 
+def sources_hash(part: str) -> str:
+    """Of what an extension is built from, for ``marginkernels/backend/records.py``: the same on every machine and by every compiler."""
+    source, digest = HERE / "csrc", hashlib.sha256()
+    for path in sorted([*source.glob("*.h"), *(p for p in (source / part).rglob("*") if p.is_file())]):
+        digest.update(f"{path.relative_to(source).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 class BuildOptional(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         report = target.with_name(f"{ext.name.rpartition('.')[2]}.txt")
         report.unlink(missing_ok=True)
+        hashed = report.with_suffix(".sha256")
+        hashed.unlink(missing_ok=True)
         try:
             BUILDERS[ext.name](target, Path(self.build_temp).resolve() / ext.name)
+            hashed.write_text(sources_hash(ext.name.rpartition("_")[2]))
         except (CannotBuild, ImportError, OSError) as error:
             target.unlink(missing_ok=True)
             report.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +198,8 @@ class BuildOptional(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib).resolve() / self.get_ext_filename(ext.name)
             name = ext.name.rpartition(".")[2]
-            for file, other in ((built, f"{name}.txt"), (built.with_name(f"{name}.txt"), built.name)):
+            hashed = built.with_name(f"{name}.sha256")
+            for file, other in ((built, f"{name}.txt"), (built.with_name(f"{name}.txt"), built.name), (hashed, hashed.name)):
                 if file.exists():
                     (package / other).unlink(missing_ok=True)
                     shutil.copy2(file, package)

@@ -18,7 +18,7 @@ from .core.labels import checked_ignore_index
 from .core.numerics import best, reduce_losses
 from .core.transforms import transforming
 from .core.validation import FLOATS, check_number, check_reduction, positive
-from .loss import LossOptions, local_head_losses, workspace_bytes
+from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
 from .retrieval import nearest
 from .sampling import Sampler
@@ -141,7 +141,8 @@ class MarginHead(nn.Module):
             }
             facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
             facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q, "sparse_grad": sparse_grad}
-            self.shard.assert_same_on_all_ranks(**facts)
+            every = self.shard.assert_same_on_all_ranks(**facts, _offer=backends.offer("cpu"))
+            self.shard.agreed["cpu"] = backends.agreement([f["_offer"] for f in every])
         elif batch_size is not None:
             raise ValueError(f"batch_size: expected None without a process_group, got {batch_size!r}")
         held = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
@@ -280,7 +281,9 @@ class MarginHead(nn.Module):
         if self.shard is None:
             return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend)
         rows = self.shard.gather(embeddings, _no_labels(embeddings), -1, dtypes=(embeddings.dtype, self.weight.dtype), ask=True)[0]
-        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend)
+        agreed = agreed_by(self.shard, str(rows.device)) if self.backend == "auto" else None
+        widest = max(self.shard.widths())
+        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend, widest, agreed)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -130,7 +130,10 @@ def local_head_losses(
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
-    name = backends.resolve(options.backend, device, embeddings.dtype, weight.dtype, weight.shape[1])
+    if shard is None or options.backend != "auto":
+        name = _backend(options.backend, embeddings, weight, None, sampler)
+    else:
+        name = "auto"  # until it is known how many rows the ranks have together
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
     if shard is not None and transforming():
@@ -139,6 +142,8 @@ def local_head_losses(
     ignore_index = checked_ignore_index(options.ignore_index)
     if shard is not None:
         embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
+        if name == "auto":
+            name = _backend(name, embeddings, weight, shard, sampler)
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
@@ -157,6 +162,26 @@ def local_head_losses(
     stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}
+
+
+def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None) -> str:
+    """The backend that serves: of all that decides, every rank of a shard sees the same."""
+    rows, classes = embeddings.shape[0], weight.shape[0]
+    if shard is not None:
+        classes = max(shard.widths())
+    if sampler is not None:
+        classes = sampler.count(rows, classes)
+    agreed = None if shard is None else agreed_by(shard, str(embeddings.device))
+    return backends.resolve(name, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], rows, classes, agreed)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def agreed_by(shard: Shard, device: str) -> backends.Agreement:
+    """What all ranks of a shard may choose a backend from on devices of this kind; they compare it once, at their first call there."""
+    kind = device.partition(":")[0]
+    if kind not in shard.agreed:
+        shard.agreed[kind] = backends.agreement(shard.of_all_ranks(backends.offer(device)))
+    return shard.agreed[kind]
 
 
 def _without_bad_ignored_rows(embeddings: Tensor, labels: Tensor) -> Tensor:

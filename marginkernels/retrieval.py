@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backend import resolve
+from .backend import Agreement, resolve
 from .core.numerics import accumulation_dtype, per_row
 from .core.types import TopkInputs
 from .core.validation import check_centers
@@ -56,11 +56,14 @@ def nearest(
     k: int,
     num_classes: int | None = None,
     backend: str = "auto",
+    widest: int | None = None,
+    agreed: Agreement | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``min(k, C)`` best classes of ``weight`` (C, D) for each row; see :func:`topk`.
 
     Args:
         num_classes: C of all shards, where ``weight`` is one of them; what ``k`` is checked against.
+        widest, agreed: the most classes of any shard, and what the ranks may choose a backend from; see :func:`resolve`.
     """
     check_centers(embeddings, weight, bias, shard=num_classes is not None)
     c = weight.shape[0]
@@ -71,7 +74,9 @@ def nearest(
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-    chosen = resolve(backend, embeddings.device.type, embeddings.dtype, weight.dtype, weight.shape[1])
+    chosen = resolve(
+        backend, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], widest or c, agreed
+    )
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
         bias = bias.detach().to(acc_dtype).contiguous()

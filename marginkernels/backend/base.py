@@ -19,15 +19,15 @@ class Backend(ABC):
         name: what ``backend=`` takes.
         device_types: of the tensors that it serves, such as ``("cpu",)``.
         dtypes: of embeddings and weight.
-        verified: whether ``auto`` may choose it; False while it has not run on the hardware it is for.
+        tested_on: device types on which the project's own tests prove it, so that ``auto`` may choose it there without a record.
         workspace_mb: what ``workspace_mb=None`` stands for: more than 0 only where that has been measured to pay.
         summary: one line for the documentation: what it is, on any machine.
-        note: one line for ``doctor``: what it is here, and what is unverified where ``verified`` is False.
+        note: one line for ``doctor``: what it is here, and what it has never run on.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
-    verified: bool = True
+    tested_on: tuple[str, ...] = ()
     workspace_mb: int = 0
     summary: str = ""
 

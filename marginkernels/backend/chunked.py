@@ -19,6 +19,7 @@ from .online_softmax import OnlineSoftmax
 class ChunkedBackend(Backend):
     name = "torch"
     device_types = ("cpu", "cuda")
+    tested_on = ("cpu",)
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     summary = "plain PyTorch, a chunk of classes at a time: any device, library matrix products"
 

@@ -62,7 +62,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
-    device_types = ("cpu",)
+    device_types = tested_on = ("cpu",)
     dtypes = tuple(DTYPES)
     workspace_mb = 128
 

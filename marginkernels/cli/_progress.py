@@ -17,8 +17,19 @@ class SilentBar(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self.iterable)
 
+    n = 0
+
+    def __enter__(self) -> SilentBar[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
     def set_postfix(self, **values: Any) -> None:
         pass
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
 
 
 if TYPE_CHECKING:  # tqdm has no type annotations

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backend import backends
+from ..backend import backends, records, registry
 from ._text import table
 
 #: Packages that this package uses where they are installed, and what for.
@@ -73,14 +73,15 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "tools": {"C++ compiler": _compiler(), "nvcc": _tool("nvcc", r"release ([\d.]+)"), "ninja": _tool("ninja", r"([\d.]+)")},
         "cpu": {
-            "name": _cpu_field("model name") or platform.processor() or "unknown",
+            "name": records.processor(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "torch_uses": torch.backends.cpu.get_cpu_capability(),
-            "features": [f for f in CPU_FEATURES if f in (_cpu_field("flags") or _cpu_field("Features") or "").split()],
+            "features": [f for f in CPU_FEATURES if f in (records.cpu_field("flags") or records.cpu_field("Features") or "").split()],
         },
         "gpus": _gpus(),
         "backends": {name: {**b, "device_types": list(b["device_types"])} for name, b in backends().items()},
+        "records": [_record(device) for device in ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]],
         "extensions": _extensions(),
     }
 
@@ -112,10 +113,34 @@ def as_text(found: dict[str, Any]) -> str:
         "\n".join(f"{name:<15}{value}" for name, value in facts),
         table(["backend", "available", "verified", "devices", "description, or why it cannot run"], backends_),
         "backend='auto' only picks verified backends; one that is not verified can be used by naming it.",
+        *(_of_record(one) for one in found["records"]),
         table(["extension", "state"], [(name, state) for name, state in found["extensions"].items()]),
         table(["package", "version", "for"], packages),
     ]
     return "\n\n".join(parts)
+
+
+def _record(device: str) -> dict[str, Any]:
+    """What is verified on a device, from which record, and the other records with the reason why each does not serve."""
+    reading = registry.reading(device)
+    record = reading.record
+    verdicts = {} if record is None else {name: f"{v.verdict}{': ' * bool(v.why)}{v.why}" for name, v in record.backends.items()}
+    about = {} if record is None else {"made": record.made, "torch": record.machine.torch, "driver": record.machine.driver}
+    ignored = [{"path": str(path), "reason": reason} for path, reason in reading.ignored]
+    return {"device": device, "path": reading.path and str(reading.path), **about, "backends": verdicts, "ignored": ignored}
+
+
+def _of_record(found: dict[str, Any]) -> str:
+    """One device's record for people."""
+    device = found["device"]
+    if found["path"] is None:
+        what = "" if device == "cpu" else f", so auto takes {records.FALLBACK}; python -m marginkernels verify --device cuda makes one"
+        lines = [f"Verified on {device}: no record{what}"]
+    else:
+        with_driver = f", driver {found['driver']}" if found["driver"] else ""
+        lines = [f"Verified on {device}, by {found['path']} of {found['made']} (torch {found['torch']}{with_driver}):"]
+        lines += [f"  {name}: {said}" for name, said in found["backends"].items()]
+    return "\n".join([*lines, *(f"  ignored: {one['path']}: {one['reason']}" for one in found["ignored"])])
 
 
 def _version(package: str) -> str | None:
@@ -140,16 +165,6 @@ def _tool(name: str, pattern: str) -> str | None:
 
 def _compiler() -> str | None:
     return next((found for name in ("c++", "g++", "clang++") if (found := _tool(name, r"(\d+\.\d+[\d.]*)"))), None)
-
-
-def _cpu_field(name: str) -> str | None:
-    """The first value of a field of /proc/cpuinfo, or None."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    match = re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE)
-    return match[1] if match else None
 
 
 def _gpus() -> list[dict[str, Any]]:

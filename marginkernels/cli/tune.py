@@ -331,6 +331,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         save(args.json, rows, gpu=torch.cuda.get_device_name(), shape=str(shape))
         print(f"written to {args.json}; load it with marginkernels.backend.triton.use_tiles({str(args.json)!r})")
+        print(f"python -m marginkernels verify --device cuda --tiles {args.json} verifies the kernels with them, and auto then takes them")
     return 0
 
 

@@ -13,7 +13,7 @@ that holds the row's class.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from ..core.validation import FLOATS, positive
 from . import _collectives as collectives
+
+T = TypeVar("T")
 
 
 def bounds(num_classes: int, size: int, rank: int) -> tuple[int, int]:
@@ -77,6 +79,7 @@ class Shard:
         rank, size: of this process in the group, and of the group.
         start, stop: the classes of this rank are [start, stop).
         num_classes: C.
+        agreed: by type of device, what all ranks may choose a backend from.
 
     Raises:
         TypeError: ``group`` is not a process group.
@@ -92,6 +95,7 @@ class Shard:
         self.num_classes = num_classes
         self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
         self.start, self.stop = bounds(num_classes, self.size, self.rank)
+        self.agreed: dict[str, tuple[bool, tuple[str, ...]]] = {}
         self.group = collectives.register(group)
 
     def mark(self, p: Tensor) -> None:
@@ -106,14 +110,19 @@ class Shard:
         """The number of classes of each rank."""
         return [stop - start for start, stop in (bounds(self.num_classes, self.size, r) for r in range(self.size))]
 
+    def of_all_ranks(self, mine: T) -> list[T]:
+        """What each rank gives, in rank order. Every rank calls it."""
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, mine, group=collectives.group_of(self.group))
+        return every
+
     def assert_same_on_all_ranks(self, **facts: Any) -> list[dict[str, Any]]:
         """The ``facts`` of all ranks, in rank order. Every rank calls it.
 
         Raises:
             ValueError: on every rank, naming the first fact that differs between ranks. Facts whose names start with ``_`` may differ.
         """
-        every: list[dict[str, Any]] = [{} for _ in range(self.size)]
-        dist.all_gather_object(every, facts, group=collectives.group_of(self.group))
+        every = self.of_all_ranks(facts)
         for name in facts:
             found = [f.get(name) for f in every]
             if not name.startswith("_") and any(v != found[0] for v in found):

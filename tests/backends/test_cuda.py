@@ -317,7 +317,7 @@ def test_emulation_notices_a_deadlock(kernels):
 
 def test_never_chosen_by_auto_before_it_is_verified():
     for name in DTYPES:
-        assert not FUSED[name].verified
+        assert not FUSED[name].tested_on
         assert "never run on a GPU" in FUSED[name].note
 
 

@@ -155,7 +155,7 @@ def test_tuning_without_a_gpu(capsys, monkeypatch):
 
 
 def test_never_chosen_by_auto_before_it_is_verified():
-    assert not FUSED["triton"].verified
+    assert not FUSED["triton"].tested_on
     assert "never run on a GPU" in FUSED["triton"].note
 
 

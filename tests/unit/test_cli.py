@@ -1,7 +1,6 @@
-"""The command line: doctor, verify, and errors."""
+"""The command line: doctor, names from before, and errors. ``verify`` is tested in test_verify.py."""
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -12,21 +11,9 @@ import torch
 
 import marginkernels as mk
 from marginkernels.__main__ import COMMANDS, main
-from marginkernels.backend.chunked import ChunkedBackend
 from marginkernels.cli import _text
 
 ROOT = Path(__file__).parents[2]
-
-
-def verify(capsys, *arguments):
-    """Exit status, the words of each backend's first row in the table of errors, and everything that was printed."""
-    status = main(["verify", "--head", "arcface", *arguments])
-    out = capsys.readouterr().out
-    rows = {}
-    for line in out.splitlines():
-        if line.startswith(("reference", "torch", "cpu")):
-            rows.setdefault(line.split()[0], line.split())
-    return status, rows, out
 
 
 def test_doctor_names_every_backend(capsys):
@@ -51,54 +38,6 @@ def test_doctor_as_json(capsys):
 def test_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "marginkernels", "doctor", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["marginkernels"] == mk.__version__
-
-
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("threads", [1, 3], indirect=True)
-def test_verify_passes(capsys, threads):
-    status, rows, out = verify(capsys, "--dtype", "float32", "--dtype", "float64")
-    assert status == 0
-    assert "All errors are within tolerance" in out
-    assert {"reference", "torch"} <= rows.keys()
-    assert all("pass" in row or "has no" in " ".join(row) for row in rows.values())
-
-
-def off_by_a_little(found):
-    return dataclasses.replace(found, lse=found.lse + 0.1)
-
-
-def not_a_number(found):
-    return dataclasses.replace(found, mean_center=torch.full_like(found.mean_center, torch.nan))
-
-
-def crash(found):
-    raise RuntimeError("out of luck")
-
-
-@pytest.mark.parametrize(
-    ("change", "said"), [(off_by_a_little, "loss is off by"), (not_a_number, "dx is off by nan"), (crash, "out of luck")]
-)
-def test_verify_fails_with_a_wrong_backend(capsys, monkeypatch, change, said):
-    right = ChunkedBackend.row_pass
-    monkeypatch.setattr(ChunkedBackend, "row_pass", lambda *a, **k: change(right(*a, **k)))
-    status, rows, out = verify(capsys, "--dtype", "float32", "--backend", "torch", "--backend", "reference")
-    assert status == 1
-    assert "FAIL" in rows["torch"]
-    assert "pass" in rows["reference"]
-    assert said in out
-
-
-def test_verify_fails_where_nothing_can_be_verified(capsys):
-    status, _, out = verify(capsys, "--dtype", "float64", "--backend", "cpu")
-    assert status == 1
-    assert "Nothing could be verified" in out
 
 
 def test_names_from_before(capsys):
@@ -126,6 +65,9 @@ def test_names_from_before(capsys):
         (["tune", "--workspace-mb", "inf"], "--workspace-mb: expected a finite number"),
         (["tune", "--compile-only", "hopper"], "--compile-only: expected an architecture such as sm_90, got 'hopper'"),
         (["tune", "--json", "/dev/null/tiles.json"], "--json: expected a file that can be written"),
+        (["verify", "--minutes", "0"], "--minutes: expected a finite number > 0"),
+        (["verify", "--limit", "nan"], "--limit: expected a finite number > 0"),
+        (["verify", "--tiles", "/no/such/tiles.json"], "--tiles: expected a file of tiles that tune wrote"),
         (["verify", "--seed", "-1"], "--seed: expected an integer from 0"),
         (["verify", "--device", "vulkan"], "--device: expected a device that PyTorch can use here, got 'vulkan'"),
         (["verify", "--device", "xla"], "--device: expected a device that PyTorch can use here, got 'xla'"),

@@ -5,8 +5,9 @@ stream, so that CUDA graphs capture it.
 
 **Never run on a GPU so far.** The sources compile for sm_80 and sm_90a without stack use, and `tests/backends/test_cuda.py` runs the same
 sources and the loops below on a CPU, against the float64 reference, under an emulation that can show neither races nor speed. What to
-run before ``verified`` becomes True, on a GPU: ``make gpu-report``, whose steps are the small cases, compute-sanitizer (memcheck and
-racecheck) on them, bits that repeat, a training step in a ``torch.cuda.CUDAGraph``, all tests, and the times of every backend in one run.
+run first on a GPU, beside ``python -m marginkernels verify --device cuda``: ``make gpu-report``, whose steps are the small cases,
+compute-sanitizer (memcheck and racecheck) on them, bits that repeat, a training step in a ``torch.cuda.CUDAGraph``, all tests, and the
+times of every backend in one run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ class ExtensionBackend(Backend):
     """A backend whose kernels are in ``marginkernels._cuda``."""
 
     device_types = ("cuda",)
-    verified = False
     kernels: Any = _cuda  #: the compiled launchers; tests put their emulation here
 
     @property

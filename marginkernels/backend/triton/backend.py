@@ -41,7 +41,6 @@ class TritonBackend(Backend):
 
     name = "triton"
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    verified = False
     summary = "Triton: one kernel per pass, logits in registers only"
 
     @property

@@ -22,7 +22,9 @@ bytes from L2 for half the work. It gains what the similarities and exponentials
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,16 +177,48 @@ def use_tiles(path: str | Path | None) -> list[Key]:
     """
     found: dict[Key, Tile] = {}
     if path is not None:
-        read = json.loads(Path(path).read_text())
-        if not isinstance(read, dict) or read.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: expected a file of {SCHEMA!r}")
-        for one in read["tiles"]:
-            key = Key(**{name: one[name] for name in Key.__annotations__})
-            tile = Tile(**{name: one[name] for name in Tile.__annotations__})
-            reason = fault(key, tile)
-            if reason:
-                raise ValueError(f"{path}: the tile for {key} {reason}")
-            found[key] = tile
+        try:
+            found = check_tiles(read_tiles(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    global _asked
+    _asked = True
     CHOSEN.clear()
     CHOSEN.update(found)
     return list(found)
+
+
+#: Whether :func:`use_tiles` has been called, after which a record's tiles are none of this process's business.
+_asked = False
+
+
+def read_tiles(path: str | Path) -> list[dict[str, Any]]:
+    """The tiles of a file that :func:`save_tiles` wrote, as they stand there.
+
+    Raises:
+        ValueError: where the file is none of that kind.
+    """
+    read = json.loads(Path(path).read_text())
+    if not isinstance(read, dict) or read.get("schema") != SCHEMA:
+        raise ValueError(f"expected a file of {SCHEMA!r}")
+    return list(read["tiles"])
+
+
+def take_recorded(tiles: Iterable[Mapping[str, Any]]) -> None:
+    """Take the tiles with which a record's backend was verified, unless this process has asked for others or for the defaults."""
+    if not _asked and not CHOSEN:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a record that somebody edited is nobody's error here
+            CHOSEN.update(check_tiles(tiles))
+
+
+def check_tiles(tiles: Iterable[Mapping[str, Any]]) -> dict[Key, Tile]:
+    """Tiles as :func:`save_tiles` writes them; raises ValueError where one cannot serve, KeyError or TypeError where it is none."""
+    found: dict[Key, Tile] = {}
+    for one in tiles:
+        key = Key(**{name: one[name] for name in Key.__annotations__})
+        tile = Tile(**{name: one[name] for name in Tile.__annotations__})
+        reason = fault(key, tile)
+        if reason:
+            raise ValueError(f"the tile for {key} {reason}")
+        found[key] = tile
+    return found

@@ -154,6 +154,36 @@ def test_tuning_without_a_gpu(capsys, monkeypatch):
     assert out.count("default") == 4
 
 
+@pytest.fixture
+def matmul_switches():
+    matmul = torch.backends.cuda.matmul
+    yield matmul
+    matmul.allow_tf32 = False
+    matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    assert not matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("matmul.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.fp32_precision = 'ieee'", "ieee"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.allow_tf32 = True", "tf32"),
+        ("matmul.allow_tf32 = False", "ieee"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ],
+)
+def test_pytorchs_switch_for_tf32(matmul_switches, setting, wanted):
+    """Both the older and the newer switch: reading the older one once raised where the newer was set."""
+    from marginkernels.backend.triton import launch
+
+    assert launch.precision(torch.float32) == "ieee"
+    exec(setting, {"torch": torch, "matmul": matmul_switches})
+    assert launch.precision(torch.float32) == wanted
+    assert launch.precision(torch.bfloat16) == "ieee"
+
+
 def test_never_chosen_by_auto_before_it_is_verified():
     assert not FUSED["triton"].verified
     assert "never run on a GPU" in FUSED["triton"].note

@@ -36,7 +36,7 @@ class TritonBackend(Backend):
     """Triton 3.6 or newer on a GPU from sm_80 on, or on CPU tensors under Triton's interpreter.
 
     float16 and bfloat16 products accumulate in float32. float32 products are taken at float32's precision, or as one TF32 product where
-    ``torch.backends.cuda.matmul.allow_tf32`` is on.
+    ``torch.backends.cuda.matmul`` says so: ``allow_tf32`` or, the newer switch, ``fp32_precision = "tf32"``.
     """
 
     name = "triton"

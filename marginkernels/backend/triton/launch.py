@@ -84,7 +84,8 @@ def saved_pow2(dtype: torch.dtype) -> float:
 
 def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 ones as one TF32 product where PyTorch's own switch allows that, else at float32's precision."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Reading allow_tf32 raises once a user has set fp32_precision; the latter follows both.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def converts(p: PassInputs) -> bool:

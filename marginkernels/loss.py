@@ -130,7 +130,7 @@ def local_head_losses(
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
-    name = backends.resolve(options.backend, device, embeddings.dtype, weight.dtype, weight.shape[1])
+    name = backends.resolve(options.backend, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1])
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
     if shard is not None and transforming():

@@ -71,7 +71,7 @@ def nearest(
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-    chosen = resolve(backend, embeddings.device.type, embeddings.dtype, weight.dtype, weight.shape[1])
+    chosen = resolve(backend, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1])
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
         bias = bias.detach().to(acc_dtype).contiguous()

@@ -82,6 +82,8 @@ PYBIND11_MODULE(MK_MODULE, m) {
     fields.done();
     mk::finish(p, w_dtype, product, reinterpret_cast<void*>(stream));
   });
+  m.def("driver_version", &mk::driver_version);
+  m.def("runtime_version", &mk::runtime_version);
   m.attr("ROW_BLOCK") = mk::ROW_BLOCK;
 #if defined(MK_FUSED)  // also built for compute capability 9.0
   m.def("fused_row", [](int product, uintptr_t stream, const py::kwargs& given) {

@@ -26,8 +26,9 @@ def get(name: str) -> Backend:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def resolve(name: str, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str:
-    """The name of the backend that serves. An explicit backend never falls back; it raises and lists the reasons.
+def resolve(name: str, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str:
+    """The name of the backend that serves on ``device``, such as ``"cuda:1"``. An explicit one never falls back; it raises and lists the
+    reasons.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot serve, with each one's reason.
@@ -40,14 +41,14 @@ def resolve(name: str, device_type: str, dtype: torch.dtype, weight_dtype: torch
     candidates = list(FUSED.values()) if name == "auto" else [FUSED[name]]
 
     def why_not(candidate: Backend) -> str | None:
-        return candidate.unavailable_reason() or candidate.unsupported_reason(device_type, dtype, weight_dtype, dim)
+        return candidate.unavailable_reason() or candidate.unsupported_reason(device, dtype, weight_dtype, dim)
 
     for candidate in candidates:
         if (candidate.verified or name != "auto") and why_not(candidate) is None:
             return candidate.name
     reasons = {one.name: why_not(one) or "has not been verified on this hardware; name it to use it" for one in candidates}
     listed = "; ".join(f"{k}: {v}" for k, v in reasons.items())
-    raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {device_type} ({listed})")
+    raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {device} ({listed})")
 
 
 def backends() -> dict[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     heads = args.head or list(testing.HEADS)
     asked = list(itertools.product(args.backend or ["reference", *FUSED], [DTYPES[name] for name in args.dtype or DTYPES]))
-    reasons = {pair: _reason(pair[0], device.type, pair[1]) for pair in asked}
+    reasons = {pair: _reason(pair[0], str(device), pair[1]) for pair in asked}
     served = [pair for pair, reason in reasons.items() if reason is None]
     worst: dict[tuple[str, torch.dtype], dict[str, tuple[float, str]]] = {pair: {} for pair in served}
     failures: list[tuple[str, torch.dtype, str, str]] = []

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     try:  # what argparse cannot see, before the minutes that rendering and training take
-        chosen = resolve(args.backend, device.type, torch.float32, torch.float32, args.dim)
+        chosen = resolve(args.backend, str(device), torch.float32, torch.float32, args.dim)
         data.font_files(args.fonts)
     except ValueError as error:
         return refuse(f"--{error}")

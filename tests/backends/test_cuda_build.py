@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import resources, resources_cuda
 
@@ -68,6 +69,8 @@ def test_setup_builds_for_what_is_asked(setup_module, tmp_path, monkeypatch):
     built = load("_cuda", tmp_path / "_cuda.so")
     assert hasattr(built, "row_chunk")
     assert not hasattr(built, "fused_row")
+    assert built.runtime_version() >= 12000
+    assert (built.driver_version() >= 12000) == torch.cuda.is_available()  # 0 where there is no driver
 
 
 @needs_nvcc

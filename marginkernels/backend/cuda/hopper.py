@@ -46,14 +46,15 @@ class HopperBackend(ExtensionBackend):
             return "the CUDA kernels were built without 9.0 in TORCH_CUDA_ARCH_LIST"
         return reason
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+    def unsupported_reason(self, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
         # The weight may be float32 as well: it is converted a chunk at a time.
-        reason = super().unsupported_reason(device_type, dtype, dtype if weight_dtype == torch.float32 else weight_dtype, dim)
+        reason = super().unsupported_reason(device, dtype, dtype if weight_dtype == torch.float32 else weight_dtype, dim)
         if reason is None and dim not in self.dims:
             return f"has embedding dimensions {', '.join(map(str, self.dims))}, not {dim}"
-        if reason is None and device_type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-            return f"is for compute capability 9.0, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
         return reason
+
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        return f"is for compute capability 9.0, not {found[0]}.{found[1]}" if found is not None and found != (9, 0) else None
 
     def multiprocessors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count

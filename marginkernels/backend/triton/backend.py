@@ -55,14 +55,17 @@ class TritonBackend(Backend):
     def unavailable_reason(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
-        return None
+        return None if interpreting() else self._no_gpu_does()
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        if device_type == "cpu" and not interpreting():
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        return f"needs compute capability 8.0 or later, not {found[0]}.{found[1]}" if found is not None and found < (8, 0) else None
+
+    def unsupported_reason(self, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+        if device == "cpu" and not interpreting():
             return "runs on cuda, and on cpu only under Triton's interpreter, which is off"
         if dim > MAX_DIM:
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
-        return super().unsupported_reason(device_type, dtype, weight_dtype, dim)
+        return super().unsupported_reason(device, dtype, weight_dtype, dim)
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         group = saved_layout.group_bytes(n, dtype)

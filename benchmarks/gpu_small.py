@@ -13,8 +13,9 @@ import torch
 from marginkernels import testing
 from marginkernels.backend import FUSED
 
-#: (N, D, C): less than one tile, about one tile, several tiles; ragged in every dimension.
-SHAPES = [(7, 40, 65), (33, 128, 517), (130, 512, 1100)]
+#: (N, D, C): less than one tile, about one tile, several tiles; then so many classes that on any GPU a program takes many tiles, so that
+#: rings of buffers wrap around. Ragged in every dimension.
+SHAPES = [(7, 40, 65), (33, 128, 517), (130, 512, 1100), (130, 512, 20_011)]
 HEADS = ("arcface", "curricularface", "softmax")
 #: Time limit of one backend in seconds, in case its kernels hang.
 SECONDS = 25

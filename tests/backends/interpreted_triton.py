@@ -432,8 +432,11 @@ def test_tuning(tmp_path, ran, heuristic_tiles):
     size = TRITON.workspace_bytes(40, 300, torch.float32, 10**9)
     rows = tune.tune(shape, "cpu", "interpreter", workspace=size, rounds=2, timer=timer, look=look)
     best = {row["what"]: row["tile"] for row in rows if row["best"]}
-    assert list(best) == ["row pass", "row pass, no gradient", "class pass", "class pass, weights saved"]
-    assert [t.queries for t in best.values()] == [32] * 4
+    assert list(best) == [f"row pass{what}" for what in ("", ", no gradient", ", weights saved")] + [
+        "class pass, weights saved",
+        "class pass",
+    ]
+    assert [t.queries for t in best.values()] == [32] * 5
     assert {row["why"] for row in rows} == {"", "uses the stack", "does not compile (RuntimeError)"}
     assert all((row["ms"] is None) == bool(row["why"]) for row in rows)
     assert len(calls) == 2 * sum(not row["why"] for row in rows)
@@ -441,12 +444,13 @@ def test_tuning(tmp_path, ran, heuristic_tiles):
     assert "does not compile" in tune.show(rows)
     tune.save(tmp_path / "tiles.json", rows, gpu="none")
     keys = use_tiles(tmp_path / "tiles.json")
-    assert len(keys) == 4
-    ran.clear()
+    assert len(keys) == 5
     case = testing.Case.random(40, 100, 300)
-    assert max(testing.errors(case, mk.CosFace(scale=16.0), "triton").values()) <= 2e-5
-    bounded = next(one for one in ran if one.kernel is launch.row_pass_kernel and not one.constants["ONLINE"])
-    assert bounded.constants["BLOCK_N"] == 32
+    for options in ({}, workspace(case, 3)):
+        ran.clear()
+        assert max(testing.errors(case, mk.CosFace(scale=16.0), "triton", **options).values()) <= 2e-5
+        bounded = next(one for one in ran if one.kernel is launch.row_pass_kernel and not one.constants["ONLINE"])
+        assert (bounded.constants["BLOCK_N"], bounded.args["saved"] is not None) == (32, bool(options))
 
 
 def test_tuning_leaves_out_what_is_wrong():

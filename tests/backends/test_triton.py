@@ -133,6 +133,22 @@ def test_tiles_by_file(tmp_path):
         use_tiles(path)
 
 
+def test_a_tuned_row_tile_with_a_workspace(monkeypatch):
+    """A tile that was tuned without a workspace serves with one; not wider than registers allow."""
+    from marginkernels.backend.triton import heuristics
+
+    for dim, queries, expected in ((512, 32, 32), (512, 128, 128), (128, 128, 64), (128, 16, 16)):
+        key = heuristics.Key.of("row", dim, torch.bfloat16, "sm_90")
+        saves = key._replace(saves=True)
+        chosen = {key: replace(heuristics.default(key), queries=queries, stages=5)}
+        monkeypatch.setattr(heuristics, "CHOSEN", chosen)
+        assert heuristics.tile(saves) == replace(chosen[key], queries=expected)
+        assert heuristics.tile(saves._replace(busy=True)) == heuristics.default(saves._replace(busy=True))
+        chosen[saves] = replace(chosen[key], stages=1)
+        assert heuristics.tile(saves) == chosen[saves]
+        assert heuristics.tile(key) == chosen[key]
+
+
 def test_tuning_without_a_gpu(capsys, monkeypatch):
     from marginkernels.__main__ import main
     from marginkernels.backend.triton import aot, heuristics
@@ -151,7 +167,7 @@ def test_tuning_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(tune, "CHANGES", ({},))
     assert main(["tune", "--compile-only", "sm_90", "--dim", "64", "--classes", "1e5", "--workspace-mb", "64"]) == 0
     out = capsys.readouterr().out
-    assert out.count("default") == 4
+    assert out.count("default") == 5
 
 
 @pytest.fixture

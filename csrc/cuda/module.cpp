@@ -129,5 +129,15 @@ PYBIND11_MODULE(MK_MODULE, m) {
       if (threadIdx.x != 0) __syncthreads();
     });
   });
+  // One thread waits for a barrier that nobody arrives at; the others wait as well or, with `busy`, do something for ever.
+  m.def("wait_for_a_barrier", [](bool busy) {
+    emulate::launch(dim3(1), dim3(32), [=] {
+      auto* b = reinterpret_cast<mk::hopper::Barrier*>(emulate::shared_memory());
+      if (threadIdx.x == 0) mk::hopper::barrier_init(b, 1);
+      __syncwarp();
+      if (threadIdx.x == 0 || !busy) mk::hopper::barrier_wait(b, 0, "nobody's");
+      for (;;) ++emulate::block().progress, emulate::yield();
+    });
+  });
 #endif
 }

@@ -51,6 +51,7 @@ def kernels(tmp_path_factory):
                 "-Wall",
                 "-Wno-unknown-pragmas",
                 "-DMK_EMULATE",
+                "-DMK_BARRIER_LIMIT=20000",
             ]
             command += ["-DMK_FUSED", "-DMK_MODULE=emulated_cuda", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
             command += [
@@ -348,6 +349,16 @@ def test_layouts(kernels):
 
 def test_emulation_notices_a_deadlock(kernels):
     with pytest.raises(RuntimeError, match="none can go on"):
+        kernels.wait_for_ever()
+    with pytest.raises(RuntimeError, match="none can go on; waiting for nobody's"):
+        kernels.wait_for_a_barrier(False)
+
+
+def test_a_debug_build_gives_up_at_a_barrier_and_names_it(kernels):
+    """Where other threads go on, and would for ever: as the kernel itself does on a GPU, with the same macro."""
+    with pytest.raises(RuntimeError, match=r"waited for too long; waiting for nobody's$"):
+        kernels.wait_for_a_barrier(True)
+    with pytest.raises(RuntimeError, match=r"none can go on$"):  # and the next kernel runs
         kernels.wait_for_ever()
 
 

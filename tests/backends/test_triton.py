@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,62 @@ def test_topk_compiles_ahead_of_time(arch, dtype):
 
     kernel = aot.compile(aot.topk_launch(1024, 512, 1_000_000, dtype, torch.float32, 5, arch), arch)
     assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch)
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+def test_a_ragged_batch_compiles_nothing_new(dtype, weight_dtype):
+    """By Triton's own binder: sizes of 1 and multiples of 16 are no variants of their own; several chunks of classes or one are none."""
+    from marginkernels.backend.triton import aot
+
+    def variants(n, c, saved):
+        inputs = aot.meta_inputs(n, 512, c, dtype, weight_dtype, bias=True)
+        first = {aot.variant(one) for one in aot.launches(inputs, "sm_90", saved=saved, processors=7)}
+        return first | {aot.variant(aot.topk_launch(n, 512, c, dtype, weight_dtype, 5, "sm_90"))}
+
+    for saved, number in ((0.0, 6 if dtype == torch.bfloat16 else 5), (0.5, None)):
+        usual = variants(1024, 1_000_000, saved)
+        assert number in (None, len(usual))
+        for n, c in ((1000, 1_000_000), (1, 1_000_000), (1024, 1_000_003), (17, 999_999)):
+            assert variants(n, c, saved) == usual, (n, c)
+
+
+class _StubGpu:
+    """A driver that launches nothing: what Triton asks of one, on the way to a launch on a GPU of capability 8.6."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.launched = GPUTarget("cuda", 86, 32), []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 101376},
+            load_binary=lambda name, kernel, shared, device: (1, 2, 0, 0, 1024),
+        )
+        self.get_current_device, self.get_current_stream = lambda: 0, lambda device: 0
+        self.get_current_target = lambda: self.target
+        self.launcher_cls = lambda src, metadata: lambda *args: self.launched.append(src.fn.__name__)
+
+
+def test_launches_find_what_was_compiled_ahead(tmp_path, monkeypatch):
+    """In Triton's cache on the disk, by the very path that a launch takes; and once loaded, whatever the batch."""
+    import triton
+
+    from marginkernels.backend.triton import aot, launch
+    from marginkernels.core.types import Request
+
+    seen, gpu, device = [], _StubGpu(), launch.Device("sm_86", 84)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: seen.append(cache_hit))
+    for one in aot.distinct(aot.launches(aot.meta_inputs(1024, 64, 5000, torch.bfloat16, torch.float32), "sm_86", need_weight=False)):
+        aot.compile(one, "sm_86")
+    compiled = len(seen)
+    assert seen == [False] * compiled
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    for n, c in ((1000, 5000), (1, 4999)):
+        p = aot.meta_inputs(n, 64, c, torch.bfloat16, torch.float32)
+        p = replace(p, **{k: torch.zeros(v.shape, dtype=v.dtype) for k, v in vars(p).items() if isinstance(v, torch.Tensor)})
+        launch.row_pass(p, Request.log_sum_exp(need_center=True), device, launch.Launch.run)
+        assert seen == [False] * compiled + [True] * compiled, (n, c)
+    assert set(gpu.launched) == {"prepare_kernel", "row_pass_kernel", "combine_kernel"}
 
 
 def _every_key():

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ...core.types import ClassPassOutput, HeadInputs, PassInputs, Request, RowP
 from ..base import Backend
 from . import saved_layout
 from .heuristics import MAX_DIM
+
+if TYPE_CHECKING:
+    from .launch import Device, Launch
 
 #: Offsets inside a tile are 32-bit; a center farther from the next than this is copied together first.
 MAX_STRIDE = 1 << 22
@@ -75,16 +78,16 @@ class TritonBackend(Backend):
         from . import launch
 
         with on_device_of(inputs.x):
-            return launch.row_pass(_within_reach(inputs), request, launch.Device.of(inputs.x), launch.Launch.run)
+            return launch.row_pass(_within_reach(inputs), request, self._device(inputs.x), self._run)
 
     def class_pass(
         self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
     ) -> ClassPassOutput:
         from . import launch
 
-        p, device = _within_reach(inputs), launch.Device.of(inputs.x)
+        p, device = _within_reach(inputs), self._device(inputs.x)
         with on_device_of(inputs.x):
-            return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, launch.Launch.run)
+            return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, self._run)
 
     def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
         """The same bits for one shape on one device. Plain PyTorch beyond ``MAX_K``."""
@@ -95,7 +98,15 @@ class TritonBackend(Backend):
         nobody = torch.full((inputs.x.shape[0],), -1, dtype=torch.int64, device=inputs.x.device)
         rows = self.prepare_inputs(HeadInputs(inputs.x, inputs.w, nobody, inputs.normalize_embedding, inputs.normalize_weight))
         with on_device_of(inputs.x):
-            return launch.topk(_within_reach(inputs), rows, k, launch.Device.of(inputs.x), launch.Launch.run)
+            return launch.topk(_within_reach(inputs), rows, k, self._device(inputs.x), self._run)
+
+    def _device(self, x: Tensor) -> Device:
+        from .launch import Device
+
+        return Device.of(x)
+
+    def _run(self, one: Launch) -> None:
+        one.run()
 
 
 T = TypeVar("T", PassInputs, TopkInputs)

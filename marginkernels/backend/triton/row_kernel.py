@@ -8,6 +8,7 @@ from .primitives import (
     LN2,
     LOG2E,
     SAVED_STEP,
+    SIZES,
     fold_max,
     fold_sum,
     halves,
@@ -25,7 +26,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     w,  # (C, D)
     factor,  # (C,) float32, out, or None
@@ -111,7 +112,7 @@ def own_running_max(part_running_max, n, row):
     return part_running_max + (wide(tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)) * n + row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def row_pass_kernel(
     x, w,  # (N, D), (count, D)
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
@@ -225,7 +226,7 @@ def row_pass_kernel(
         store_halves(part_center + out * DIM, first_row, n, first_dim, u * (1.0 / POW2), decayed, RESUME, DIM, BLOCK_N, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
     part_sum, part_running_max, part_max_logit, part_cos, part_center,  # of row_pass_kernel; the first slice's running maxima
     value, max_logit, cos,  # (N,), out

@@ -136,8 +136,8 @@ rule link
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-def build_cuda(target: Path, folder: Path) -> None:
-    """marginkernels._cuda: needs nvcc, but neither a GPU nor a PyTorch that has CUDA."""
+def build_cuda(target: Path, folder: Path, debug: str = "") -> None:
+    """marginkernels._cuda: needs nvcc, but neither a GPU nor a PyTorch that has CUDA. ``debug`` are more flags of the fused kernels."""
     import pybind11
 
     home = os.environ.get("CUDA_HOME")
@@ -156,12 +156,16 @@ def build_cuda(target: Path, folder: Path) -> None:
     objects = {folder / "generic.o": (source / "generic.cu", general)}
     # Warpgroup products exist on 9.0 only, as the architecture 9.0a, whose PTX does not run on later GPUs.
     if "90" in wanted:
-        objects[folder / "hopper.o"] = (source / "hopper.cu", "-gencode=arch=compute_90a,code=sm_90a")
+        objects[folder / "hopper.o"] = (source / "hopper.cu", f"-gencode=arch=compute_90a,code=sm_90a {debug}")
     defines = f"-DMK_MODULE={target.name.partition('.')[0]} {'-DMK_FUSED' if '90' in wanted else ''}"
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}' -I'{sysconfig.get_path('platinclude')}'"
     objects[folder / "module.o"] = (source / "module.cpp", f"{includes} {defines}")
     # In a toolkit that pip installed, the libraries are where nvcc does not look.
     ninja_build(folder, nvcc, NVCC_RULES, objects, (target, f"-L'{Path(nvcc).resolve().parents[1] / 'lib'}'"))
+
+
+#: How often the debug build looks at a barrier before it gives up: some seconds.
+BARRIER_LIMIT = 1 << 28
 
 
 #: The function that builds each extension, from its path and a folder for its objects; raises CannotBuild.
@@ -224,6 +228,27 @@ class BuildKernels(Command):
             raise SystemExit(str(error)) from None
 
 
+class BuildCudaDebug(Command):
+    """``marginkernels._cuda`` alone, in place, with fused kernels that end, and name the barrier, where one is never reached. Needs nvcc,
+    and 9.0 in TORCH_CUDA_ARCH_LIST where that is set. The next ordinary build replaces it."""
+
+    user_options = [("limit=", None, "how often a thread looks at a barrier before it gives up")]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.limit = str(BARRIER_LIMIT)
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        target = HERE / "marginkernels" / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
+        try:
+            build_cuda(target, HERE / "build" / "cuda_debug", f"-DMK_BARRIER_LIMIT={int(self.limit)}")
+        except CannotBuild as error:
+            raise SystemExit(str(error)) from None
+        os.utime(target, (0, 0))  # older than the objects of the ordinary build, which then links it anew
+
+
 class BuildSelftest(Command):
     """csrc/cpu/selftest.cpp with the kernels, as a program to run under sanitizers: tests/backends/test_sanitizers.py."""
 
@@ -242,5 +267,10 @@ class BuildSelftest(Command):
 
 setup(
     ext_modules=[Extension(name, sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": BuildOptional, "build_kernels": BuildKernels, "build_selftest": BuildSelftest},
+    cmdclass={
+        "build_ext": BuildOptional,
+        "build_kernels": BuildKernels,
+        "build_cuda_debug": BuildCudaDebug,
+        "build_selftest": BuildSelftest,
+    },
 )

@@ -13,7 +13,9 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <set>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -73,6 +75,7 @@ struct Thread {
   jmp_buf at;
   std::vector<char> stack;
   bool started = false, done = false;
+  const char* waits_for = nullptr;                        // the barrier that it waits for, where that has a name
   std::vector<std::function<void()>> issued;              // products since the last commit
   std::deque<std::vector<std::function<void()>>> groups;  // committed and not yet run
 };
@@ -88,6 +91,7 @@ struct Block {
   Thread* current = nullptr;
   jmp_buf scheduler;
   uint64_t progress = 0;  // increases with everything that may let a waiting thread continue
+  bool gave_up = false;   // a thread has looked at its barrier MK_BARRIER_LIMIT times
   Barrier named[16], warps[32];
   uint64_t slots[1024];  // the value that each thread publishes to its warp
   const std::function<void()>* body = nullptr;
@@ -112,9 +116,17 @@ inline void yield() {
 }
 
 template <class Ready>
-void wait_until(Ready ready) {
-  while (!ready()) yield();
-  ++block().progress;
+void wait_until(Ready ready, const char* name = nullptr) {
+  Block& b = block();
+  for (uint64_t looks = 0; !ready(); ++looks) {
+    b.current->waits_for = name;
+#if defined(MK_BARRIER_LIMIT)
+    b.gave_up |= name && looks == MK_BARRIER_LIMIT;
+#endif
+    yield();
+  }
+  b.current->waits_for = nullptr;
+  ++b.progress;
 }
 
 inline void meet(Barrier& barrier, unsigned count) {
@@ -143,11 +155,24 @@ inline void enter() {
   }
 }
 
+// Ends the kernel, whose threads are stuck in the middle of it; the message names the barriers that some of them wait for.
+[[noreturn]] inline void fail(const std::string& what) {
+  Block& b = block();
+  std::set<std::string> names;
+  for (unsigned i = 0; i < b.count; ++i)
+    if (!b.threads[i].done && b.threads[i].waits_for) names.insert(b.threads[i].waits_for);
+  std::string message = "emulated kernel: " + what;
+  for (const std::string& name : names) message += (name == *names.begin() ? "; waiting for " : ", ") + name;
+  b.threads.clear();
+  b.gave_up = false;
+  throw std::runtime_error(message);
+}
+
 inline void run_block() {
   Block& b = block();
   static unsigned remaining, i;  // static, to survive the jumps
   static uint64_t before;
-  for (i = 0; i < b.count; ++i) b.threads[i].done = false;
+  for (i = 0; i < b.count; ++i) b.threads[i].done = false, b.threads[i].waits_for = nullptr;
   for (remaining = b.count; remaining;) {
     before = b.progress;
     if (b.late) b.turn = b.turn * 1103515245u + 12345u;
@@ -167,9 +192,9 @@ inline void run_block() {
       b.copies.front()();
       b.copies.pop_front();
     } else if (remaining && before == b.progress) {
-      b.threads.clear();  // they are stuck in the middle of this kernel
-      throw std::runtime_error("emulated kernel: all threads wait, none can go on");
+      fail("all threads wait, none can go on");
     }
+    if (b.gave_up) fail("a thread has waited for too long");
   }
 }
 

@@ -227,4 +227,16 @@ void finish(const Finish& p, int w_dtype, int product, void* stream) {
   });
 }
 
+#if defined(MK_EMULATE)
+int driver_version() { return 0; }
+int runtime_version() { return 0; }
+#else
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+int runtime_version() { return CUDART_VERSION; }
+#endif
+
 }  // namespace mk

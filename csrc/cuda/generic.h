@@ -83,4 +83,9 @@ void row_chunk(const RowChunk& p, int product, void* stream);
 void class_chunk(const ClassChunk& p, int product, void* stream);
 void finish(const Finish& p, int w_dtype, int product, void* stream);
 
+// The latest CUDA version that the driver serves, 0 where there is none, and the version of the runtime that is linked in: 1000 times the
+// major version plus 10 times the minor.
+int driver_version();
+int runtime_version();
+
 }  // namespace mk

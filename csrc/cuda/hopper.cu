@@ -308,7 +308,7 @@ __device__ void copy_tiles(const Launch<Args>& launch, const Memory& m, int firs
   const int bytes = per_column ? TILE_STREAMED * column_bytes(launch.args) : 0;
   for (int k = 0; k < count; ++k) {
     const int stage = k % S::STAGES;
-    barrier_wait(m.empty + stage, (k / S::STAGES & 1) ^ 1);
+    barrier_wait(m.empty + stage, (k / S::STAGES & 1) ^ 1, "empty");
     barrier_arrive_expect(m.full + stage, S::STAGE + bytes);
     for (int slice = 0; slice < S::SLICES; ++slice)
       copy_box(m.stages + stage * S::STAGE + slice * S::STREAMED_SLICE, &launch.streamed, slice * SLICE_COLUMNS,
@@ -331,7 +331,7 @@ struct Consumer {
   float (&s)[ELEMENTS];
 
   __device__ __forceinline__ void start_products(int k) {
-    barrier_wait(m.full + k % S::STAGES, k / S::STAGES & 1);
+    barrier_wait(m.full + k % S::STAGES, k / S::STAGES & 1, "full");
     const uint64_t a = along_sum(shared_address(m.stationary)), b = along_sum(shared_address(m.stages + k % S::STAGES * S::STAGE));
     pin(s);
     products_fence();
@@ -345,7 +345,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void make_weights(int k, int tile) {
-    barrier_wait(m.weights_empty + k % 2, (k / 2 & 1) ^ 1);
+    barrier_wait(m.weights_empty + k % 2, (k / 2 & 1) ^ 1, "weights_empty");
     elements.weigh(s, m.columns + k % S::STAGES * S::COLUMNS, tile, thread, m.maxima + k % 2 * TILE_STATIONARY + row,
                    m.maxima_full + k % 2);
     unsigned char* weights = m.weights + k % 2 * S::WEIGHTS;
@@ -396,11 +396,11 @@ struct Consumer {
     barrier_arrive(m.weights_empty + k % 2);
   }
 
-  __device__ __forceinline__ void wait_maxima(int k) { barrier_wait(m.maxima_full + k % 2, k / 2 & 1); }
+  __device__ __forceinline__ void wait_maxima(int k) { barrier_wait(m.maxima_full + k % 2, k / 2 & 1, "maxima_full"); }
 
   __device__ __forceinline__ void wait_weights(int k) {
-    barrier_wait(m.weights_full + k % 2, k / 2 & 1);
-    barrier_wait(m.full + k % S::STAGES, k / S::STAGES & 1);  // this warpgroup may not have waited for the tile itself yet
+    barrier_wait(m.weights_full + k % 2, k / 2 & 1, "weights_full");
+    barrier_wait(m.full + k % S::STAGES, k / S::STAGES & 1, "full");  // this warpgroup may not have waited for the tile itself yet
   }
 };
 
@@ -456,7 +456,7 @@ __global__ void __launch_bounds__(THREADS, 1) fused_kernel(const __grid_constant
       note_max();
       move_to_max(k);
     };
-    barrier_wait(m.stationary_full, 0);
+    barrier_wait(m.stationary_full, 0, "stationary_full");
     int k = group;
     for (; k < count; k += 2) {
       // O is rescaled only while no product is in flight: otherwise the compiler makes each product wait for the one before it.

@@ -7,6 +7,7 @@
 #include "device.h"
 
 #if !defined(MK_EMULATE)
+#include <assert.h>
 #include <cuda.h>
 #endif
 
@@ -80,15 +81,30 @@ __device__ __forceinline__ void barrier_arrive_expect(Barrier* b, uint32_t bytes
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase with this parity. The phase before the first one counts as finished and has parity 1.
-__device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t parity) {
+// Waits for the end of the phase with this parity. The phase before the first one counts as finished and has parity 1. In a debug build
+// (MK_BARRIER_LIMIT; `python setup.py build_cuda_debug`) it looks so many times at the most, then says which barrier, block and thread it
+// was and ends the kernel, which would otherwise wait for ever.
+__device__ __forceinline__ void barrier_wait(Barrier* b, uint32_t parity, [[maybe_unused]] const char* name) {
   uint32_t done = 0;
+#if defined(MK_BARRIER_LIMIT)
+  for (uint64_t looks = 0; !done; ++looks) {
+    if (looks == MK_BARRIER_LIMIT) {
+      __assert_fail(name, "hopper_ptx.h", __LINE__, "barrier_wait");
+      __trap();
+    }
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(shared_address(b)), "r"(parity)
+                 : "memory");
+  }
+#else
   while (!done) {
     asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(shared_address(b)), "r"(parity)
                  : "memory");
   }
+#endif
 }
 
 // Copies the map's box at (column, row) to `to`. Elements outside the tensor are written as zero, and their bytes count as copied.
@@ -215,8 +231,8 @@ inline void barrier_arrive_expect(Barrier* b, uint32_t bytes) {
   barrier_settle(b);
 }
 inline void barrier_arrive(Barrier* b) { barrier_arrive_expect(b, 0); }
-inline void barrier_wait(Barrier* b, uint32_t parity) {
-  emulate::wait_until([&] { return b->phase != parity; });
+inline void barrier_wait(Barrier* b, uint32_t parity, const char* name) {
+  emulate::wait_until([&] { return b->phase != parity; }, name);
 }
 
 // Runs a copy now or, with `late`, when no thread can make progress without it.

@@ -82,6 +82,8 @@ PYBIND11_MODULE(MK_MODULE, m) {
     fields.done();
     mk::finish(p, w_dtype, product, reinterpret_cast<void*>(stream));
   });
+  m.def("driver_version", &mk::driver_version);
+  m.def("runtime_version", &mk::runtime_version);
   m.attr("ROW_BLOCK") = mk::ROW_BLOCK;
 #if defined(MK_FUSED)  // also built for compute capability 9.0
   m.def("fused_row", [](int product, uintptr_t stream, const py::kwargs& given) {
@@ -125,6 +127,16 @@ PYBIND11_MODULE(MK_MODULE, m) {
   m.def("wait_for_ever", [] {
     emulate::launch(dim3(1), dim3(32), [] {
       if (threadIdx.x != 0) __syncthreads();
+    });
+  });
+  // One thread waits for a barrier that nobody arrives at; the others wait as well or, with `busy`, do something for ever.
+  m.def("wait_for_a_barrier", [](bool busy) {
+    emulate::launch(dim3(1), dim3(32), [=] {
+      auto* b = reinterpret_cast<mk::hopper::Barrier*>(emulate::shared_memory());
+      if (threadIdx.x == 0) mk::hopper::barrier_init(b, 1);
+      __syncwarp();
+      if (threadIdx.x == 0 || !busy) mk::hopper::barrier_wait(b, 0, "nobody's");
+      for (;;) ++emulate::block().progress, emulate::yield();
     });
   });
 #endif

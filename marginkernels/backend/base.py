@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from ..core.device import capabilities, capability
 from ..core.numerics import accumulation_dtype, target_centers, unit_rows
 from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
 from . import torch_topk
@@ -43,14 +44,25 @@ class Backend(ABC):
         """Why it cannot run on this machine at all, or None."""
         return None
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        """Why it cannot serve a head of these dtypes and this D, or None. Asked only where :meth:`unavailable_reason` is None."""
+    def unsupported_reason(self, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+        """Why it cannot serve a head of these dtypes and this D on ``device``, such as ``"cuda:1"``, or None. Asked only where
+        :meth:`unavailable_reason` is None."""
+        device_type = device.partition(":")[0]
         if device_type not in self.device_types:
             return f"runs on {' and '.join(self.device_types)}, not on {device_type}"
         for what, got in (("embeddings", dtype), ("weight", weight_dtype)):
             if got not in self.dtypes:
                 return f"has no {str(got).removeprefix('torch.')} {what}"
+        return self.capability_reason(capability(device))
+
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        """Why a GPU of compute capability ``found`` does not do, or None; also None for None, where there is no GPU to ask."""
         return None
+
+    def _no_gpu_does(self) -> str | None:
+        """Why none of the GPUs here does, or None: one may, or there is none."""
+        reasons = [self.capability_reason(found) for found in capabilities()]
+        return reasons[0] if reasons and all(reasons) else None
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         """How many of ``limit`` bytes the row pass would save for the class pass."""

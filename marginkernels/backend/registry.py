@@ -103,7 +103,7 @@ def _resolve(
         return name
 
     def why_not(candidate: Backend) -> str | None:
-        return candidate.unavailable_reason() or candidate.unsupported_reason(kind, dtype, weight_dtype, dim)
+        return candidate.unavailable_reason() or candidate.unsupported_reason(device, dtype, weight_dtype, dim)
 
     found, taken_away = Reading(None, None, ()), dict[str, str]()
     if name != "auto":
@@ -127,7 +127,7 @@ def _resolve(
     if chosen is None:
         reasons = {one: taken_away.get(one) or why_not(FUSED[one]) for one in (FUSED if name == "auto" else [name])}
         listed = "; ".join(f"{k}: {reason or 'has not been verified here; name it to use it'}" for k, reason in reasons.items())
-        raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {kind} ({listed})")
+        raise ValueError(f"backend: no fused backend serves {name!r} for {dtype} embeddings on {device} ({listed})")
     if chosen == "triton" and kind in RECORDED:
         _take_tiles(reading(device).record)
     return chosen

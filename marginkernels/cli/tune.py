@@ -74,7 +74,9 @@ class Shape:
             return Key.of(kernel, self.dim, self.dtype, arch, **switches)
 
         found = {"row pass": of("row", online=online), "row pass, no gradient": of("row", online=online, accumulates=False)}
-        return found | {"class pass": of("class")} | ({"class pass, weights saved": of("saved")} if saved else {})
+        if saved:
+            found |= {"row pass, weights saved": of("row", online=online, saves=True), "class pass, weights saved": of("saved")}
+        return found | {"class pass": of("class")}
 
 
 def candidates(key: Key) -> list[Tile]:
@@ -107,7 +109,7 @@ def inspect(shape: Shape, key: Key, tile: Tile) -> Resources:
 
     inputs = aot.meta_inputs(shape.n, shape.dim, shape.c, shape.dtype, shape.weight_dtype)
     with trying(key, tile):
-        launches = aot.launches(inputs, key.arch, need_center=key.accumulates, saved=float(key.kernel == "saved"))
+        launches = aot.launches(inputs, key.arch, need_center=key.accumulates, saved=float(key.kernel == "saved" or key.saves))
     name = f"{key.kernel}_pass_kernel"
     online = (key.online, None)  # None: kernels without a running maximum
     return aot.resources(
@@ -129,7 +131,7 @@ def examine(shape: Shape, key: Key, tile: Tile, look: Callable[[Shape, Key, Tile
 
 def passes(shape: Shape, device: str, workspace: int) -> dict[str, Callable[[], list[Tensor]]]:
     """Kernel name of a :class:`Key` -> a function that runs the pass on random data and gives its outputs; ``"row without"`` is the row
-    pass without gradient."""
+    pass without gradient, ``"row saves"`` the one that leaves its weights."""
     from ..backend.triton import launch
 
     g = torch.Generator(device).manual_seed(0)
@@ -156,13 +158,14 @@ def passes(shape: Shape, device: str, workspace: int) -> dict[str, Callable[[], 
     def class_pass(saved: Tensor) -> list[Tensor]:
         return [launch.class_pass(inputs, upstream, first.class_factor, saved, True, False, here, run).d_weight]
 
-    def row_pass(need_center: bool) -> list[Tensor]:
-        out = launch.row_pass(inputs, Request.log_sum_exp(need_center=need_center), here, run)
+    def row_pass(need_center: bool, saved: int = 0) -> list[Tensor]:
+        out = launch.row_pass(inputs, Request.log_sum_exp(need_center=need_center, workspace_bytes=saved), here, run)
         return [out.lse, out.mean_center] if need_center else [out.lse]
 
     return {
         "row": lambda: row_pass(True),
         "row without": lambda: row_pass(False),
+        "row saves": lambda: row_pass(True, workspace),
         "class": lambda: class_pass(first.saved[:0]),
         "saved": lambda: class_pass(first.saved),
     }
@@ -203,7 +206,7 @@ def tune(
     runs = passes(shape, device, workspace)
     rows: list[dict[str, Any]] = []
     for what, key in shape.keys(arch, saved=workspace > 0).items():
-        run = runs[key.kernel if key.accumulates else "row without"]
+        run = runs[f"{key.kernel} without" if not key.accumulates else f"{key.kernel} saves" if key.saves else key.kernel]
         with trying(key, heuristics.default(key)):
             want = run()
         tried: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .device import on_device_of
 from .transforms import loops_under_vmap
 
 
@@ -41,9 +42,10 @@ def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tens
             return labels.clone(memory_format=torch.contiguous_format)
     outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if labels.device.type == "cuda":
-        if not torch.cuda.is_current_stream_capturing():
-            raise_pending_label_errors(wait=False)
-            _watch(labels, outside, num_classes, ignore_index)
+        with on_device_of(labels):  # the stream that is asked, and the one that the event is recorded on, are those of the labels' device
+            if not torch.cuda.is_current_stream_capturing():
+                raise_pending_label_errors(wait=False)
+                _watch(labels, outside, num_classes, ignore_index)
     elif labels.numel() and bool(outside.any()):
         bad = labels[outside]
         raise ValueError(_label_error(int(bad.min()), int(bad.max()), num_classes, ignore_index))

@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers.passes import compare_passes, pass_inputs
 
+from benchmarks import gpu_small
 from marginkernels import NonTarget, testing
 from marginkernels.backend import FUSED
 from marginkernels.backend.chunked import ChunkedBackend
@@ -49,6 +51,7 @@ def kernels(tmp_path_factory):
                 "-Wall",
                 "-Wno-unknown-pragmas",
                 "-DMK_EMULATE",
+                "-DMK_BARRIER_LIMIT=20000",
             ]
             command += ["-DMK_FUSED", "-DMK_MODULE=emulated_cuda", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
             command += [
@@ -229,6 +232,40 @@ def test_every_number_of_tiles(emulated, kernels, monkeypatch, tiles, late):
         kernels.set_late(False)
 
 
+@pytest.mark.parametrize(
+    ("n", "least"), [(64, 0.95), (512, 0.95), (1024, 0.95), (1100, 0.9), (3000, 0.9), (4096, 0.95), (4225, 0.9), (5000, 0.9), (8449, 0.85)]
+)
+def test_splits_fill_the_waves(n, least):
+    """How much of the GPU works on average, on 132 multiprocessors and a chunk of a million classes at D = 512. N = 3000 once filled 71%,
+    4225 51% and 8449 50%."""
+    row_tiles, tiles = -(-n // 64), hopper.ROW_CHUNK_BYTES // (2 * 512) // 32
+    splits = hopper.splits_of(row_tiles, tiles, 132)
+    blocks = row_tiles * splits
+    assert blocks / (-(-blocks // 132) * 132) >= least
+    assert tiles // splits >= 7  # or a block's own cost shows
+    assert blocks <= max(row_tiles, hopper.MAX_WAVES * 132)
+
+
+def test_splits_stay_few():
+    for row_tiles, tiles, processors in itertools.product((1, 2, 7, 133, 2000), (1, 3, 100, 1024), (1, 6, 108, 132)):
+        splits = hopper.splits_of(row_tiles, tiles, processors)
+        assert 1 <= splits <= tiles
+        assert splits == 1 or row_tiles * splits <= hopper.MAX_WAVES * processors
+    assert hopper.splits_of(16, 1024, 132) == 8  # one wave is enough: no partial results for nothing
+
+
+@pytest.mark.parametrize("processors", [78, 108, 114, 132, 144])
+def test_the_small_cases_wrap_the_rings(processors):
+    """On a whole GPU too: a block of the row pass uses each of its buffers several times in one of the cases of the sanitizers."""
+    stages = int(re.search(r"constexpr int STAGES = (\d+);", (SOURCES / "hopper.cu").read_text())[1])
+    most = 0
+    for n, d, c in gpu_small.SHAPES:
+        if d in hopper.HopperBackend.dims:
+            tiles = hopper.chunk_width(c, hopper.ROW_CHUNK_BYTES // (2 * d)) // 32
+            most = max(most, tiles // hopper.splits_of(-(-n // 64), tiles, processors))
+    assert most >= 3 * stages
+
+
 class Spy:
     """The kernels, noting the first class of each chunk that is computed in the class pass."""
 
@@ -312,6 +349,16 @@ def test_layouts(kernels):
 
 def test_emulation_notices_a_deadlock(kernels):
     with pytest.raises(RuntimeError, match="none can go on"):
+        kernels.wait_for_ever()
+    with pytest.raises(RuntimeError, match="none can go on; waiting for nobody's"):
+        kernels.wait_for_a_barrier(False)
+
+
+def test_a_debug_build_gives_up_at_a_barrier_and_names_it(kernels):
+    """Where other threads go on, and would for ever: as the kernel itself does on a GPU, with the same macro."""
+    with pytest.raises(RuntimeError, match=r"waited for too long; waiting for nobody's$"):
+        kernels.wait_for_a_barrier(True)
+    with pytest.raises(RuntimeError, match=r"none can go on$"):  # and the next kernel runs
         kernels.wait_for_ever()
 
 

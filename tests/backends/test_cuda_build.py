@@ -1,9 +1,12 @@
 """The CUDA sources compile wherever there is nvcc, with or without a GPU, and use no more of its resources than they should."""
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import resources, resources_cuda
 
@@ -28,6 +31,33 @@ def faults(report):
     found = resources.faults([{"backend": "", "arch": "", **r} for r in resources_cuda.parse(report)])
     found += [f"{r['kernel']} spills" for r in resources_cuda.parse(report) if r["spill_bytes"]]
     return found + [word for word in ("warning", "serialized", "warpgroup.arrive is injected", "setmaxnreg") if word in report]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_a_debug_build_names_its_barriers(limit, tmp_path):
+    """One fused kernel as PTX: with the macro each wait counts, and ends with the barrier's name; without it nothing of that is left."""
+    source = (resources_cuda.SOURCES / "hopper.cu").read_text()
+    start = source.index("template <template <bool, bool> class Elements, class Args>")  # one kernel is enough
+    kernel = "launch_fused<bf16, 512, RowElements<true, true>>"
+    one = f"template void {kernel}(const void*, int, const void*, int, int, const FusedRow&, int, void*);"
+    (tmp_path / "hopper.cu").write_text(source[:start] + one + "}\n}\n")
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{resources_cuda.SOURCES}", "-gencode=arch=compute_90a,code=compute_90a", "-ptx"]
+    command += [f"-DMK_BARRIER_LIMIT={limit}"] * (limit is not None) + [str(tmp_path / "hopper.cu"), "-o", str(tmp_path / "out.ptx")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ptx = (tmp_path / "out.ptx").read_text()
+    strings = {bytes(map(int, found.split(", "))).rstrip(b"\0").decode() for found in re.findall(r"\.b8 .*\[\d+\] = \{([\d, ]+)\}", ptx)}
+    names = {"empty", "full", "weights_empty", "weights_full", "maxima_full", "stationary_full"}
+    if limit is None:
+        assert "mbarrier.try_wait.parity" in ptx
+        assert "trap" not in ptx
+        assert not strings & names
+    else:
+        assert "mbarrier.try_wait.parity" not in ptx
+        assert "__assertfail" in ptx
+        assert "trap" in ptx
+        assert strings >= names
 
 
 @needs_nvcc
@@ -68,6 +98,8 @@ def test_setup_builds_for_what_is_asked(setup_module, tmp_path, monkeypatch):
     built = load("_cuda", tmp_path / "_cuda.so")
     assert hasattr(built, "row_chunk")
     assert not hasattr(built, "fused_row")
+    assert built.runtime_version() >= 12000
+    assert (built.driver_version() >= 12000) == torch.cuda.is_available()  # 0 where there is no driver
 
 
 @needs_nvcc

@@ -176,6 +176,24 @@ def test_a_training_step_in_a_cuda_graph(name, dtype):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"workspace_mb": 4.0}], ids=["plain", "smooth", "workspace"])
+def test_a_step_does_not_wait(name, options):
+    """PyTorch raises at whatever would stop the host until the device has caught up, such as a number that is copied to the device."""
+    serve(name, torch.bfloat16, torch.float32, 512)
+    case = problem(256, 512, 20_011)
+    margins = [testing.HEADS[head](20_011).cuda() for head in ("arcface", "curricularface", "adacos", "l2-softmax-trainable", "softmax")]
+    x, w = case.x.requires_grad_(), case.w.requires_grad_()
+    for mode in (0, "error"):  # kernels are loaded in the first round
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for margin in margins:
+                mk.margin_cross_entropy(x, w, case.labels, margin=margin, backend=name, **options).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_memory(name):
     """Above inputs and gradients at most 64 MB and a share that grows with N D and C alone; never N x C."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,62 @@ def test_topk_compiles_ahead_of_time(arch, dtype):
     assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch)
 
 
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+def test_a_ragged_batch_compiles_nothing_new(dtype, weight_dtype):
+    """By Triton's own binder: sizes of 1 and multiples of 16 are no variants of their own; several chunks of classes or one are none."""
+    from marginkernels.backend.triton import aot
+
+    def variants(n, c, saved):
+        inputs = aot.meta_inputs(n, 512, c, dtype, weight_dtype, bias=True)
+        first = {aot.variant(one) for one in aot.launches(inputs, "sm_90", saved=saved, processors=7)}
+        return first | {aot.variant(aot.topk_launch(n, 512, c, dtype, weight_dtype, 5, "sm_90"))}
+
+    for saved, number in ((0.0, 6 if dtype == torch.bfloat16 else 5), (0.5, None)):
+        usual = variants(1024, 1_000_000, saved)
+        assert number in (None, len(usual))
+        for n, c in ((1000, 1_000_000), (1, 1_000_000), (1024, 1_000_003), (17, 999_999)):
+            assert variants(n, c, saved) == usual, (n, c)
+
+
+class _StubGpu:
+    """A driver that launches nothing: what Triton asks of one, on the way to a launch on a GPU of capability 8.6."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.launched = GPUTarget("cuda", 86, 32), []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 101376},
+            load_binary=lambda name, kernel, shared, device: (1, 2, 0, 0, 1024),
+        )
+        self.get_current_device, self.get_current_stream = lambda: 0, lambda device: 0
+        self.get_current_target = lambda: self.target
+        self.launcher_cls = lambda src, metadata: lambda *args: self.launched.append(src.fn.__name__)
+
+
+def test_launches_find_what_was_compiled_ahead(tmp_path, monkeypatch):
+    """In Triton's cache on the disk, by the very path that a launch takes; and once loaded, whatever the batch."""
+    import triton
+
+    from marginkernels.backend.triton import aot, launch
+    from marginkernels.core.types import Request
+
+    seen, gpu, device = [], _StubGpu(), launch.Device("sm_86", 84)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda *, cache_hit, **_: seen.append(cache_hit))
+    for one in aot.distinct(aot.launches(aot.meta_inputs(1024, 64, 5000, torch.bfloat16, torch.float32), "sm_86", need_weight=False)):
+        aot.compile(one, "sm_86")
+    compiled = len(seen)
+    assert seen == [False] * compiled
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    for n, c in ((1000, 5000), (1, 4999)):
+        p = aot.meta_inputs(n, 64, c, torch.bfloat16, torch.float32)
+        p = replace(p, **{k: torch.zeros(v.shape, dtype=v.dtype) for k, v in vars(p).items() if isinstance(v, torch.Tensor)})
+        launch.row_pass(p, Request.log_sum_exp(need_center=True), device, launch.Launch.run)
+        assert seen == [False] * compiled + [True] * compiled, (n, c)
+    assert set(gpu.launched) == {"prepare_kernel", "row_pass_kernel", "combine_kernel"}
+
+
 def _every_key():
     from marginkernels.backend.triton.heuristics import MAX_DIM, SHARED, Key
 
@@ -133,6 +190,22 @@ def test_tiles_by_file(tmp_path):
         use_tiles(path)
 
 
+def test_a_tuned_row_tile_with_a_workspace(monkeypatch):
+    """A tile that was tuned without a workspace serves with one; not wider than registers allow."""
+    from marginkernels.backend.triton import heuristics
+
+    for dim, queries, expected in ((512, 32, 32), (512, 128, 128), (128, 128, 64), (128, 16, 16)):
+        key = heuristics.Key.of("row", dim, torch.bfloat16, "sm_90")
+        saves = key._replace(saves=True)
+        chosen = {key: replace(heuristics.default(key), queries=queries, stages=5)}
+        monkeypatch.setattr(heuristics, "CHOSEN", chosen)
+        assert heuristics.tile(saves) == replace(chosen[key], queries=expected)
+        assert heuristics.tile(saves._replace(busy=True)) == heuristics.default(saves._replace(busy=True))
+        chosen[saves] = replace(chosen[key], stages=1)
+        assert heuristics.tile(saves) == chosen[saves]
+        assert heuristics.tile(key) == chosen[key]
+
+
 def test_tuning_without_a_gpu(capsys, monkeypatch):
     from marginkernels.__main__ import main
     from marginkernels.backend.triton import aot, heuristics
@@ -151,7 +224,37 @@ def test_tuning_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(tune, "CHANGES", ({},))
     assert main(["tune", "--compile-only", "sm_90", "--dim", "64", "--classes", "1e5", "--workspace-mb", "64"]) == 0
     out = capsys.readouterr().out
-    assert out.count("default") == 4
+    assert out.count("default") == 5
+
+
+@pytest.fixture
+def matmul_switches():
+    matmul = torch.backends.cuda.matmul
+    yield matmul
+    matmul.allow_tf32 = False
+    matmul.fp32_precision = torch.backends.fp32_precision = "none"
+    assert not matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("matmul.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.fp32_precision = 'ieee'", "ieee"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("matmul.allow_tf32 = True", "tf32"),
+        ("matmul.allow_tf32 = False", "ieee"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ],
+)
+def test_pytorchs_switch_for_tf32(matmul_switches, setting, wanted):
+    """Both the older and the newer switch: reading the older one once raised where the newer was set."""
+    from marginkernels.backend.triton import launch
+
+    assert launch.precision(torch.float32) == "ieee"
+    exec(setting, {"torch": torch, "matmul": matmul_switches})
+    assert launch.precision(torch.float32) == wanted
+    assert launch.precision(torch.bfloat16) == "ieee"
 
 
 def test_never_chosen_by_auto_before_it_is_verified():

@@ -157,3 +157,34 @@ def test_what_cannot_be_built_is_said(setup, stub, monkeypatch, tmp_path):
     with pytest.raises(setup.CannotBuild, match=r"failed: .*so it was"):
         setup.run(sys.executable, "-c", "import sys; print('so it was'); sys.exit(3)")
     setup.run(sys.executable, "-c", "pass")
+
+
+def test_the_debug_build_of_the_cuda_kernels(setup, monkeypatch, tmp_path):
+    """In place, with the macro for the fused kernels; the ordinary build takes it for out of date, and has no such macro."""
+    from setuptools import Distribution
+
+    seen = []
+
+    def ninja_build(folder, compiler, rules, objects, link):
+        seen.append({source.name: flags for source, flags in objects.values()})
+        link[0].parent.mkdir(exist_ok=True)
+        link[0].write_text("built")
+
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(setup, "ninja_build", ninja_build)
+    monkeypatch.setattr(setup, "HERE", tmp_path)
+    command = setup.BuildCudaDebug(Distribution())
+    command.limit = "123"
+    command.run()
+    (target,) = (tmp_path / "marginkernels").iterdir()
+    assert target.name.startswith("_cuda.")
+    assert target.stat().st_mtime == 0
+    setup.build_cuda(target, tmp_path)
+    debug, ordinary = seen
+    assert debug.pop("hopper.cu").split() == [*ordinary.pop("hopper.cu").split(), "-DMK_BARRIER_LIMIT=123"]
+    assert debug == ordinary
+    assert not any("BARRIER" in flags for flags in ordinary.values())

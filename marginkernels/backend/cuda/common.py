@@ -60,13 +60,19 @@ class ExtensionBackend(Backend):
             return _extension.missing("_cuda", _missing, "nvcc")
         if "cuda" in self.device_types and not torch.cuda.is_available():
             return "PyTorch sees no CUDA device"
-        return None
+        return (self._driver_reason() or self._no_gpu_does()) if "cuda" in self.device_types else None
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        reason = super().unsupported_reason(device_type, dtype, weight_dtype, dim)
-        if reason is None and device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-            reason = f"needs compute capability 8.0 or later, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
-        return reason
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        return f"needs compute capability 8.0 or later, not {found[0]}.{found[1]}" if found is not None and found < (8, 0) else None
+
+    def _driver_reason(self) -> str | None:
+        """The CUDA runtime is linked into the extension, and its first call fails where the driver is of an older major version, though
+        PyTorch, with a runtime of its own, works."""
+        driver, runtime = self.kernels.driver_version(), self.kernels.runtime_version()
+        if driver // 1000 >= runtime // 1000:
+            return None
+        has, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+        return f"was built with CUDA {needs}, and the driver is for CUDA {has}: update the driver, or build with that toolkit"
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         width = chunk_width(n, c)

@@ -1,8 +1,8 @@
 """The two passes on Hopper GPUs (compute capability 9.0), each one fused kernel: logits in registers only.
 
 Per chunk, the centers are converted (and normalized) to the product's dtype once, into a buffer that stays in the L2 cache; one kernel then
-runs the whole pass over it with bulk tensor copies and warpgroup matrix products. The row pass cuts the classes of a chunk into as many
-splits as the GPU has room for; each split's running state is saved from chunk to chunk, and all are combined, in a fixed order, at the end.
+runs the whole pass over it with bulk tensor copies and warpgroup matrix products. The row pass cuts the classes of a chunk into
+splits that fill the GPU; each split's running state is saved from chunk to chunk, and all are combined, in a fixed order, at the end.
 
 **Never run on a GPU so far**; see :mod:`.common`. The kernels compile
 for sm_90a without stack use and without serialized products, and `tests/backends/test_cuda.py` runs them on a CPU under an emulation of the
@@ -30,6 +30,11 @@ LOG2E = math.log2(math.e)
 #: What a chunk's converted centers, and in the class pass the float32 gradient in them too, may take.
 ROW_CHUNK_BYTES = 32 << 20
 CLASS_CHUNK_BYTES = 48 << 20
+#: What a block takes besides its tiles, in tiles: its embeddings, and its state in and out, at their share of the memory's bandwidth.
+#: A model, not a measurement.
+BLOCK_TILES = 8
+#: The most waves of blocks, which also bounds the partial results: as many times 64 float32 rows for each multiprocessor.
+MAX_WAVES = 8
 #: Floats of csrc/cuda/hopper.h's Streamed.
 STREAMED_FLOATS = 12
 
@@ -46,14 +51,15 @@ class HopperBackend(ExtensionBackend):
             return "the CUDA kernels were built without 9.0 in TORCH_CUDA_ARCH_LIST"
         return reason
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+    def unsupported_reason(self, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
         # The weight may be float32 as well: it is converted a chunk at a time.
-        reason = super().unsupported_reason(device_type, dtype, dtype if weight_dtype == torch.float32 else weight_dtype, dim)
+        reason = super().unsupported_reason(device, dtype, dtype if weight_dtype == torch.float32 else weight_dtype, dim)
         if reason is None and dim not in self.dims:
             return f"has embedding dimensions {', '.join(map(str, self.dims))}, not {dim}"
-        if reason is None and device_type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-            return f"is for compute capability 9.0, not {'.'.join(map(str, torch.cuda.get_device_capability()))}"
         return reason
+
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        return f"is for compute capability 9.0, not {found[0]}.{found[1]}" if found is not None and found != (9, 0) else None
 
     def multiprocessors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -69,7 +75,7 @@ class HopperBackend(ExtensionBackend):
         splits = 0
         if first < c:
             row_tiles = -(-n // kernels.TILE_STATIONARY)
-            splits = max(1, min(self.multiprocessors(p.x.device) // row_tiles, chunks.width // kernels.TILE_STREAMED))
+            splits = splits_of(row_tiles, chunks.width // kernels.TILE_STREAMED, self.multiprocessors(p.x.device))
         parts = _Splits(p, request, splits + (first > 0))
         saved = torch.empty(request.workspace_bytes, dtype=torch.uint8, device=p.x.device)
         if first:
@@ -209,6 +215,21 @@ class _Splits:
         return RowPassOutput.of(
             self.request, value=value, max_logit=max_logit, cos=cos, center=center, class_factor=self.class_factor, saved=saved
         )
+
+
+def splits_of(row_tiles: int, tiles: int, processors: int) -> int:
+    """Into how many splits to cut the ``tiles`` of a chunk, with ``row_tiles`` blocks for each and one block at a time on each of the GPU's
+    ``processors``: the fewest with which all waves together take, within 1%, as few steps as with any.
+
+    More splits fill the last wave better, and cost each block ``BLOCK_TILES`` again.
+    """
+
+    def steps(splits: int) -> int:
+        return -(-row_tiles * splits // processors) * (-(-tiles // splits) + BLOCK_TILES)
+
+    every = range(1, max(1, min(tiles, MAX_WAVES * processors // row_tiles)) + 1)
+    fewest = min(steps(splits) for splits in every)
+    return next(splits for splits in every if steps(splits) <= 1.01 * fewest)
 
 
 def chunk_width(c: int, limit: int) -> int:

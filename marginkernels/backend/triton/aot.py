@@ -13,15 +13,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.nontarget import NonTarget
 from ...core.types import PassInputs, PreparedRows, Request, TopkInputs, Upstream
 from . import launch, saved_layout
 from .launch import Device, Launch
-
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 
 @dataclass(frozen=True)
@@ -117,43 +113,62 @@ def topk_launch(
     return found[0]
 
 
-def source(one: Launch) -> tuple[ASTSource, dict[str, int]]:
-    """What Triton compiles for a launch, specialized as it would at run time, and the options."""
-    signature, constants, attributes = {}, dict(one.constants), {}
-    for i, name in enumerate(one.kernel.arg_names):
-        if name in one.constants:
-            signature[name] = "constexpr"
-            continue
-        value = one.args[name]
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return ASTSource(one.kernel, signature, constants, attributes), {"num_warps": one.warps, "num_stages": one.stages}
+class _AbsentGpu:
+    """What Triton asks a driver before it launches, of a GPU that need not be there. Triton keeps what it has compiled by device: these are
+    devices of their own."""
+
+    def __init__(self, arch: str, what: str):
+        self.device, self.target = f"{what} for {arch}", GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        return self.device
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def _warm_up(one: Launch, arch: str, what: str) -> Any:
+    """All that Triton does at a launch but the launch itself: binding, specialization, a look into the caches, compilation."""
+    driver = triton.runtime.driver
+    before = getattr(driver, "_active", None)
+    driver.set_active(_AbsentGpu(arch, what))
+    try:
+        return one.kernel.warmup(grid=one.grid, **one.args, **one.constants, num_warps=one.warps, num_stages=one.stages)
+    finally:
+        driver.set_active(before)
+
+
+def variant(one: Launch, arch: str = "sm_80") -> str:
+    """What tells apart the kernels that Triton compiles: the function, and how it specializes its arguments and options for this launch."""
+    found: list[str] = []
+
+    def stop(*, key: str, **rest: Any) -> bool:
+        found.append(key)
+        return True  # that is: do not compile
+
+    knobs = triton.knobs.runtime
+    before, knobs.jit_cache_hook = knobs.jit_cache_hook, stop
+    try:
+        _warm_up(one, arch, "listed")
+    finally:
+        knobs.jit_cache_hook = before
+    return f"{one.kernel.__name__} {found[0]}"
 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
     """One launch of each kernel binary."""
-    found: dict[tuple[Any, ...], Launch] = {}
+    found: dict[str, Launch] = {}
     for one in launches:
-        what, options = source(one)
-        found.setdefault((what.hash(), *options.values()), one)
+        found.setdefault(variant(one), one)
     return list(found.values())
 
 
 def compile(one: Launch, arch: str) -> Any:
-    """Triton's compiled kernel of a launch, for ``arch`` such as ``"sm_90"``."""
-    what, options = source(one)
-    return triton.compile(what, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+    """Triton's compiled kernel of a launch, for ``arch`` such as ``"sm_90"``: which a launch on such a GPU then finds on the disk."""
+    return _warm_up(one, arch, "compiled")
 
 
 def resources(compiled: Any) -> Resources:

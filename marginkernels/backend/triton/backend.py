@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ...core.types import ClassPassOutput, HeadInputs, PassInputs, Request, RowP
 from ..base import Backend
 from . import saved_layout
 from .heuristics import MAX_DIM
+
+if TYPE_CHECKING:
+    from .launch import Device, Launch
 
 #: Offsets inside a tile are 32-bit; a center farther from the next than this is copied together first.
 MAX_STRIDE = 1 << 22
@@ -36,7 +39,7 @@ class TritonBackend(Backend):
     """Triton 3.6 or newer on a GPU from sm_80 on, or on CPU tensors under Triton's interpreter.
 
     float16 and bfloat16 products accumulate in float32. float32 products are taken at float32's precision, or as one TF32 product where
-    ``torch.backends.cuda.matmul.allow_tf32`` is on.
+    ``torch.backends.cuda.matmul`` says so: ``allow_tf32`` or, the newer switch, ``fp32_precision = "tf32"``.
     """
 
     name = "triton"
@@ -54,14 +57,17 @@ class TritonBackend(Backend):
     def unavailable_reason(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
-        return None
+        return None if interpreting() else self._no_gpu_does()
 
-    def unsupported_reason(self, device_type: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
-        if device_type == "cpu" and not interpreting():
+    def capability_reason(self, found: tuple[int, int] | None) -> str | None:
+        return f"needs compute capability 8.0 or later, not {found[0]}.{found[1]}" if found is not None and found < (8, 0) else None
+
+    def unsupported_reason(self, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int) -> str | None:
+        if device == "cpu" and not interpreting():
             return "runs on cuda, and on cpu only under Triton's interpreter, which is off"
         if dim > MAX_DIM:
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
-        return super().unsupported_reason(device_type, dtype, weight_dtype, dim)
+        return super().unsupported_reason(device, dtype, weight_dtype, dim)
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         group = saved_layout.group_bytes(n, dtype)
@@ -71,16 +77,16 @@ class TritonBackend(Backend):
         from . import launch
 
         with on_device_of(inputs.x):
-            return launch.row_pass(_within_reach(inputs), request, launch.Device.of(inputs.x), launch.Launch.run)
+            return launch.row_pass(_within_reach(inputs), request, self._device(inputs.x), self._run)
 
     def class_pass(
         self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
     ) -> ClassPassOutput:
         from . import launch
 
-        p, device = _within_reach(inputs), launch.Device.of(inputs.x)
+        p, device = _within_reach(inputs), self._device(inputs.x)
         with on_device_of(inputs.x):
-            return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, launch.Launch.run)
+            return launch.class_pass(p, upstream, class_factor, saved, need_weight, need_bias, device, self._run)
 
     def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
         """The same bits for one shape on one device. Plain PyTorch beyond ``MAX_K``."""
@@ -91,7 +97,15 @@ class TritonBackend(Backend):
         nobody = torch.full((inputs.x.shape[0],), -1, dtype=torch.int64, device=inputs.x.device)
         rows = self.prepare_inputs(HeadInputs(inputs.x, inputs.w, nobody, inputs.normalize_embedding, inputs.normalize_weight))
         with on_device_of(inputs.x):
-            return launch.topk(_within_reach(inputs), rows, k, launch.Device.of(inputs.x), launch.Launch.run)
+            return launch.topk(_within_reach(inputs), rows, k, self._device(inputs.x), self._run)
+
+    def _device(self, x: Tensor) -> Device:
+        from .launch import Device
+
+        return Device.of(x)
+
+    def _run(self, one: Launch) -> None:
+        one.run()
 
 
 T = TypeVar("T", PassInputs, TopkInputs)

@@ -6,6 +6,7 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     SAVED_STEP,
+    SIZES,
     fold_sum,
     halves,
     load_labels,
@@ -59,7 +60,7 @@ def quarters(v):
     return v0, v1, v2, v3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def class_pass_kernel(
     x, w,  # (N, D), (C, D)
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
@@ -140,7 +141,7 @@ def class_pass_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def saved_pass_kernel(
     x, w,  # (N, D), (C, D)
     x_box,  # x as a tensor descriptor with boxes (BLOCK_N, WIDTH), or None

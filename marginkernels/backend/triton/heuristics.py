@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,8 +115,16 @@ def max_saved_tile(arch: str) -> int:
 
 
 def tile(key: Key) -> Tile:
-    """The tile chosen for a kernel in this process, else the default one."""
-    return CHOSEN.get(key) or default(key)
+    """The tile chosen for a kernel in this process, else the default one.
+
+    A row pass that leaves its weights takes the tile chosen for one that does not, where there is none of its own: narrower by as much as
+    the default one is, since saving takes registers.
+    """
+    plain = key._replace(saves=False)
+    if key in CHOSEN or plain not in CHOSEN:
+        return CHOSEN.get(key) or default(key)
+    narrower = default(plain).queries // default(key).queries
+    return replace(CHOSEN[plain], queries=max(16, CHOSEN[plain].queries // narrower))
 
 
 def default(key: Key) -> Tile:

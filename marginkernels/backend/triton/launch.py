@@ -84,7 +84,8 @@ def saved_pow2(dtype: torch.dtype) -> float:
 
 def precision(dtype: torch.dtype) -> str:
     """How products are taken: float32 ones as one TF32 product where PyTorch's own switch allows that, else at float32's precision."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Reading allow_tf32 raises once a user has set fp32_precision; the latter follows both.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def converts(p: PassInputs) -> bool:
@@ -120,14 +121,14 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     chunk = max(1, CHUNK_BYTES // (d * p.x.element_size() * saved_layout.GROUP)) * saved_layout.GROUP if convert else c
     chunk = min(chunk, math.ceil(c / tile.keys) * tile.keys)
     copy = p.x.new_empty(chunk, d) if convert else None
-    slices = math.ceil(d / tile.width) if request.need_center else 1
-    splits = _splits(math.ceil(n / tile.queries) * slices, math.ceil(chunk / tile.keys), device.processors)
+    slices = [math.ceil(d / t.width) if request.need_center else 1 for t in tiles]
+    splits = _splits(math.ceil(n / tile.queries) * slices[0], math.ceil(chunk / tile.keys), device.processors)
     start = 0.0 if convert else None
     lowest = None if start is None else -math.inf
     parts = {
         "part_sum": new(splits, n, fill=start),
         "part_cos": new(splits, n, fill=start),
-        "part_running_max": new(splits, n, fill=lowest),
+        "part_running_max": new(max(slices) if convert else 1, splits, n, fill=lowest),
         "part_max_logit": new(splits, n, fill=lowest),
         "part_center": new(splits, n, d, fill=start) if request.need_center else None,
     }
@@ -168,8 +169,8 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
             "saved_count": saved_count,
             "saved_stride": saved_weights.shape[1],
         }
-        for online, t in zip(ways, tiles, strict=True):
-            grid = (math.ceil(n / t.queries), splits, math.ceil(d / t.width) if request.need_center else 1)
+        for online, t, z in zip(ways, tiles, slices, strict=True):
+            grid = (math.ceil(n / t.queries), splits, z)
             tile_args = {
                 "saved_box": boxes(saved_weights, t.keys, t.queries, device) if saves else None,
                 "x_box": boxes(p.x, t.queries, t.depth, device) if d > t.depth else None,

@@ -17,6 +17,9 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+#: Arguments that change from batch to batch and from head to head: kernels are not compiled anew for a size of 1 or a multiple of 16.
+SIZES = ("n", "c", "first_class", "count", "saved_count", "splits", "blocks_per_split")
+
 #: Of saved weights; see marginkernels.backend.triton.saved_layout.
 SAVED_STEP = tl.constexpr(saved_layout.STEP)
 

@@ -8,6 +8,7 @@ from .primitives import (
     LN2,
     LOG2E,
     SAVED_STEP,
+    SIZES,
     fold_max,
     fold_sum,
     halves,
@@ -25,7 +26,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     w,  # (C, D)
     factor,  # (C,) float32, out, or None
@@ -105,6 +106,13 @@ def store_row(part, row, inside, value, decay, RESUME: tl.constexpr):
 
 
 @triton.jit
+def own_running_max(part_running_max, n, row):
+    """Where this program's running maxima (BLOCK_N,) are. Slices of D have copies of their own, all the same: no program may read what
+    another of the same launch writes."""
+    return part_running_max + (wide(tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)) * n + row
+
+
+@triton.jit(do_not_specialize=SIZES)
 def row_pass_kernel(
     x, w,  # (N, D), (count, D)
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
@@ -112,7 +120,8 @@ def row_pass_kernel(
     class_factor,  # (C,), or None where w needs none
     bias,  # (C,), or None
     bound,  # (): the largest exponent that a row can meet, or None where it is not known
-    part_sum, part_running_max, part_max_logit, part_cos,  # (splits, N)
+    part_sum, part_max_logit, part_cos,  # (splits, N)
+    part_running_max,  # (slices, splits, N)
     part_center,  # (splits, N, D)
     saved, saved_base,  # (saved_count, saved_stride), (saved_count / SAVED_STEP, saved_stride), out; or None
     saved_box,  # saved as a tensor descriptor with boxes (BLOCK_C, BLOCK_N), or None
@@ -155,7 +164,7 @@ def row_pass_kernel(
     decayed = tl.full((BLOCK_N,), 1.0, tl.float32)
     out = wide(tl.program_id(1)) * n
     if RESUME and ONLINE:
-        running_max = tl.load(part_running_max + out + row, mask=in_n, other=float("-inf"))
+        running_max = tl.load(own_running_max(part_running_max, n, row), mask=in_n, other=float("-inf"))
     if NEED_CENTER:
         u = tl.zeros((WIDTH, BLOCK_N), tl.float32)
     first_block = tl.program_id(1) * blocks_per_split
@@ -209,16 +218,17 @@ def row_pass_kernel(
     if tl.program_id(2) == 0:
         store_row(part_max_logit + out, row, in_n, tl.max(max_logit, 0), None, RESUME)
         store_row(part_sum + out, row, in_n, tl.sum(total, 0), decayed, RESUME)
-        tl.store(part_running_max + out + row, running_max, mask=in_n)
         if NEED_COS:
             store_row(part_cos + out, row, in_n, tl.sum(cos_sum, 0), decayed, RESUME)
+    if RESUME or tl.program_id(2) == 0:  # without RESUME nobody reads the others
+        tl.store(own_running_max(part_running_max, n, row), running_max, mask=in_n)
     if NEED_CENTER:
         store_halves(part_center + out * DIM, first_row, n, first_dim, u * (1.0 / POW2), decayed, RESUME, DIM, BLOCK_N, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine_kernel(
-    part_sum, part_running_max, part_max_logit, part_cos, part_center,  # of row_pass_kernel
+    part_sum, part_running_max, part_max_logit, part_cos, part_center,  # of row_pass_kernel; the first slice's running maxima
     value, max_logit, cos,  # (N,), out
     center,  # (N, D), out
     n, splits,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .primitives import load_tile, narrow, product, to_unit_range, wide
+from .primitives import SIZES, load_tile, narrow, product, to_unit_range, wide
 
 #: Below every key, with room for one of its own for each place that is still empty; and above every key.
 LOWEST = tl.constexpr(-(2**63))
@@ -36,7 +36,7 @@ def inverse_norms(w, stride, first, count, tiny, DIM: tl.constexpr, BLOCK: tl.co
     return tl.where(length < tiny * power, 0.0, power / length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def topk_kernel(
     x, w,  # (N, D) contiguous, (C, D)
     row_factor, scale, bias,  # (N,), (N,) and (C,); the last two are None together

@@ -97,10 +97,10 @@ def unsupported(candidate: Candidate, device: str, pair: tuple[str, str], dim: i
     """Why it cannot serve these dtypes and this D."""
     if candidate.source or candidate.backend == "reference":
         return None
-    kind, (x, w) = torch.device(device).type, (DTYPES[name] for name in pair)
+    x, w = (DTYPES[name] for name in pair)
     if candidate.level and (x, candidate.level) not in cpu.PANELS:
         return f"has no {pair[0]} products on {candidate.level}"
-    return FUSED[candidate.backend].unsupported_reason(kind, x, w, dim)
+    return FUSED[candidate.backend].unsupported_reason(device, x, w, dim)
 
 
 def checks(candidate: Candidate, device: str, *, heads: Sequence[str] | None = None, dtypes: Sequence[str] | None = None) -> list[Check]:

@@ -14,6 +14,7 @@ from .head import MarginHead
 from .loss import head_losses, margin_cross_entropy
 from .margins import (
     AdaCos,
+    AdaFace,
     Annealing,
     ArcFace,
     BatchInfo,
@@ -32,6 +33,7 @@ from .retrieval import topk
 
 __all__ = [
     "AdaCos",
+    "AdaFace",
     "Annealing",
     "ArcFace",
     "BatchInfo",

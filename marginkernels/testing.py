@@ -43,6 +43,7 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "mv-am": lambda c: m.MVSoftmax(kind="am", margin=0.35),
     "curricularface": lambda c: m.CurricularFace(),
     "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
+    "adaface": lambda c: m.AdaFace(momentum=0.5),
 }
 
 

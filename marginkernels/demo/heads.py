@@ -40,6 +40,7 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
+    "adaface": lambda c: m.AdaFace(SCALE, ANGLE),
 }
 
 

@@ -5,14 +5,16 @@ from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
 from .hard_negative import CurricularFace, MVSoftmax
+from .quality import AdaFace
 from .softmax import L2Softmax, NormFace, Softmax
 
 #: The margins that the package ships, in the order of the documentation's table.
-ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace)
+ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace, AdaFace)
 
 __all__ = [
     "ALL",
     "AdaCos",
+    "AdaFace",
     "Annealing",
     "ArcFace",
     "BatchInfo",

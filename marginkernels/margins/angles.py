@@ -26,7 +26,7 @@ def angle(cos: Tensor) -> tuple[Tensor, Tensor]:
 
 def added(cos: Tensor, cos_margin: Tensor, sin_margin: Tensor) -> tuple[Tensor, Tensor]:
     """cos(theta + margin), and its slope in cos, without taking the angle: better conditioned and cheaper. The margin comes as its
-    cosine and its sine, tensors of shape () each."""
+    cosine and its sine, tensors of shape () or (N,) each, in which the value may be differentiated."""
     sin, dsin = sine(cos)
     return cos * cos_margin - sin * sin_margin, cos_margin - dsin * sin_margin
 

@@ -5,6 +5,7 @@ the bias. The reference backend is tested against them, away from cos = +-1, whe
 """
 
 import math
+import statistics as stats
 
 import torch
 
@@ -154,6 +155,36 @@ def adacos_step(s, x, w, y, ignore_index=-100):
         theta = sorted(float(torch.acos(c[i, yi])) for i, yi in kept)
         median = theta[(len(theta) - 1) // 2]
         return float(torch.log(b)) / math.cos(min(math.pi / 4, median))
+
+
+def adaface_quality(norm, mean, std, h):
+    """z^ of one norm, a number."""
+    return min(1.0, max(-1.0, (min(100.0, max(1e-3, norm)) - mean) * h / (std + 1e-3)))
+
+
+def adaface(s, m, mean, std, h=0.333):
+    """cos(theta + g_angle) - g_add, with theta + g_angle cut off at 0 and pi."""
+
+    def logits(x, w, y):
+        quality = [adaface_quality(norm, mean, std, h) for norm in x.norm(dim=1).tolist()]
+
+        def target(i, th):
+            g_angle, g_add = -m * quality[i], m * quality[i] + m
+            return s * (torch.cos((th + g_angle).clamp(0, math.pi)) - g_add)
+
+        return assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+    return logits
+
+
+def adaface_step(mean, std, x, y, momentum=0.99, ignore_index=-100):
+    """One update of the running mean and (unbiased) standard deviation of the norms, which one row alone has none of."""
+    norms = [min(100.0, max(1e-3, v)) for v, j in zip(x.norm(dim=1).tolist(), y.tolist(), strict=True) if j != ignore_index]
+    if norms:
+        mean = (1 - momentum) * sum(norms) / len(norms) + momentum * mean
+    if len(norms) > 1:
+        std = (1 - momentum) * stats.stdev(norms) + momentum * std
+    return mean, std
 
 
 def mv_softmax(kind, s, m, t):

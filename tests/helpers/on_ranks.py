@@ -120,6 +120,16 @@ def check_options():
     against_one_process(ignored, mk.ArcFace(), ignore_index=7)
 
 
+def check_statistics_of_norms():
+    """Over all ranks' rows, of which some are ignored: of none, of one, whose spread is unknown, and of many of very different norms."""
+    whole = case(37)
+    x = whole.x * torch.logspace(-3, 1.5, len(whole.x))[:, None]
+    for kept in (0, 1, 2, len(x)):
+        labels = torch.where(torch.arange(len(x)) >= len(x) - kept, whole.labels, -100)
+        one = testing.Case(x, whole.w, labels, None)
+        against_one_process(one, mk.AdaFace(momentum=0.3), steps=3, **({"batch_size": 9} if kept == 2 else {}))
+
+
 def check_fewer_classes_than_ranks():
     for c in (1, 2, 3):
         for make in (mk.CosFace, mk.Softmax, mk.CurricularFace):

@@ -81,6 +81,10 @@ BAD = {
     "mv kind": (lambda: mk.MVSoftmax(kind="cos"), ValueError, "kind", "cos"),
     "mv t": (lambda: mk.MVSoftmax(t=-0.2), ValueError, "t", "-0.2"),
     "momentum": (lambda: mk.CurricularFace(momentum=1.5), ValueError, "momentum", "1.5"),
+    "ada margin in degrees": (lambda: mk.AdaFace(margin=22.9), ValueError, "margin", "22.9"),
+    "ada h zero": (lambda: mk.AdaFace(h=0), ValueError, "h", "0"),
+    "ada momentum": (lambda: mk.AdaFace(momentum=-0.01), ValueError, "momentum", "-0.01"),
+    "ada scale none": (lambda: mk.AdaFace(scale=None), TypeError, "scale", "None"),
     "focal": (lambda: mk.CosFace(focal_gamma=-2.0), ValueError, "focal_gamma", "-2"),
     "head without classes": (lambda: mk.MarginHead(D, 0, mk.CosFace()), ValueError, "num_classes", "0"),
     "head of fractional dimension": (lambda: mk.MarginHead(0.5, C, mk.CosFace()), ValueError, "embedding_dim", "0.5"),
@@ -149,6 +153,7 @@ def test_ends_of_ranges_are_in_them(backend):
     margins = [mk.CosFace(margin=0.0), mk.CosFace(margin=2.0), mk.ArcFace(margin=0.0), mk.ArcFace(margin=pi), mk.CombinedMargin(m3=2.0)]
     margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
     margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
+    margins += [mk.AdaFace(margin=pi, momentum=0.0), mk.AdaFace(margin=0.0, momentum=1.0)]
     for margin in margins:
         c = getattr(margin, "num_classes", C)
         for smoothing in (0, 1, 1.0):
@@ -163,6 +168,7 @@ def test_ends_of_ranges_are_in_them(backend):
         lambda: mk.MVSoftmax("am", margin=above),
         lambda: mk.CurricularFace(margin=math.pi),
         lambda: mk.CurricularFace(momentum=math.nextafter(1.0, 2)),
+        lambda: mk.AdaFace(margin=math.pi),
         lambda: call(label_smoothing=math.nextafter(1.0, 2), backend=backend),
         lambda: call(label_smoothing=-5e-324, backend=backend),
     ):

@@ -118,7 +118,7 @@ class Column(mk.Margin):
 
 def test_checks_do_not_break_the_graph():
     x, _, y = batch()
-    for margin in (mk.CurricularFace(), mk.AdaCos(C)):
+    for margin in (mk.CurricularFace(), mk.AdaCos(C), mk.AdaFace(momentum=0.5)):
         torch._dynamo.reset()
         head = mk.MarginHead(D, C, margin)
         compiled = copy.deepcopy(head)
@@ -146,6 +146,7 @@ OPTIONS = {
     mk.AdaCos: [{"num_classes": 50}, {"num_classes": 50, "dynamic": False}],
     mk.MVSoftmax: [{}, {"kind": "am", "margin": 0.35}],
     mk.CurricularFace: [{}, {"margin": 1.7}],
+    mk.AdaFace: [{}, {"h": 5.0}, {"h": 5.0, "margin": 1.7}, {"margin": 0.0}],
 }
 
 
@@ -250,6 +251,7 @@ STATEFUL = {
     "curricularface": mk.CurricularFace,
     "adacos": lambda: mk.AdaCos(C),
     "sphereface": lambda: mk.SphereFace(annealing=True),
+    "adaface": mk.AdaFace,
     "own": RunningMean,
 }
 
@@ -273,7 +275,7 @@ def test_state_survives_what_is_not_finite(name, bad, backend):
 @pytest.mark.parametrize("backend", QUICK)
 def test_a_bad_row_takes_no_part_in_the_state(backend):
     x, w, y = batch()
-    for name in ("curricularface", "adacos"):
+    for name in ("curricularface", "adacos", "adaface"):
         some, kept = STATEFUL[name](), STATEFUL[name]()
         x[2] = math.nan
         mk.margin_cross_entropy(x, w, y, margin=some, backend=backend)
@@ -306,7 +308,7 @@ def test_the_gradient_scale_recovers(name):
     assert torch.isfinite(head.weight).all()
 
 
-@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "alpha"])
+@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "adaface", "alpha"])
 def test_reset_parameters(name):
     make = {**STATEFUL, "alpha": lambda: mk.L2Softmax(alpha=9.0, trainable=True)}[name]
     x, w, y = batch()
@@ -368,6 +370,7 @@ SETTABLE = {
     "mv-arc": (lambda margin=0.5: mk.MVSoftmax(margin=margin), [(0.1,), (0.2,), (3.0,)], "margin"),
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
+    "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
 }
 
 
@@ -453,6 +456,7 @@ def test_combined_takes_names_and_a_tuple():
         (mk.SphereFace(), 1.5),
         (mk.SphereFace(), math.nan),
         (mk.SphereFace(), None),
+        (mk.AdaFace(), 3.2),
     ],
 )
 def test_a_wrong_margin_is_refused_and_nothing_changes(margin, wrong):
@@ -497,7 +501,7 @@ def test_an_ignored_row_may_hold_anything(backend, bad):
     bias = torch.randn(C, generator=torch.Generator().manual_seed(1))
     broken = x.clone()
     broken[1], broken[4, 2] = bad, -bad
-    for name in ("softmax", "sphereface", "arcface", "l2-softmax-trainable", "adacos", "curricularface"):
+    for name in ("softmax", "sphereface", "arcface", "l2-softmax-trainable", "adacos", "curricularface", "adaface"):
         make = testing.HEADS[name]
         for options in ({}, {"label_smoothing": 0.1}):
             want = testing.run(testing.Case(x, w, y, bias), make(C), backend, **options)

@@ -91,6 +91,11 @@ FORMULAS = {
         lambda: mk.CurricularFace(20.0, 0.3, momentum=0.2),
         lambda: stepped(lambda x, w, y: f.curricularface(20.0, 0.3, f.curricular_step(0.0, x, w, y, 0.2))),
     ),
+    "adaface": (lambda: mk.AdaFace(20.0), lambda: stepped(lambda x, w, y: f.adaface(20.0, 0.4, *f.adaface_step(20.0, 100.0, x, y)))),
+    "adaface-steep": (
+        lambda: mk.AdaFace(20.0, 0.7, h=2.0, momentum=0.0),
+        lambda: stepped(lambda x, w, y: f.adaface(20.0, 0.7, *f.adaface_step(20.0, 100.0, x, y, 0.0), h=2.0)),
+    ),
 }
 OPTIONS = [
     ("none", {}),
@@ -360,6 +365,7 @@ def test_eval_mode_uses_the_state_as_it_is(name, backend):
     formula = {
         "adacos": lambda: f.normface(float(margin.s)),
         "curricularface": lambda: f.curricularface(64.0, 0.5, float(margin.t)),
+        "adaface": lambda: f.adaface(64.0, 0.4, float(margin.norm_mean), float(margin.norm_std)),
         "sphereface-annealed": lambda: f.sphereface(4, None, f.annealing(1)),
     }.get(name)
     x, w, y, _ = problem(2, dtype)

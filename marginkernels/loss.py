@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -237,6 +237,8 @@ def _fused_losses(
     sums = ops.sum_over_classes(inputs, rows, classes.bias, target.scale, target.threshold, target.t, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
     losses = _assemble(sums, target, rows.target_similarity, classes.count, label_smoothing, margin.focal_gamma)
+    if target.regularizer is not None:
+        losses = losses + target.regularizer
     return torch.where(batch.valid, losses, 0), _statistics(batch, rows, sums, target)
 
 
@@ -286,8 +288,10 @@ def _exchange(
         lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
         logit_sum = logit_sum if combined is None else combined
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
+        term = target.regularizer
         value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
-        target = Evaluated(value, target.slope, scale, target.threshold, target.t)
+        term = None if term is None else classes.shard.grad_on_owner(term, classes.labels)
+        target = replace(target, value=value, scale=scale, regularizer=term)
     return ops.ClassSums(lse, sums.target_similarity, target_bias, logit_sum, max_logit), target
 
 

@@ -44,6 +44,7 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "curricularface": lambda c: m.CurricularFace(),
     "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
     "adaface": lambda c: m.AdaFace(momentum=0.5),
+    "magface": lambda c: m.MagFace(norm_range=(1.0, 30.0)),
 }
 
 

@@ -41,6 +41,7 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
     "adaface": lambda c: m.AdaFace(SCALE, ANGLE),
+    "magface": lambda c: m.MagFace(SCALE, (1.0, 30.0), (ANGLE, 2 * ANGLE), 1.0),
 }
 
 
@@ -80,6 +81,9 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     losses = F.cross_entropy(logits, labels, reduction="none")
     if margin.focal_gamma:
         losses = (1 - torch.exp(-losses)).clamp_min(0) ** margin.focal_gamma * losses
+    regularizer = margin.regularizer(batch)
+    if regularizer is not None:
+        losses = losses + regularizer.to(losses.dtype)
     return losses.mean()
 
 

@@ -5,11 +5,11 @@ from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
 from .hard_negative import CurricularFace, MVSoftmax
-from .quality import AdaFace
+from .quality import AdaFace, MagFace
 from .softmax import L2Softmax, NormFace, Softmax
 
 #: The margins that the package ships, in the order of the documentation's table.
-ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace, AdaFace)
+ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace, AdaFace, MagFace)
 
 __all__ = [
     "ALL",
@@ -23,6 +23,7 @@ __all__ = [
     "CurricularFace",
     "L2Softmax",
     "MVSoftmax",
+    "MagFace",
     "Margin",
     "NonTarget",
     "NormFace",

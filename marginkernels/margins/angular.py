@@ -18,6 +18,38 @@ BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
 GRADIENTS = ("exact", "detached")
 
 
+def checked_beyond_pi(rule: object) -> str:
+    """``rule``, or a ``ValueError`` where it is none of ``BEYOND_PI``."""
+    if not isinstance(rule, str) or rule not in BEYOND_PI:
+        raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {rule!r}")
+    return rule
+
+
+def beyond(cos: Tensor, value: Tensor, slope: Tensor, rule: str, end: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """``value`` and ``slope`` of a target, and what takes their place where ``cos`` is not above ``end``: see :class:`CombinedMargin` for
+    the rules. ``end`` and ``drop`` are of shape () or (N,)."""
+    if rule == "easy":
+        inside = cos > 0
+        value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
+    elif rule != "none":
+        inside = cos > end
+        if rule == "clip":
+            past, past_slope = torch.full_like(cos, -1.0), 0.0
+        else:
+            past, past_slope = cos - drop, 1.0
+        value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
+    return value, slope
+
+
+def turned(cos: Tensor, margin: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """``cos(theta + margin)`` with a margin for each row (N,), in radians in [0, pi), and its slope in cos; ``rule`` as ``beyond_pi``. The
+    value may be differentiated in ``margin``."""
+    cos_margin, sin_margin = margin.cos(), margin.sin()
+    value, slope = added(cos, cos_margin, sin_margin)
+    end = torch.where(margin > 0, -cos_margin.detach(), -math.inf)
+    return beyond(cos, value, slope, rule, end, margin * sin_margin if rule == "linear" else 1 - cos_margin)
+
+
 class CosFace(Margin):
     """CosFace / AM-softmax: target ``cos(theta) - m`` (Wang et al., CVPR 2018, eq. 4).
 
@@ -87,12 +119,10 @@ class CombinedMargin(Margin):
         focal_gamma: float = 0.0,
     ):
         super().__init__(scale, focal_gamma=focal_gamma)
-        if beyond_pi not in BEYOND_PI:
-            raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {beyond_pi!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
         self._change(m1=m1, m2=m2, m3=m3)
-        self.beyond_pi = beyond_pi
+        self.beyond_pi = checked_beyond_pi(beyond_pi)
         self.gradient = gradient
         self._hold()
 
@@ -126,17 +156,7 @@ class CombinedMargin(Margin):
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         m1, m2, cos_m2, sin_m2, m3, end, drop = self._read(cos)
-        value, slope = self._shifted(cos, m1, m2, cos_m2, sin_m2)
-        if self.beyond_pi == "easy":
-            inside = cos > 0
-            value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
-        elif self.beyond_pi != "none":
-            inside = cos > end
-            if self.beyond_pi == "clip":
-                past, past_slope = torch.full_like(cos, -1.0), 0.0
-            else:
-                past, past_slope = cos - drop, 1.0
-            value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
+        value, slope = beyond(cos, *self._shifted(cos, m1, m2, cos_m2, sin_m2), self.beyond_pi, end, drop)
         value = value - m3
         return detached(cos, value) if self.gradient == "detached" else (value, slope)
 

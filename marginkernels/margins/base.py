@@ -161,6 +161,11 @@ class Margin(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has no fixed scale and must define row_scale(batch)")
         return scale
 
+    def regularizer(self, batch: BatchInfo) -> Tensor | None:
+        """(N,) what is added to each row's loss beside its cross-entropy, after the focal factor and the smoothing, or None; differentiated
+        by autograd in ``batch.norm`` and in the margin's own parameters."""
+        return None
+
     def update(self, cos: Tensor, batch: BatchInfo, non_target_lse: NonTargetLSE) -> None:
         """Advance the state by one training step, before the step uses it. Runs without gradient, only in training mode.
 

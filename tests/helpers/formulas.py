@@ -187,6 +187,35 @@ def adaface_step(mean, std, x, y, momentum=0.99, ignore_index=-100):
     return mean, std
 
 
+def magface(s, norms=(10.0, 110.0), margins=(0.45, 0.8), beyond="easy"):
+    """cos(theta + m(a)), a the norm cut off at the ends of ``norms``; nothing is detached."""
+
+    def logits(x, w, y):
+        a = x.norm(dim=1).clamp(*norms)
+        m = margins[0] + (margins[1] - margins[0]) * (a - norms[0]) / (norms[1] - norms[0])
+        return assemble(cosines(x, w), y, lambda i, th: s * turned_target(th, m[i], beyond), lambda i, row, cy: s * row)
+
+    return logits
+
+
+def turned_target(th, m, beyond):
+    """cos(theta + m) for a margin m that is a tensor, and what takes its place past theta = pi - m."""
+    if beyond == "none" or (th < math.pi / 2 if beyond == "easy" else th + m <= math.pi):
+        return torch.cos(th + m)
+    return {
+        "easy": lambda: torch.cos(th),
+        "linear": lambda: torch.cos(th) - m * torch.sin(m),
+        "continuous": lambda: torch.cos(th) - (1 - torch.cos(m)),
+        "clip": lambda: th * 0 - 1,
+    }[beyond]()
+
+
+def magface_term(x, norms=(10.0, 110.0), weight=35.0):
+    """(N,) lambda_g g(a)."""
+    a = x.norm(dim=1).clamp(*norms)
+    return weight * (1 / a + a / norms[1] ** 2)
+
+
 def mv_softmax(kind, s, m, t):
     def value(th):
         return torch.cos(th + m) if kind == "arc" else torch.cos(th) - m

@@ -85,6 +85,14 @@ BAD = {
     "ada h zero": (lambda: mk.AdaFace(h=0), ValueError, "h", "0"),
     "ada momentum": (lambda: mk.AdaFace(momentum=-0.01), ValueError, "momentum", "-0.01"),
     "ada scale none": (lambda: mk.AdaFace(scale=None), TypeError, "scale", "None"),
+    "mag norms a number": (lambda: mk.MagFace(norm_range=110.0), TypeError, "norm_range", "110.0"),
+    "mag norms from zero": (lambda: mk.MagFace(norm_range=(0.0, 110.0)), ValueError, "norm_range", "0.0"),
+    "mag norms in reverse": (lambda: mk.MagFace(norm_range=(110.0, 10.0)), ValueError, "norm_range", "10.0"),
+    "mag margins in reverse": (lambda: mk.MagFace(margin_range=(0.8, 0.45)), ValueError, "margin_range", "0.45"),
+    "mag margins of three": (lambda: mk.MagFace().set_margin((0.1, 0.2, 0.3)), TypeError, "margin_range", "0.3"),
+    "mag margins past pi": (lambda: mk.MagFace().set_margin(0.1, 3.2), ValueError, "margin_range", "3.2"),
+    "mag weight": (lambda: mk.MagFace(norm_weight=-35.0), ValueError, "norm_weight", "-35"),
+    "mag beyond_pi": (lambda: mk.MagFace(beyond_pi=True), ValueError, "beyond_pi", "True"),
     "focal": (lambda: mk.CosFace(focal_gamma=-2.0), ValueError, "focal_gamma", "-2"),
     "head without classes": (lambda: mk.MarginHead(D, 0, mk.CosFace()), ValueError, "num_classes", "0"),
     "head of fractional dimension": (lambda: mk.MarginHead(0.5, C, mk.CosFace()), ValueError, "embedding_dim", "0.5"),
@@ -154,6 +162,7 @@ def test_ends_of_ranges_are_in_them(backend):
     margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
     margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
     margins += [mk.AdaFace(margin=pi, momentum=0.0), mk.AdaFace(margin=0.0, momentum=1.0)]
+    margins += [mk.MagFace(margin_range=(0.0, pi), norm_weight=0.0), mk.MagFace(margin_range=(pi, pi))]
     for margin in margins:
         c = getattr(margin, "num_classes", C)
         for smoothing in (0, 1, 1.0):

@@ -30,8 +30,11 @@ def batch(seed=0, n=N, c=C):
 class Mine(mk.Margin):
     """A margin whose hooks return what a test says."""
 
-    def __init__(self, target=lambda c: (c - 0.3, torch.ones_like(c)), scale=lambda n: 20.0, threshold=None, t=0.2):
+    def __init__(
+        self, target=lambda c: (c - 0.3, torch.ones_like(c)), scale=lambda n: 20.0, threshold=None, t=0.2, regularizer=lambda n: None
+    ):
         super().__init__()
+        self._regularizer = regularizer
         self._target, self._row_scale, self._threshold, self.t = target, scale, threshold, t
         if threshold is not None:
             self.non_target = mk.NonTarget.HARD_LINEAR
@@ -44,6 +47,9 @@ class Mine(mk.Margin):
 
     def threshold(self, cos, batch):
         return self._threshold(cos)
+
+    def regularizer(self, batch):
+        return self._regularizer(batch.embeddings.shape[0])
 
 
 def ones(c):
@@ -87,6 +93,16 @@ WRONG = {
         lambda: Mine(threshold=lambda c: 0.5),
         TypeError,
         "Mine.threshold: expected a floating tensor of shape (6,), got float",
+    ),
+    "regularizer of columns": (
+        lambda: Mine(regularizer=lambda n: torch.ones(n, 1)),
+        ValueError,
+        "Mine.regularizer: expected shape (6,), got (6, 1)",
+    ),
+    "regularizer a number": (
+        lambda: Mine(regularizer=lambda n: 0.5),
+        TypeError,
+        "Mine.regularizer: expected None or a floating tensor of shape (6,), got float",
     ),
     "t of columns": (lambda: Mine(threshold=ones, t=torch.ones(6, 1)), ValueError, "Mine.t: expected a finite number"),
     "t missing": (lambda: Mine(threshold=ones, t=None), TypeError, "Mine.t: expected a finite number"),
@@ -146,6 +162,7 @@ OPTIONS = {
     mk.AdaCos: [{"num_classes": 50}, {"num_classes": 50, "dynamic": False}],
     mk.MVSoftmax: [{}, {"kind": "am", "margin": 0.35}],
     mk.CurricularFace: [{}, {"margin": 1.7}],
+    mk.MagFace: [{"beyond_pi": b, "margin_range": r} for b in BEYOND_PI for r in ((0.45, 0.8), (0.0, 3.0), (0.5, 0.5))],
     mk.AdaFace: [{}, {"h": 5.0}, {"h": 5.0, "margin": 1.7}, {"margin": 0.0}],
 }
 
@@ -371,6 +388,11 @@ SETTABLE = {
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
     "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
+    "magface": (
+        lambda margin_range=(0.4, 0.8): mk.MagFace(16.0, (1.0, 9.0), margin_range, 1.0),
+        [((0.0, 0.1),), ((0.2, 0.2),), ((0.3, 3.0),)],
+        "margin_range",
+    ),
 }
 
 
@@ -401,7 +423,8 @@ def test_set_margin_is_as_the_constructor(name, backend):
             assert one.fingerprint() == fresh.fingerprint()
         shown = [getattr(margin, setting)] if setting else [margin.m1, margin.m2, margin.m3]
         assert shown == list(values)
-        assert all(type(v) is (int if name == "sphereface" else float) for v in shown)
+        kind = {"sphereface": int, "magface": tuple}.get(name, float)
+        assert all(type(v) is kind for v in shown)
     assert margin.state_dict().keys() == keys
     assert not [k for k, _ in margin.named_buffers() if k not in keys]
 

@@ -115,3 +115,56 @@ def test_state_is_as_before_where_a_step_raises(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         mk.margin_cross_entropy(x, w, y, margin=margin)
     assert all(torch.equal(v, before[k]) for k, v in margin.state_dict().items())
+
+
+NORMS, MARGINS = (0.5, 60.0), (0.3, 1.1)
+
+
+@pytest.mark.parametrize("backend", QUICK)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "focal": 2.0}])
+def test_magface_differentiates_the_norm(backend, options):
+    """Losses and gradients, also of rows past pi and on either side of ``norm_range``; the term comes after focal factor and smoothing."""
+    dtype, focal, smoothing = dtype_of(backend), options.get("focal", 0.0), options.get("label_smoothing", 0.0)
+    for seed, beyond in enumerate(("easy", "linear", "none", "continuous", "clip")):
+        x, w, y = problem(seed, dtype)
+        y[[2, 5]] = -100
+        upstream = torch.linspace(-1, 2, N, dtype=torch.float64)
+        wide = x.double().requires_grad_(), w.double().requires_grad_()
+        rows = f.cross_entropy(f.magface(16.0, NORMS, MARGINS, beyond)(*wide, y), y, reduction="none", gamma=focal, smoothing=smoothing)
+        rows = rows + torch.where(y >= 0, f.magface_term(wide[0], NORMS, 7.0), 0)
+        leaves = x.requires_grad_(), w.requires_grad_()
+        margin = mk.MagFace(16.0, NORMS, MARGINS, 7.0, beyond, focal_gamma=focal)
+        got = mk.margin_cross_entropy(*leaves, y, margin=margin, reduction="none", label_smoothing=smoothing, backend=backend)
+        assert got[2] == got[5] == 0
+        assert got.double().tolist() == pytest.approx(rows.tolist(), rel=1e-9 if dtype == torch.float64 else 1e-4)
+        close(gradients((got * upstream.to(got.dtype)).sum(), *leaves), gradients((rows * upstream).sum(), *wide), dtype)
+        mean = mk.margin_cross_entropy(x, w, y, margin=margin, label_smoothing=smoothing, backend=backend)
+        assert float(mean.detach()) == pytest.approx(float(rows.detach().sum()) / (N - 2), rel=1e-6)
+
+
+def test_magface_of_the_defaults():
+    """What the paper's numbers give for a row at a right angle less 0.1, longer than all and in the middle of the range."""
+    for norm, a, m in ((200.0, 110.0, 0.8), (60.0, 60.0, 0.625), (0.001, 10.0, 0.45)):
+        x, w = torch.tensor([[math.sin(0.1) * norm, math.cos(0.1) * norm]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        z = 64 * math.cos(math.pi / 2 - 0.1 + m), 64 * math.cos(0.1)
+        want = math.log1p(math.exp(z[1] - z[0])) + 35 * (1 / a + a / 110**2)
+        for backend in ("reference", "torch"):
+            got = mk.margin_cross_entropy(x, w, torch.tensor([0]), margin=mk.MagFace(), backend=backend)
+            assert float(got) == pytest.approx(want, rel=1e-12)
+
+
+def test_magface_at_every_angle():
+    """Value and slope for margins at both ends and between, past pi, and at cos = 1 and -1."""
+    theta = torch.cat([torch.tensor([0.0, math.pi], dtype=torch.float64), torch.linspace(0.004, math.pi - 0.004, 400, dtype=torch.float64)])
+    for beyond in ("easy", "linear", "none", "continuous", "clip"):
+        for norm, m in ((0.01, 0.0), (10.0, 0.0), (60.0, 1.0), (110.0, 2.0), (1e4, 2.0)):
+            rows = torch.full((len(theta), 1), norm, dtype=torch.float64)
+            batch = mk.BatchInfo(rows, torch.zeros(len(theta), dtype=torch.int64), C)
+            value, slope = mk.MagFace(margin_range=(0.0, 2.0), beyond_pi=beyond).target(theta.cos(), batch)
+            angles = theta[2:].clone().requires_grad_()
+            want = torch.stack([f.turned_target(v, torch.tensor(m, dtype=torch.float64), beyond) for v in angles])
+            torch.testing.assert_close(value[2:], want, rtol=0, atol=1e-12)
+            (steep,) = torch.autograd.grad(want.sum(), angles)
+            torch.testing.assert_close(slope[2:], -steep / theta[2:].sin(), rtol=1e-9, atol=1e-9)
+            assert slope.isfinite().all()
+            assert value.isfinite().all()

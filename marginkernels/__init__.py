@@ -29,6 +29,7 @@ from .margins import (
     NormFace,
     Softmax,
     SphereFace,
+    margins_from_counts,
 )
 from .retrieval import topk
 
@@ -55,6 +56,7 @@ __all__ = [
     "backends",
     "head_losses",
     "margin_cross_entropy",
+    "margins_from_counts",
     "optim",
     "raise_pending_label_errors",
     "topk",

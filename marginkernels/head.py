@@ -237,7 +237,7 @@ class MarginHead(nn.Module):
             return loss
         if not self.training:
             return self._loss(embeddings, labels)
-        state = [*self.margin.buffers(), *([] if self.sampler is None else [self.sampler.draws])]
+        state = [*(self.margin.buffers() if self.margin._moves else []), *([] if self.sampler is None else [self.sampler.draws])]
         if not state:
             return self._loss(embeddings, labels)
         if torch.compiler.is_compiling():

@@ -143,7 +143,7 @@ def local_head_losses(
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
     # A compiled step writes its buffers at its end, where nothing raises any more.
-    moves = margin.training and type(margin).update is not Margin.update and not torch.compiler.is_compiling()
+    moves = margin.training and margin._moves and not torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
         if name == "reference":
             losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)

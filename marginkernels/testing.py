@@ -43,6 +43,8 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "mv-am": lambda c: m.MVSoftmax(kind="am", margin=0.35),
     "curricularface": lambda c: m.CurricularFace(),
     "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
+    "cosface-per-class": lambda c: m.CosFace(margin=torch.linspace(0.1, 0.5, c)),
+    "arcface-per-class": lambda c: m.ArcFace(margin=m.margins_from_counts(torch.arange(1, c + 1))),
     "adaface": lambda c: m.AdaFace(momentum=0.5),
     "magface": lambda c: m.MagFace(norm_range=(1.0, 30.0)),
 }

@@ -40,6 +40,8 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
+    "cosface-per-class": lambda c: m.CosFace(SCALE, torch.linspace(0.5 * COSINE, COSINE, c)),
+    "arcface-per-class": lambda c: m.ArcFace(SCALE, m.margins_from_counts(torch.arange(1, c + 1), high=ANGLE)),
     "adaface": lambda c: m.AdaFace(SCALE, ANGLE),
     "magface": lambda c: m.MagFace(SCALE, (1.0, 30.0), (ANGLE, 2 * ANGLE), 1.0),
 }

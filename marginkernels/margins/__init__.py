@@ -5,6 +5,7 @@ from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
 from .hard_negative import CurricularFace, MVSoftmax
+from .per_class import margins_from_counts
 from .quality import AdaFace, MagFace
 from .softmax import L2Softmax, NormFace, Softmax
 
@@ -31,4 +32,5 @@ __all__ = [
     "SphereFace",
     "check_holds_values",
     "check_margin",
+    "margins_from_counts",
 ]

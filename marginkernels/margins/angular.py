@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .angles import added, angle, detached
-from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range, setting
+from .base import BatchInfo, Margin, NonTargetLSE, check_range, setting
+from .per_class import PerClass
 
 BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
 GRADIENTS = ("exact", "detached")
@@ -50,35 +51,31 @@ def turned(cos: Tensor, margin: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     return beyond(cos, value, slope, rule, end, margin * sin_margin if rule == "linear" else 1 - cos_margin)
 
 
-class CosFace(Margin):
+class CosFace(PerClass):
     """CosFace / AM-softmax: target ``cos(theta) - m`` (Wang et al., CVPR 2018, eq. 4).
 
     Args:
         scale: s > 0.
-        margin: m in [0, 2], a cosine.
+        margin: m in [0, 2], a cosine; or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
         focal_gamma: see :class:`Margin`.
     """
 
     _fixed_scale = True
-    margin: float = setting("margin", "m, a float; assigning is :meth:`set_margin`.")
+    _shown = ("scale", "margin", "focal_gamma")
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.35, *, focal_gamma: float = 0.0):
+    def __init__(self, scale: float = 64.0, margin: float | Tensor = 0.35, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
-        self.margin = margin
+        self._change(margin=self._taken(margin))
         self._hold()
 
     def _checked(self, name: str, value: Any) -> float:
         return check_range("margin", value, 0.0, 2.0)
 
     def _numbers(self) -> Iterable[float]:
-        return (self.margin,)
-
-    def set_margin(self, margin: float) -> None:
-        """Change m; see :meth:`Margin.set_margin`."""
-        self._change(margin=margin)
+        return (self.__dict__["margin"],)
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        (margin,) = self._read(cos)
+        margin = self._of_rows(batch, cos) if self.margins is not None else self._read(cos)[0]
         return cos - margin, torch.ones_like(cos)
 
 
@@ -157,7 +154,10 @@ class CombinedMargin(Margin):
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         m1, m2, cos_m2, sin_m2, m3, end, drop = self._read(cos)
         value, slope = beyond(cos, *self._shifted(cos, m1, m2, cos_m2, sin_m2), self.beyond_pi, end, drop)
-        value = value - m3
+        return self._passed(cos, value - m3, slope)
+
+    def _passed(self, cos: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope as ``gradient`` says."""
         return detached(cos, value) if self.gradient == "detached" else (value, slope)
 
     def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,43 +169,40 @@ class CombinedMargin(Margin):
         return torch.where(m1 == 1, plain, phi.cos()), torch.where(m1 == 1, plain_slope, -m1 * phi.sin() * dtheta)
 
 
-class ArcFace(CombinedMargin):
+class ArcFace(PerClass, CombinedMargin):
     """ArcFace: target ``cos(theta + m)`` (Deng et al., CVPR 2019, eq. 3).
 
     Args:
         scale: s > 0.
-        margin: m, radians in [0, pi) (0.5 is 28.6 degrees).
+        margin: m, radians in [0, pi) (0.5 is 28.6 degrees); or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
         beyond_pi: what the target is past theta = pi - m; see :class:`CombinedMargin`, with M = m.
         gradient: ``"exact"`` or ``"detached"``; see :class:`CombinedMargin`.
         focal_gamma: see :class:`Margin`.
     """
 
     _m2_name = "margin"
+    _setting = "m2"
+    _shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
 
     def __init__(
-        self, scale: float = 64.0, margin: float = 0.5, beyond_pi: str = "linear", gradient: str = "exact", *, focal_gamma: float = 0.0
+        self,
+        scale: float = 64.0,
+        margin: float | Tensor = 0.5,
+        beyond_pi: str = "linear",
+        gradient: str = "exact",
+        *,
+        focal_gamma: float = 0.0,
     ):
-        super().__init__(scale, 1.0, margin, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+        CombinedMargin.__init__(self, scale, 1.0, 0.0, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+        self._change(m2=self._taken(margin))
 
-    @property
-    def margin(self) -> float:
-        """m in radians, a float; assigning is :meth:`set_margin`."""
-        return self.m2
-
-    @margin.setter
-    def margin(self, margin: float) -> None:
-        self._change(m2=margin)
-
-    def set_margin(self, margin: float) -> None:  # type: ignore[override]
-        """Change m; see :meth:`Margin.set_margin`."""
-        self._change(m2=margin)
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        if self.margins is None:
+            return super().target(cos, batch)
+        return self._passed(cos, *turned(cos, self._of_rows(batch, cos), self.beyond_pi))
 
     def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
         return added(cos, cos_m2, sin_m2)
-
-    def extra_repr(self) -> str:
-        shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
-        return _arguments({name: getattr(self, name) for name in shown})
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,11 @@ class Margin(nn.Module):
         """Set the state and the parameters back to where the constructor starts them; needed after ``to_empty()``. A margin of your own
         that has state or parameters overrides it."""
 
+    @property
+    def _moves(self) -> bool:
+        """Whether there is state that :meth:`update` moves."""
+        return type(self).update is not Margin.update
+
     # -- numbers that a compiled step reads as a tensor --------------------------------------------------------------------------
 
     def _numbers(self) -> Iterable[float]:
@@ -281,7 +286,8 @@ def _subclasses(cls: type[Margin]) -> Iterator[type[Margin]]:
 
 def _arguments(shown: Mapping[str, object]) -> str:
     """``scale=64.0, beyond_pi='linear'``, without a focal factor that is off."""
-    return ", ".join(f"{k}={v!r}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
+    named = {k: f"<{tuple(v.shape)}>" if isinstance(v, Tensor) else repr(v) for k, v in shown.items()}
+    return ", ".join(f"{k}={v}" for k, v in named.items() if not (k == "focal_gamma" and shown[k] == 0))
 
 
 def check_holds_values(margin: Margin) -> None:

@@ -157,6 +157,31 @@ def adacos_step(s, x, w, y, ignore_index=-100):
         return float(torch.log(b)) / math.cos(min(math.pi / 4, median))
 
 
+def class_margins(counts, power=-0.25, low=0.05, high=0.5):
+    """n ** power of each class (none counts as one), moved and stretched to [low, high]."""
+    share = [max(n, 1) ** power for n in counts]
+    least, most = min(share), max(share)
+    return [low + (high - low) * ((v - least) / (most - least) if most > least else 0.5) for v in share]
+
+
+def cosface_per_class(s, margins):
+    def logits(x, w, y):
+        return assemble(cosines(x, w), y, lambda i, th: s * (torch.cos(th) - margins[int(y[i])]), lambda i, row, cy: s * row)
+
+    return logits
+
+
+def arcface_per_class(s, margins, beyond="linear", detached=False):
+    def logits(x, w, y):
+        def target(i, th):
+            value = arc_target(th, margins[int(y[i])], beyond)
+            return s * (torch.cos(th) + (value - torch.cos(th)).detach() if detached else value)
+
+        return assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+    return logits
+
+
 def adaface_quality(norm, mean, std, h):
     """z^ of one norm, a number."""
     return min(1.0, max(-1.0, (min(100.0, max(1e-3, norm)) - mean) * h / (std + 1e-3)))

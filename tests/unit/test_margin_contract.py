@@ -153,8 +153,13 @@ OPTIONS = {
     mk.NormFace: [{}],
     mk.L2Softmax: [{}, {"alpha": 9.0, "trainable": True}, {"num_classes": 50}],
     mk.SphereFace: [{"margin": m, "annealing": a} for m in (1, 2, 3, 4, 5, 7) for a in (None, True)] + [{"scale": 30.0}],
-    mk.CosFace: [{"margin": m} for m in (0.0, 0.35, 2.0)],
-    mk.ArcFace: [{"margin": m, "beyond_pi": b, "gradient": g} for b in BEYOND_PI for g in GRADIENTS for m in (0.0, 0.5, 1.7, 3.0)],
+    mk.CosFace: [{"margin": m} for m in (0.0, 0.35, 2.0, torch.linspace(0, 2, 30))],
+    mk.ArcFace: [
+        {"margin": m, "beyond_pi": b, "gradient": g}
+        for b in BEYOND_PI
+        for g in GRADIENTS
+        for m in (0.0, 0.5, 1.7, 3.0, torch.linspace(0, 3, 30))
+    ],
     mk.CombinedMargin: [
         {"m1": m1, "m2": m2, "m3": 0.2, "beyond_pi": b, "gradient": g}
         for (m1, m2), b, g in itertools.product(((1.0, 0.3), (0.7, 0.0), (1.35, 1.2), (4.0, 0.1)), BEYOND_PI, GRADIENTS)

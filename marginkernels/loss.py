@@ -137,8 +137,11 @@ def local_head_losses(
         raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
     ignore_index = checked_ignore_index(options.ignore_index)
+    own = slice(None)
     if shard is not None:
+        count = embeddings.shape[0]
         embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
+        own = shard.own_part(labels.shape[0], count)
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
@@ -148,7 +151,7 @@ def local_head_losses(
         if name == "reference":
             losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
         else:
-            batch = BatchInfo(embeddings, labels, num_classes)
+            batch = BatchInfo(embeddings, labels, num_classes, own=own)
             classes = LocalClasses.of(weight, bias, labels, shard, sampler)
             workspace = options.workspace_bytes
             if workspace is None:

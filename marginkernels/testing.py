@@ -47,6 +47,8 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "arcface-per-class": lambda c: m.ArcFace(margin=m.margins_from_counts(torch.arange(1, c + 1))),
     "adaface": lambda c: m.AdaFace(momentum=0.5),
     "magface": lambda c: m.MagFace(norm_range=(1.0, 30.0)),
+    "elasticface": lambda c: m.ElasticFace(std=0.05),
+    "elasticface-plus": lambda c: m.ElasticFace("cos", margin=0.35, std=0.05, plus="paper"),
 }
 
 

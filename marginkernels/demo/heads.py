@@ -43,6 +43,8 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "cosface-per-class": lambda c: m.CosFace(SCALE, torch.linspace(0.5 * COSINE, COSINE, c)),
     "arcface-per-class": lambda c: m.ArcFace(SCALE, m.margins_from_counts(torch.arange(1, c + 1), high=ANGLE)),
     "adaface": lambda c: m.AdaFace(SCALE, ANGLE),
+    "elasticface": lambda c: m.ElasticFace("arc", SCALE, ANGLE, 0.05),
+    "elasticface-plus": lambda c: m.ElasticFace("cos", SCALE, COSINE, 0.05, "paper"),
     "magface": lambda c: m.MagFace(SCALE, (1.0, 30.0), (ANGLE, 2 * ANGLE), 1.0),
 }
 

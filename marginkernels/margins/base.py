@@ -71,13 +71,15 @@ class BatchInfo:
         labels: (N,) int64, the identity of each row; -1 where the row has none (ignored).
         valid: (N,) bool, False for ignored rows.
         num_classes: C, over all shards.
+        own: which of the rows this process has brought, of those of all ranks.
     """
 
-    def __init__(self, embeddings: Tensor, labels: Tensor, num_classes: int):
+    def __init__(self, embeddings: Tensor, labels: Tensor, num_classes: int, *, own: slice = slice(None)):
         self.embeddings = embeddings
         self.labels = labels
         self.valid = labels >= 0
         self.num_classes = num_classes
+        self.own = own
 
     @property
     def norm(self) -> Tensor:

@@ -139,7 +139,7 @@ def advance(margin: Margin, similarity: Tensor, batch: BatchInfo, non_target_lse
     if not margin._moves:
         return
     finite = torch.isfinite(similarity)
-    usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes)
+    usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes, own=batch.own)
     if not all(writable(v) for v in margin.buffers()):
         raise RuntimeError(
             f"margin: expected a state that torch.func may write, got that of {type(margin).__name__}, captured from outside the "

@@ -241,6 +241,27 @@ def magface_term(x, norms=(10.0, 110.0), weight=35.0):
     return weight * (1 / a + a / norms[1] ** 2)
 
 
+def elasticface(kind, s, margins):
+    """With the drawn margin of each row, a list."""
+
+    def target(i, th):
+        return s * (torch.cos(th + margins[i]) if kind == "arc" else torch.cos(th) - margins[i])
+
+    return lambda x, w, y: assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+
+def elastic_order(cos, margins, plus):
+    """Which of the rows gets which of the drawn margins: lists of numbers, of the rows that count."""
+    ascending = sorted(margins)
+    nearest_first = sorted(range(len(cos)), key=lambda i: -cos[i])
+    if plus == "paper":  # the k-th nearest row gets the k-th smallest margin
+        out = [0.0] * len(cos)
+        for k, i in enumerate(nearest_first):
+            out[i] = ascending[k]
+        return out
+    return [ascending[i] for i in nearest_first] if plus == "code" else list(margins)
+
+
 def mv_softmax(kind, s, m, t):
     def value(th):
         return torch.cos(th + m) if kind == "arc" else torch.cos(th) - m

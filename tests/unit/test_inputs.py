@@ -99,6 +99,11 @@ BAD = {
     "counts a string": (lambda: mk.margins_from_counts("many"), TypeError, "counts", "many"),
     "counts low above high": (lambda: mk.margins_from_counts([1, 2], low=0.5, high=0.1), ValueError, "high", "0.1"),
     "counts power": (lambda: mk.margins_from_counts([1, 2], power=math.inf), ValueError, "power", "inf"),
+    "elastic kind": (lambda: mk.ElasticFace(kind="am"), ValueError, "kind", "am"),
+    "elastic margin": (lambda: mk.ElasticFace(margin=28.6), ValueError, "margin", "28.6"),
+    "elastic std": (lambda: mk.ElasticFace(std=-0.1), ValueError, "std", "-0.1"),
+    "elastic plus": (lambda: mk.ElasticFace(plus=True), ValueError, "plus", "True"),
+    "elastic seed": (lambda: mk.ElasticFace(seed=0.5), ValueError, "seed", "0.5"),
     "ada margin in degrees": (lambda: mk.AdaFace(margin=22.9), ValueError, "margin", "22.9"),
     "ada h zero": (lambda: mk.AdaFace(h=0), ValueError, "h", "0"),
     "ada momentum": (lambda: mk.AdaFace(momentum=-0.01), ValueError, "momentum", "-0.01"),
@@ -180,6 +185,7 @@ def test_ends_of_ranges_are_in_them(backend):
     margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
     margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
     margins += [mk.AdaFace(margin=pi, momentum=0.0), mk.AdaFace(margin=0.0, momentum=1.0)]
+    margins += [mk.ElasticFace(margin=pi, std=0.0), mk.ElasticFace("cos", margin=2.0, seed=-(2**63)), mk.ElasticFace(seed=2**63 - 1)]
     margins += [mk.MagFace(margin_range=(0.0, pi), norm_weight=0.0), mk.MagFace(margin_range=(pi, pi))]
     for margin in margins:
         c = getattr(margin, "num_classes", C)

@@ -167,6 +167,7 @@ OPTIONS = {
     mk.AdaCos: [{"num_classes": 50}, {"num_classes": 50, "dynamic": False}],
     mk.MVSoftmax: [{}, {"kind": "am", "margin": 0.35}],
     mk.CurricularFace: [{}, {"margin": 1.7}],
+    mk.ElasticFace: [{"kind": k, "std": s, "plus": p} for k in ("arc", "cos") for s in (0.0, 0.5) for p in (None, "paper", "code")],
     mk.MagFace: [{"beyond_pi": b, "margin_range": r} for b in BEYOND_PI for r in ((0.45, 0.8), (0.0, 3.0), (0.5, 0.5))],
     mk.AdaFace: [{}, {"h": 5.0}, {"h": 5.0, "margin": 1.7}, {"margin": 0.0}],
 }
@@ -274,6 +275,7 @@ STATEFUL = {
     "adacos": lambda: mk.AdaCos(C),
     "sphereface": lambda: mk.SphereFace(annealing=True),
     "adaface": mk.AdaFace,
+    "elasticface": lambda: mk.ElasticFace(std=0.2),
     "own": RunningMean,
 }
 
@@ -330,7 +332,7 @@ def test_the_gradient_scale_recovers(name):
     assert torch.isfinite(head.weight).all()
 
 
-@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "adaface", "alpha"])
+@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "adaface", "elasticface", "alpha"])
 def test_reset_parameters(name):
     make = {**STATEFUL, "alpha": lambda: mk.L2Softmax(alpha=9.0, trainable=True)}[name]
     x, w, y = batch()
@@ -393,6 +395,7 @@ SETTABLE = {
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
     "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
+    "elasticface": (lambda margin=0.5: mk.ElasticFace(margin=margin, plus="paper"), [(0.0,), (0.2,), (3.0,)], "margin"),
     "magface": (
         lambda margin_range=(0.4, 0.8): mk.MagFace(16.0, (1.0, 9.0), margin_range, 1.0),
         [((0.0, 0.1),), ((0.2, 0.2),), ((0.3, 3.0),)],
@@ -485,6 +488,8 @@ def test_combined_takes_names_and_a_tuple():
         (mk.SphereFace(), math.nan),
         (mk.SphereFace(), None),
         (mk.AdaFace(), 3.2),
+        (mk.ElasticFace(), 3.2),
+        (mk.ElasticFace("cos"), 2.1),
     ],
 )
 def test_a_wrong_margin_is_refused_and_nothing_changes(margin, wrong):

@@ -26,6 +26,7 @@ from ..margins import BatchInfo, Margin, NonTarget
 #: Scale and margins for a small network and a few thousand identities; smaller than those of :data:`marginkernels.testing.HEADS`.
 SCALE, ANGLE, COSINE = 32.0, 0.3, 0.2
 TRAINING: dict[str, Callable[[int], Margin]] = {
+    "lsoftmax": lambda c: m.LSoftmax(margin=2),
     "sphereface": lambda c: m.SphereFace(margin=2),
     "sphereface-fnorm": lambda c: m.SphereFace(margin=2, scale=SCALE),
     "cosface": lambda c: m.CosFace(SCALE, COSINE),
@@ -68,7 +69,7 @@ def make(name: str, num_classes: int) -> Margin:
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     """The mean loss as it is usually written: all N x C logits, with the target column replaced, then cross-entropy."""
     cos = (F.normalize(x) if margin.normalize_embedding else x) @ (F.normalize(w) if margin.normalize_weight else w).T
-    batch = BatchInfo(x, labels, len(w))
+    batch = BatchInfo(x, labels, len(w), center_norm=w.double().norm(dim=1)[labels] if margin.needs_center_norm else None)
     column = labels[:, None]
     target = cos.gather(1, column)[:, 0]
     if margin.training:

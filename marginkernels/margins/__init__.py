@@ -2,7 +2,7 @@
 
 from ..core.nontarget import NonTarget
 from .adaptive import AdaCos
-from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
+from .angular import Annealing, ArcFace, CombinedMargin, CosFace, LSoftmax, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
 from .elastic import ElasticFace
 from .hard_negative import CurricularFace, MVSoftmax
@@ -15,6 +15,7 @@ ALL = (
     Softmax,
     NormFace,
     L2Softmax,
+    LSoftmax,
     SphereFace,
     CosFace,
     ArcFace,
@@ -39,6 +40,7 @@ __all__ = [
     "CurricularFace",
     "ElasticFace",
     "L2Softmax",
+    "LSoftmax",
     "MVSoftmax",
     "MagFace",
     "Margin",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .angles import added, angle, detached
+from .angles import added, angle, detached, psi
 from .base import BatchInfo, Margin, NonTargetLSE, check_range, setting
 from .per_class import PerClass
 
@@ -219,6 +219,14 @@ class Annealing:
             check_range(f"annealing.{name}", getattr(self, name), 0.0)
 
 
+def _multiple(value: Any) -> int:
+    """``value``, an integer >= 1 of any type, as an int."""
+    number = isinstance(value, int | float | Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 1 or int(value) != value:
+        raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {value!r}")
+    return int(value)
+
+
 class SphereFace(Margin):
     """SphereFace / A-softmax: target ``(lambda cos(theta) + psi(theta)) / (1 + lambda)`` with the monotone
     ``psi = (-1)^k cos(m theta) - 2k`` on theta in [k pi/m, (k+1) pi/m] (Liu et al., CVPR 2017, eq. 7).
@@ -253,10 +261,7 @@ class SphereFace(Margin):
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
 
     def _checked(self, name: str, value: Any) -> int:
-        number = isinstance(value, int | float | Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 1 or int(value) != value:
-            raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {value!r}")
-        return int(value)
+        return _multiple(value)
 
     def set_margin(self, margin: int) -> None:
         """Change m, an integer; a compiled step is compiled again for each new one. See :meth:`Margin.set_margin`."""
@@ -274,19 +279,43 @@ class SphereFace(Margin):
             self.iteration += 1
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        # cos(m theta) and sin(m theta)/sin(theta) are Chebyshev polynomials of cos(theta): exact and finite at both ends.
-        first, second = torch.ones_like(cos), cos  # T_0, T_1
-        ratio_before, ratio = torch.zeros_like(cos), torch.ones_like(cos)  # U_-1, U_0
-        for _ in range(self.margin - 1):
-            first, second = second, 2 * cos * second - first
-            ratio_before, ratio = ratio, 2 * cos * ratio - ratio_before
-        k = torch.zeros_like(cos)
-        for i in range(1, self.margin):
-            k = k + (cos < math.cos(i * math.pi / self.margin)).to(cos.dtype)
-        sign = 1 - 2 * (k % 2)
-        value, slope = sign * second - 2 * k, sign * self.margin * ratio
+        value, slope = psi(cos, self.margin)
         if self.annealing is None:
             return value, slope
         a = self.annealing
         lam = (a.base * (1 + a.gamma * self.iteration.to(cos.dtype)) ** -a.power).clamp_min(a.minimum)
         return (lam * cos + value) / (1 + lam), (lam + slope) / (1 + lam)
+
+
+class LSoftmax(Margin):
+    """L-Softmax: ``z_j = s |x| |w_j| cos(theta_j)``, target ``s |x| |w_y| psi(theta)`` with SphereFace's monotone psi: neither side is
+    normalized (Liu et al., ICML 2016, eq. 4 to 6).
+
+    Args:
+        margin: m, an integer >= 1; 1 is the linear softmax.
+        scale: s > 0, 1 in the paper.
+        focal_gamma: see :class:`Margin`.
+    """
+
+    normalize_embedding = False
+    normalize_weight = False
+    needs_center_norm = True
+    _fixed_scale = True
+    margin: int = setting("margin", "m, an int; assigning is :meth:`set_margin`.")
+
+    def __init__(self, margin: int = 4, scale: float = 1.0, *, focal_gamma: float = 0.0):
+        super().__init__(scale, focal_gamma=focal_gamma)
+        self.margin = margin
+
+    def _checked(self, name: str, value: Any) -> int:
+        return _multiple(value)
+
+    def set_margin(self, margin: int) -> None:
+        """Change m, an integer; a compiled step is compiled again for each new one. See :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
+
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        length = batch.norm * batch.center_norm
+        some = length > 0
+        value, slope = psi(cos / torch.where(some, length, 1.0), self.margin)
+        return length * value, torch.where(some, slope, 0.0)

@@ -82,6 +82,16 @@ def sphereface(m, s=None, lam=0.0):
     return logits
 
 
+def lsoftmax(m, s=1.0):
+    """Both norms are kept: z_j = s |x| |w_j| cos(theta_j), with psi in the place of the target's cosine."""
+
+    def logits(x, w, y):
+        a, b = x.norm(dim=1), w.norm(dim=1)
+        return assemble(cosines(x, w), y, lambda i, th: s * a[i] * b[int(y[i])] * psi(th, m), lambda i, row, cy: s * a[i] * b * row)
+
+    return logits
+
+
 def annealing(step, base=1000.0, gamma=0.12, power=1.0, minimum=5.0):
     return max(minimum, base * (1 + gamma * step) ** -power)
 

@@ -153,6 +153,7 @@ OPTIONS = {
     mk.NormFace: [{}],
     mk.L2Softmax: [{}, {"alpha": 9.0, "trainable": True}, {"num_classes": 50}],
     mk.SphereFace: [{"margin": m, "annealing": a} for m in (1, 2, 3, 4, 5, 7) for a in (None, True)] + [{"scale": 30.0}],
+    mk.LSoftmax: [{"margin": m, "scale": s} for m in (1, 2, 3, 4, 5) for s in (1.0, 8.0)],
     mk.CosFace: [{"margin": m} for m in (0.0, 0.35, 2.0, torch.linspace(0, 2, 30))],
     mk.ArcFace: [
         {"margin": m, "beyond_pi": b, "gradient": g}
@@ -394,6 +395,7 @@ SETTABLE = {
     "mv-arc": (lambda margin=0.5: mk.MVSoftmax(margin=margin), [(0.1,), (0.2,), (3.0,)], "margin"),
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
+    "lsoftmax": (lambda margin=4: mk.LSoftmax(margin), [(1,), (2,), (5,)], "margin"),
     "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
     "elasticface": (lambda margin=0.5: mk.ElasticFace(margin=margin, plus="paper"), [(0.0,), (0.2,), (3.0,)], "margin"),
     "magface": (
@@ -431,14 +433,14 @@ def test_set_margin_is_as_the_constructor(name, backend):
             assert one.fingerprint() == fresh.fingerprint()
         shown = [getattr(margin, setting)] if setting else [margin.m1, margin.m2, margin.m3]
         assert shown == list(values)
-        kind = {"sphereface": int, "magface": tuple}.get(name, float)
+        kind = {"sphereface": int, "lsoftmax": int, "magface": tuple}.get(name, float)
         assert all(type(v) is kind for v in shown)
     assert margin.state_dict().keys() == keys
     assert not [k for k, _ in margin.named_buffers() if k not in keys]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in SETTABLE if name != "sphereface"])
+@pytest.mark.parametrize("name", [name for name in SETTABLE if name not in ("sphereface", "lsoftmax")])
 def test_a_changing_margin_compiles_once(name, compiler):
     make, schedule, _ = SETTABLE[name]
     torch._dynamo.reset()
@@ -487,6 +489,7 @@ def test_combined_takes_names_and_a_tuple():
         (mk.SphereFace(), 1.5),
         (mk.SphereFace(), math.nan),
         (mk.SphereFace(), None),
+        (mk.LSoftmax(), 0),
         (mk.AdaFace(), 3.2),
         (mk.ElasticFace(), 3.2),
         (mk.ElasticFace("cos"), 2.1),

@@ -32,7 +32,8 @@ def normal(seed: int, step: Tensor, place: Tensor) -> Tensor:
     """(N,) float64 numbers of the standard normal distribution: of each ``place`` (N,) int64 that of the step () int64."""
     # The 1 keeps these apart from the draws of classes, whose innermost key is 0.
     key = hashed(place, hashed(step.view(1), hashed(torch.full((1,), seed, device=place.device), 1)))
-    return torch.special.ndtri(((key >> 11).to(torch.float64) + 0.5) * 2.0**-52)
+    drawn: Tensor = torch.special.ndtri(((key >> 11).to(torch.float64) + 0.5) * 2.0**-52)
+    return drawn
 
 
 @normal.register_fake

@@ -169,7 +169,7 @@ class CombinedMargin(Margin):
         return torch.where(m1 == 1, plain, phi.cos()), torch.where(m1 == 1, plain_slope, -m1 * phi.sin() * dtheta)
 
 
-class ArcFace(PerClass, CombinedMargin):
+class ArcFace(PerClass, CombinedMargin):  # type: ignore[misc]  # set_margin takes m alone
     """ArcFace: target ``cos(theta + m)`` (Deng et al., CVPR 2019, eq. 3).
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.draws import check_seed, normal
 from ..core.transforms import transforming
 from .angles import added
-from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range, setting
+from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range, setting, settled
 
 
 class ElasticFace(Margin):
@@ -102,7 +102,8 @@ class ElasticFace(Margin):
         margins = margin + std * normal(self.seed, self.draws, place).to(cos.dtype)
         if self.plus is not None:
             # Ignored rows come last in both orders. sorted_margins[k] is for the row that is the k-th nearest to its center.
-            near = torch.where(batch.valid, cos.detach(), -math.inf).argsort(descending=True, stable=True)
+            # Rows that are as near but for rounding, as all that lie on their center, keep their order.
+            near = torch.where(batch.valid, settled(cos.detach()), -math.inf).argsort(descending=True, stable=True)
             sorted_margins = torch.where(batch.valid, margins, math.inf).sort().values
             if self.plus == "paper":
                 margins = torch.empty_like(margins).scatter(0, near, sorted_margins)

@@ -58,7 +58,7 @@ class PerClass(Margin):
         self.set_margin(margin)
 
     @torch.no_grad()
-    def set_margin(self, margin: float | Tensor) -> None:  # type: ignore[override]
+    def set_margin(self, margin: float | Tensor) -> None:
         """Change m; see :meth:`Margin.set_margin`. Where each class has its own: to a tensor (C,), or to one number for all of them, and
         the values are part of ``state_dict()``."""
         if self.margins is None:

@@ -76,7 +76,7 @@ class MarginHead(nn.Module):
         class_start: the class that the first row of ``weight`` stands for.
         stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
             class center), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
-            margin's own state (AdaCos's ``s``, CurricularFace's ``t``, SphereFace's ``iteration``).
+            margin's own state (AdaCos's ``s``, CurricularFace's ``t``, AdaFace's ``norm_mean``, ...).
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -238,7 +238,7 @@ class MarginHead(nn.Module):
             return loss
         if not self.training:
             return self._loss(embeddings, labels)
-        state = [*self.margin.buffers(), *([] if self.sampler is None else [self.sampler.draws])]
+        state = [*(self.margin.buffers() if self.margin._moves else []), *([] if self.sampler is None else [self.sampler.draws])]
         if not state:
             return self._loss(embeddings, labels)
         if torch.compiler.is_compiling():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from . import backend as backends
 from . import ops, reference
 from .core.labels import checked_ignore_index, checked_labels
 from .core.nontarget import NonTarget
-from .core.numerics import accumulation_dtype, reduce_losses, target_biases
+from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers
 from .core.transforms import transforming
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_inputs, check_number, check_reduction
@@ -140,20 +140,23 @@ def local_head_losses(
         raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
     ignore_index = checked_ignore_index(options.ignore_index)
+    own = slice(None)
     if shard is not None:
+        count = embeddings.shape[0]
         embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
+        own = shard.own_part(labels.shape[0], count)
         if name == "auto":
             name = _backend(name, embeddings, weight, shard, sampler)
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
     embeddings = _without_bad_ignored_rows(embeddings, labels)
     # A compiled step writes its buffers at its end, where nothing raises any more.
-    moves = margin.training and type(margin).update is not Margin.update and not torch.compiler.is_compiling()
+    moves = margin.training and margin._moves and not torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
         if name == "reference":
             losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
         else:
-            batch = BatchInfo(embeddings, labels, num_classes)
+            batch = BatchInfo(embeddings, labels, num_classes, own=own)
             classes = LocalClasses.of(weight, bias, labels, shard, sampler)
             workspace = options.workspace_bytes
             if workspace is None:
@@ -246,7 +249,9 @@ def _fused_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(N,) losses and the statistics of a step, by the two passes of ``backend``."""
     inputs = HeadInputs(batch.embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
-    rows, owner_bias = _prepare(inputs, classes, backend)
+    rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
+    if center_norm is not None:
+        batch = BatchInfo(batch.embeddings, batch.labels, batch.num_classes, own=batch.own, center_norm=center_norm)
     if margin.training:
         _update_state(margin, batch, rows, classes, backend)
     target = evaluate(margin, rows.target_similarity, batch, torch.float64)
@@ -255,26 +260,33 @@ def _fused_losses(
         normalize_embedding=margin.normalize_embedding,
         normalize_weight=margin.normalize_weight,
         logit_sum=label_smoothing > 0,
+        center_norm=center_norm is not None,
         grad=torch.is_grad_enabled(),
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
-    sums = ops.sum_over_classes(inputs, rows, classes.bias, target.scale, target.threshold, target.t, options)
+    sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, target.scale, target.threshold, target.t, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
-    losses = _assemble(sums, target, rows.target_similarity, classes.count, label_smoothing, margin.focal_gamma)
+    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma)
+    if target.regularizer is not None:
+        losses = losses + target.regularizer
     return torch.where(batch.valid, losses, 0), _statistics(batch, rows, sums, target)
 
 
 @torch.no_grad()
-def _prepare(inputs: HeadInputs, classes: LocalClasses, backend: str) -> tuple[PreparedRows, Tensor]:
-    """The rows as the passes take them, with the target similarity and, beside them, the target bias from the rank that holds it."""
+def _prepare(inputs: HeadInputs, classes: LocalClasses, backend: str, need_center_norm: bool) -> tuple[PreparedRows, Tensor, Tensor | None]:
+    """The rows as the passes take them, with the target similarity and, beside them, the target bias and the norm of the class center (None
+    where nobody needs it) from the rank that holds it."""
     detached = HeadInputs(inputs.x.detach(), inputs.w.detach(), inputs.labels, inputs.normalize_embedding, inputs.normalize_weight)
     rows = ops.prepare_inputs(detached, backend)
-    bias = target_biases(classes.bias, classes.labels)
+    bias, norm = target_biases(classes.bias, classes.labels), None
+    if need_center_norm:
+        norm = torch.linalg.vector_norm(target_centers(detached.w, classes.labels), dim=1)
     if classes.shard is not None:
-        similarity, cos, bias = classes.shard.from_owner(rows.target_similarity, rows.target_cos, bias)
-        rows = PreparedRows(rows.x, rows.row_factor, similarity, cos)
-    return rows, bias
+        mine = [rows.target_similarity, rows.target_cos, bias, *([] if norm is None else [norm])]
+        similarity, cos, bias, *norms = classes.shard.from_owner(*mine)
+        rows, norm = PreparedRows(rows.x, rows.row_factor, similarity, cos), norms[0] if norms else None
+    return rows, bias, norm
 
 
 @torch.no_grad()
@@ -311,17 +323,29 @@ def _exchange(
         lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
         logit_sum = logit_sum if combined is None else combined
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
+        term = target.regularizer
         value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
-        target = Evaluated(value, target.slope, scale, target.threshold, target.t)
-    return ops.ClassSums(lse, sums.target_similarity, target_bias, logit_sum, max_logit), target
+        term = None if term is None else classes.shard.grad_on_owner(term, classes.labels)
+        target = replace(target, value=value, scale=scale, regularizer=term)
+    return replace(sums, lse=lse, target_bias=target_bias, logit_sum=logit_sum, max_logit=max_logit), target
 
 
 def _assemble(
-    sums: ops.ClassSums, target: Evaluated, similarity: Tensor, num_classes: int, label_smoothing: float, focal_gamma: float
+    sums: ops.ClassSums,
+    target: Evaluated,
+    similarity: Tensor,
+    center_norm: Tensor | None,
+    num_classes: int,
+    label_smoothing: float,
+    focal_gamma: float,
 ) -> Tensor:
     """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
     # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
     value = target.value + target.slope.detach() * (sums.target_similarity - similarity)
+    if center_norm is not None:
+        # T is homogeneous in the center w (see Margin.needs_center_norm): |w| dT/d|w| = T - c dT/dc.
+        rate = (target.value - target.slope * similarity) / torch.where(center_norm > 0, center_norm, 1.0)
+        value = value + rate.detach() * (sums.center_norm - center_norm)
     target_logit = target.scale * value + sums.target_bias
     gap = sums.lse - target_logit
     zero = torch.zeros_like(gap)

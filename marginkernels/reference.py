@@ -43,10 +43,11 @@ def losses(
     x, w = embeddings.to(dtype), weight.to(dtype)
     b = 0 if bias is None else bias.to(dtype)
     c = w.shape[0]
-    batch = BatchInfo(x, labels, c)
     cos = (normalize(x) if margin.normalize_embedding else x) @ (normalize(w) if margin.normalize_weight else w).T
     own = labels[:, None] == torch.arange(c, device=labels.device)
     column = labels.clamp_min(0)[:, None]
+    center_norm = torch.linalg.vector_norm(w, dim=1)[column[:, 0]] if margin.needs_center_norm else None
+    batch = BatchInfo(x, labels, c, center_norm=center_norm)
     target = cos.gather(1, column)[:, 0]
     if margin.normalize_embedding and margin.normalize_weight:  # rounding may leave [-1, 1]
         target = target + (target.clamp(-1, 1) - target).detach()
@@ -66,6 +67,8 @@ def losses(
         # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
         rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(dtype).tiny))
         loss = loss * torch.exp(margin.focal_gamma * torch.logsumexp(rest, 1))
+    if at.regularizer is not None:
+        loss = loss + at.regularizer.to(dtype)
     with torch.no_grad():
         raw = scale * cos + b
         best = raw.masked_fill(own, -torch.inf).amax(1)

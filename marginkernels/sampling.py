@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.draws import check_seed, hashed
 from .core.transforms import loops_under_vmap, transforming, writable
 from .core.validation import check_number
 
@@ -36,12 +37,10 @@ class Sampler(nn.Module):
     def __init__(self, rate: float, seed: int = 0, log_q: bool = False, sparse_grad: bool = True):
         super().__init__()
         check_number("sample_rate", rate, 0.0, 1.0, open_low=True)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"sample_seed: expected an integer of 64 bits, got {seed!r}")
         self.rate = float(rate)
         self.log_q = bool(log_q)
         self.sparse_grad = bool(sparse_grad)
-        self.first_seed = seed
+        self.first_seed = check_seed("sample_seed", seed)
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.tensor(0))
         self.index: Tensor | None = None  # the classes of the last draw
@@ -121,7 +120,7 @@ def draw_op(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_cl
         The drawn classes in ascending order (k,) int64, whether each is a label (k,) bool, and the labels as indices into the drawn classes
         (N,), -1 where the label is -1.
     """
-    key = _hash(torch.arange(first_class, first_class + num_classes, device=labels.device), _hash(step.view(1), _hash(seed.view(1), 0)))
+    key = hashed(torch.arange(first_class, first_class + num_classes, device=labels.device), hashed(step.view(1), hashed(seed.view(1), 0)))
     key = torch.cat([key, key.new_zeros(1)])  # one more entry, for rows whose class is not here
     key[torch.where(labels < 0, num_classes, labels)] = -1
     index = torch.topk(key[:num_classes], k, largest=False, sorted=False).indices.sort().values
@@ -135,18 +134,6 @@ def _(seed: Tensor, step: Tensor, labels: Tensor, first_class: int, num_classes:
 
 
 loops_under_vmap(draw_op)
-
-
-def _hash(counter: Tensor, key: Tensor | int) -> Tensor:
-    """(...) int64 in [0, 2^63): the finalizer of SplitMix64 (Steele et al. 2014) of counter and key, in wrapping int64 arithmetic."""
-    z = counter * -0x61C8864680B583EB
-    z += key
-    z ^= (z >> 30) & ((1 << 34) - 1)
-    z *= -0x40A7B892E31B1A47
-    z ^= (z >> 27) & ((1 << 37) - 1)
-    z *= -0x6B2FB644ECCEEE15
-    z ^= (z >> 31) & ((1 << 33) - 1)
-    return z & ((1 << 63) - 1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled graphs do not support sparse gradients

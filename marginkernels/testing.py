@@ -26,6 +26,7 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "normface": lambda c: m.NormFace(scale=32.0),
     "l2-softmax": lambda c: m.L2Softmax(num_classes=c),
     "l2-softmax-trainable": lambda c: m.L2Softmax(num_classes=c, trainable=True),
+    "lsoftmax": lambda c: m.LSoftmax(),
     "sphereface": lambda c: m.SphereFace(),
     "sphereface-annealed": lambda c: m.SphereFace(annealing=True),
     "sphereface-fnorm": lambda c: m.SphereFace(margin=3, scale=32.0),
@@ -43,6 +44,12 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "mv-am": lambda c: m.MVSoftmax(kind="am", margin=0.35),
     "curricularface": lambda c: m.CurricularFace(),
     "arcface-focal": lambda c: m.ArcFace(focal_gamma=2.0),
+    "cosface-per-class": lambda c: m.CosFace(margin=torch.linspace(0.1, 0.5, c)),
+    "arcface-per-class": lambda c: m.ArcFace(margin=m.margins_from_counts(torch.arange(1, c + 1))),
+    "adaface": lambda c: m.AdaFace(momentum=0.5),
+    "magface": lambda c: m.MagFace(norm_range=(1.0, 30.0)),
+    "elasticface": lambda c: m.ElasticFace(std=0.05),
+    "elasticface-plus": lambda c: m.ElasticFace("cos", margin=0.35, std=0.05, plus="paper"),
 }
 
 
@@ -180,7 +187,7 @@ def check_margin(margin: m.Margin, num_classes: int | None = None) -> None:
     labels = torch.arange(len(cos)) * 7 % min(classes, 10)
     directions = torch.randn(len(cos), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     embeddings = directions * (norms / torch.linalg.vector_norm(directions, dim=1))[:, None]
-    batch = m.BatchInfo(embeddings, labels, classes)
+    batch = m.BatchInfo(embeddings, labels, classes, center_norm=3.0 + labels.to(torch.float64))
     buffers = {key: v.clone() for key, v in margin.named_buffers()}
 
     def at(cos: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ..margins import BatchInfo, Margin, NonTarget
 #: Scale and margins for a small network and a few thousand identities; smaller than those of :data:`marginkernels.testing.HEADS`.
 SCALE, ANGLE, COSINE = 32.0, 0.3, 0.2
 TRAINING: dict[str, Callable[[int], Margin]] = {
+    "lsoftmax": lambda c: m.LSoftmax(margin=2),
     "sphereface": lambda c: m.SphereFace(margin=2),
     "sphereface-fnorm": lambda c: m.SphereFace(margin=2, scale=SCALE),
     "cosface": lambda c: m.CosFace(SCALE, COSINE),
@@ -40,6 +41,12 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
+    "cosface-per-class": lambda c: m.CosFace(SCALE, torch.linspace(0.5 * COSINE, COSINE, c)),
+    "arcface-per-class": lambda c: m.ArcFace(SCALE, m.margins_from_counts(torch.arange(1, c + 1), high=ANGLE)),
+    "adaface": lambda c: m.AdaFace(SCALE, ANGLE),
+    "elasticface": lambda c: m.ElasticFace("arc", SCALE, ANGLE, 0.05),
+    "elasticface-plus": lambda c: m.ElasticFace("cos", SCALE, COSINE, 0.05, "paper"),
+    "magface": lambda c: m.MagFace(SCALE, (1.0, 30.0), (ANGLE, 2 * ANGLE), 1.0),
 }
 
 
@@ -62,7 +69,7 @@ def make(name: str, num_classes: int) -> Margin:
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     """The mean loss as it is usually written: all N x C logits, with the target column replaced, then cross-entropy."""
     cos = (F.normalize(x) if margin.normalize_embedding else x) @ (F.normalize(w) if margin.normalize_weight else w).T
-    batch = BatchInfo(x, labels, len(w))
+    batch = BatchInfo(x, labels, len(w), center_norm=w.double().norm(dim=1)[labels] if margin.needs_center_norm else None)
     column = labels[:, None]
     target = cos.gather(1, column)[:, 0]
     if margin.training:
@@ -79,6 +86,9 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     losses = F.cross_entropy(logits, labels, reduction="none")
     if margin.focal_gamma:
         losses = (1 - torch.exp(-losses)).clamp_min(0) ** margin.focal_gamma * losses
+    regularizer = margin.regularizer(batch)
+    if regularizer is not None:
+        losses = losses + regularizer.to(losses.dtype)
     return losses.mean()
 
 

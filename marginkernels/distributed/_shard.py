@@ -168,6 +168,11 @@ class Shard:
         most, needs_grad = collectives.all_gather(mine, self.group, self.size, "row counts").amax(0).tolist()
         return most, bool(needs_grad)
 
+    def own_part(self, rows: int, count: int) -> slice:
+        """Where the ``count`` rows of this rank lie among the ``rows`` that :meth:`gather` gives."""
+        start = self.rank * (rows // self.size)
+        return slice(start, start + count)
+
     def own_rows(self, values: Tensor, count: int) -> Tensor:
         """The ``count`` rows of this rank in ``values`` (R M,). In the backward pass every rank gets the gradient of all rows."""
         mine: Tensor = _OwnRows.apply(values, self)  # type: ignore[no-untyped-call]
@@ -200,7 +205,7 @@ class Shard:
         (count, R k) for the rows of this rank."""
         missing = k - scores.shape[1]
         scores, classes = F.pad(scores, (0, missing), value=-torch.inf), F.pad(classes, (0, missing), value=self.num_classes)
-        mine = slice(self.rank * (scores.shape[0] // self.size), self.rank * (scores.shape[0] // self.size) + count)
+        mine = self.own_part(scores.shape[0], count)
         every = [collectives.all_gather(v, self.group, self.size, "candidates")[:, mine] for v in (scores, classes)]
         best_scores, best_classes = (v.transpose(0, 1).flatten(1) for v in every)
         return best_scores, best_classes

@@ -2,25 +2,47 @@
 
 from ..core.nontarget import NonTarget
 from .adaptive import AdaCos
-from .angular import Annealing, ArcFace, CombinedMargin, CosFace, SphereFace
+from .angular import Annealing, ArcFace, CombinedMargin, CosFace, LSoftmax, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
+from .elastic import ElasticFace
 from .hard_negative import CurricularFace, MVSoftmax
+from .per_class import margins_from_counts
+from .quality import AdaFace, MagFace
 from .softmax import L2Softmax, NormFace, Softmax
 
 #: The margins that the package ships, in the order of the documentation's table.
-ALL = (Softmax, NormFace, L2Softmax, SphereFace, CosFace, ArcFace, CombinedMargin, AdaCos, MVSoftmax, CurricularFace)
+ALL = (
+    Softmax,
+    NormFace,
+    L2Softmax,
+    LSoftmax,
+    SphereFace,
+    CosFace,
+    ArcFace,
+    CombinedMargin,
+    AdaCos,
+    MVSoftmax,
+    CurricularFace,
+    AdaFace,
+    MagFace,
+    ElasticFace,
+)
 
 __all__ = [
     "ALL",
     "AdaCos",
+    "AdaFace",
     "Annealing",
     "ArcFace",
     "BatchInfo",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
+    "ElasticFace",
     "L2Softmax",
+    "LSoftmax",
     "MVSoftmax",
+    "MagFace",
     "Margin",
     "NonTarget",
     "NormFace",
@@ -28,4 +50,5 @@ __all__ = [
     "SphereFace",
     "check_holds_values",
     "check_margin",
+    "margins_from_counts",
 ]

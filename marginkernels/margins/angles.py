@@ -6,6 +6,8 @@ a constant sine, and at the end itself the tangent of the sphere is zero, so the
 where the floor lies at 1.5e-8 radians.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,24 @@ def angle(cos: Tensor) -> tuple[Tensor, Tensor]:
 
 def added(cos: Tensor, cos_margin: Tensor, sin_margin: Tensor) -> tuple[Tensor, Tensor]:
     """cos(theta + margin), and its slope in cos, without taking the angle: better conditioned and cheaper. The margin comes as its
-    cosine and its sine, tensors of shape () each."""
+    cosine and its sine, tensors of shape () or (N,) each, in which the value may be differentiated."""
     sin, dsin = sine(cos)
     return cos * cos_margin - sin * sin_margin, cos_margin - dsin * sin_margin
+
+
+def psi(cos: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The monotone ``(-1)^k cos(m theta) - 2k`` on theta in [k pi/m, (k+1) pi/m], and its slope in cos."""
+    # cos(m theta) and sin(m theta)/sin(theta) are Chebyshev polynomials of cos(theta): exact and finite at both ends, and beyond them.
+    first, second = torch.ones_like(cos), cos  # T_0, T_1
+    ratio_before, ratio = torch.zeros_like(cos), torch.ones_like(cos)  # U_-1, U_0
+    for _ in range(m - 1):
+        first, second = second, 2 * cos * second - first
+        ratio_before, ratio = ratio, 2 * cos * ratio - ratio_before
+    k = torch.zeros_like(cos)
+    for i in range(1, m):
+        k = k + (cos < math.cos(i * math.pi / m)).to(cos.dtype)
+    sign = 1 - 2 * (k % 2)
+    return sign * second - 2 * k, sign * m * ratio
 
 
 def detached(cos: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

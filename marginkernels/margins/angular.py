@@ -11,42 +11,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .angles import added, angle, detached
-from .base import BatchInfo, Margin, NonTargetLSE, _arguments, check_range, setting
+from .angles import added, angle, detached, psi
+from .base import BatchInfo, Margin, NonTargetLSE, check_range, setting
+from .per_class import PerClass
 
 BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
 GRADIENTS = ("exact", "detached")
 
 
-class CosFace(Margin):
+def checked_beyond_pi(rule: object) -> str:
+    """``rule``, or a ``ValueError`` where it is none of ``BEYOND_PI``."""
+    if not isinstance(rule, str) or rule not in BEYOND_PI:
+        raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {rule!r}")
+    return rule
+
+
+def beyond(cos: Tensor, value: Tensor, slope: Tensor, rule: str, end: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """``value`` and ``slope`` of a target, and what takes their place where ``cos`` is not above ``end``: see :class:`CombinedMargin` for
+    the rules. ``end`` and ``drop`` are of shape () or (N,)."""
+    if rule == "easy":
+        inside = cos > 0
+        value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
+    elif rule != "none":
+        inside = cos > end
+        if rule == "clip":
+            past, past_slope = torch.full_like(cos, -1.0), 0.0
+        else:
+            past, past_slope = cos - drop, 1.0
+        value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
+    return value, slope
+
+
+def turned(cos: Tensor, margin: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """``cos(theta + margin)`` with a margin for each row (N,), in radians in [0, pi), and its slope in cos; ``rule`` as ``beyond_pi``. The
+    value may be differentiated in ``margin``."""
+    cos_margin, sin_margin = margin.cos(), margin.sin()
+    value, slope = added(cos, cos_margin, sin_margin)
+    end = torch.where(margin > 0, -cos_margin.detach(), -math.inf)
+    return beyond(cos, value, slope, rule, end, margin * sin_margin if rule == "linear" else 1 - cos_margin)
+
+
+class CosFace(PerClass):
     """CosFace / AM-softmax: target ``cos(theta) - m`` (Wang et al., CVPR 2018, eq. 4).
 
     Args:
         scale: s > 0.
-        margin: m in [0, 2], a cosine.
+        margin: m in [0, 2], a cosine; or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
         focal_gamma: see :class:`Margin`.
     """
 
     _fixed_scale = True
-    margin: float = setting("margin", "m, a float; assigning is :meth:`set_margin`.")
+    _shown = ("scale", "margin", "focal_gamma")
 
-    def __init__(self, scale: float = 64.0, margin: float = 0.35, *, focal_gamma: float = 0.0):
+    def __init__(self, scale: float = 64.0, margin: float | Tensor = 0.35, *, focal_gamma: float = 0.0):
         super().__init__(scale, focal_gamma=focal_gamma)
-        self.margin = margin
+        self._change(margin=self._taken(margin))
         self._hold()
 
     def _checked(self, name: str, value: Any) -> float:
         return check_range("margin", value, 0.0, 2.0)
 
     def _numbers(self) -> Iterable[float]:
-        return (self.margin,)
-
-    def set_margin(self, margin: float) -> None:
-        """Change m; see :meth:`Margin.set_margin`."""
-        self._change(margin=margin)
+        return (self.__dict__["margin"],)
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        (margin,) = self._read(cos)
+        margin = self._of_rows(batch, cos) if self.margins is not None else self._read(cos)[0]
         return cos - margin, torch.ones_like(cos)
 
 
@@ -87,12 +116,10 @@ class CombinedMargin(Margin):
         focal_gamma: float = 0.0,
     ):
         super().__init__(scale, focal_gamma=focal_gamma)
-        if beyond_pi not in BEYOND_PI:
-            raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {beyond_pi!r}")
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
         self._change(m1=m1, m2=m2, m3=m3)
-        self.beyond_pi = beyond_pi
+        self.beyond_pi = checked_beyond_pi(beyond_pi)
         self.gradient = gradient
         self._hold()
 
@@ -126,18 +153,11 @@ class CombinedMargin(Margin):
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
         m1, m2, cos_m2, sin_m2, m3, end, drop = self._read(cos)
-        value, slope = self._shifted(cos, m1, m2, cos_m2, sin_m2)
-        if self.beyond_pi == "easy":
-            inside = cos > 0
-            value, slope = torch.where(inside, value, cos), torch.where(inside, slope, 1.0)
-        elif self.beyond_pi != "none":
-            inside = cos > end
-            if self.beyond_pi == "clip":
-                past, past_slope = torch.full_like(cos, -1.0), 0.0
-            else:
-                past, past_slope = cos - drop, 1.0
-            value, slope = torch.where(inside, value, past), torch.where(inside, slope, past_slope)
-        value = value - m3
+        value, slope = beyond(cos, *self._shifted(cos, m1, m2, cos_m2, sin_m2), self.beyond_pi, end, drop)
+        return self._passed(cos, value - m3, slope)
+
+    def _passed(self, cos: Tensor, value: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and slope as ``gradient`` says."""
         return detached(cos, value) if self.gradient == "detached" else (value, slope)
 
     def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,43 +169,40 @@ class CombinedMargin(Margin):
         return torch.where(m1 == 1, plain, phi.cos()), torch.where(m1 == 1, plain_slope, -m1 * phi.sin() * dtheta)
 
 
-class ArcFace(CombinedMargin):
+class ArcFace(PerClass, CombinedMargin):  # type: ignore[misc]  # set_margin takes m alone
     """ArcFace: target ``cos(theta + m)`` (Deng et al., CVPR 2019, eq. 3).
 
     Args:
         scale: s > 0.
-        margin: m, radians in [0, pi) (0.5 is 28.6 degrees).
+        margin: m, radians in [0, pi) (0.5 is 28.6 degrees); or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
         beyond_pi: what the target is past theta = pi - m; see :class:`CombinedMargin`, with M = m.
         gradient: ``"exact"`` or ``"detached"``; see :class:`CombinedMargin`.
         focal_gamma: see :class:`Margin`.
     """
 
     _m2_name = "margin"
+    _setting = "m2"
+    _shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
 
     def __init__(
-        self, scale: float = 64.0, margin: float = 0.5, beyond_pi: str = "linear", gradient: str = "exact", *, focal_gamma: float = 0.0
+        self,
+        scale: float = 64.0,
+        margin: float | Tensor = 0.5,
+        beyond_pi: str = "linear",
+        gradient: str = "exact",
+        *,
+        focal_gamma: float = 0.0,
     ):
-        super().__init__(scale, 1.0, margin, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+        CombinedMargin.__init__(self, scale, 1.0, 0.0, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+        self._change(m2=self._taken(margin))
 
-    @property
-    def margin(self) -> float:
-        """m in radians, a float; assigning is :meth:`set_margin`."""
-        return self.m2
-
-    @margin.setter
-    def margin(self, margin: float) -> None:
-        self._change(m2=margin)
-
-    def set_margin(self, margin: float) -> None:  # type: ignore[override]
-        """Change m; see :meth:`Margin.set_margin`."""
-        self._change(m2=margin)
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        if self.margins is None:
+            return super().target(cos, batch)
+        return self._passed(cos, *turned(cos, self._of_rows(batch, cos), self.beyond_pi))
 
     def _shifted(self, cos: Tensor, m1: Tensor, m2: Tensor, cos_m2: Tensor, sin_m2: Tensor) -> tuple[Tensor, Tensor]:
         return added(cos, cos_m2, sin_m2)
-
-    def extra_repr(self) -> str:
-        shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
-        return _arguments({name: getattr(self, name) for name in shown})
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,14 @@ class Annealing:
     def __post_init__(self) -> None:
         for name in ("base", "gamma", "power", "minimum"):
             check_range(f"annealing.{name}", getattr(self, name), 0.0)
+
+
+def _multiple(value: Any) -> int:
+    """``value``, an integer >= 1 of any type, as an int."""
+    number = isinstance(value, int | float | Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 1 or int(value) != value:
+        raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {value!r}")
+    return int(value)
 
 
 class SphereFace(Margin):
@@ -236,10 +261,7 @@ class SphereFace(Margin):
             self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
 
     def _checked(self, name: str, value: Any) -> int:
-        number = isinstance(value, int | float | Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value < 1 or int(value) != value:
-            raise ValueError(f"margin: expected an integer >= 1 (how often the angle is taken), got {value!r}")
-        return int(value)
+        return _multiple(value)
 
     def set_margin(self, margin: int) -> None:
         """Change m, an integer; a compiled step is compiled again for each new one. See :meth:`Margin.set_margin`."""
@@ -257,19 +279,43 @@ class SphereFace(Margin):
             self.iteration += 1
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
-        # cos(m theta) and sin(m theta)/sin(theta) are Chebyshev polynomials of cos(theta): exact and finite at both ends.
-        first, second = torch.ones_like(cos), cos  # T_0, T_1
-        ratio_before, ratio = torch.zeros_like(cos), torch.ones_like(cos)  # U_-1, U_0
-        for _ in range(self.margin - 1):
-            first, second = second, 2 * cos * second - first
-            ratio_before, ratio = ratio, 2 * cos * ratio - ratio_before
-        k = torch.zeros_like(cos)
-        for i in range(1, self.margin):
-            k = k + (cos < math.cos(i * math.pi / self.margin)).to(cos.dtype)
-        sign = 1 - 2 * (k % 2)
-        value, slope = sign * second - 2 * k, sign * self.margin * ratio
+        value, slope = psi(cos, self.margin)
         if self.annealing is None:
             return value, slope
         a = self.annealing
         lam = (a.base * (1 + a.gamma * self.iteration.to(cos.dtype)) ** -a.power).clamp_min(a.minimum)
         return (lam * cos + value) / (1 + lam), (lam + slope) / (1 + lam)
+
+
+class LSoftmax(Margin):
+    """L-Softmax: ``z_j = s |x| |w_j| cos(theta_j)``, target ``s |x| |w_y| psi(theta)`` with SphereFace's monotone psi: neither side is
+    normalized (Liu et al., ICML 2016, eq. 4 to 6).
+
+    Args:
+        margin: m, an integer >= 1; 1 is the linear softmax.
+        scale: s > 0, 1 in the paper.
+        focal_gamma: see :class:`Margin`.
+    """
+
+    normalize_embedding = False
+    normalize_weight = False
+    needs_center_norm = True
+    _fixed_scale = True
+    margin: int = setting("margin", "m, an int; assigning is :meth:`set_margin`.")
+
+    def __init__(self, margin: int = 4, scale: float = 1.0, *, focal_gamma: float = 0.0):
+        super().__init__(scale, focal_gamma=focal_gamma)
+        self.margin = margin
+
+    def _checked(self, name: str, value: Any) -> int:
+        return _multiple(value)
+
+    def set_margin(self, margin: int) -> None:
+        """Change m, an integer; a compiled step is compiled again for each new one. See :meth:`Margin.set_margin`."""
+        self._change(margin=margin)
+
+    def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:
+        length = batch.norm * batch.center_norm
+        some = length > 0
+        value, slope = psi(cos / torch.where(some, length, 1.0), self.margin)
+        return length * value, torch.where(some, slope, 0.0)

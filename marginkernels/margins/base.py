@@ -71,19 +71,29 @@ class BatchInfo:
         labels: (N,) int64, the identity of each row; -1 where the row has none (ignored).
         valid: (N,) bool, False for ignored rows.
         num_classes: C, over all shards.
+        own: which of the rows this process has brought, of those of all ranks.
     """
 
-    def __init__(self, embeddings: Tensor, labels: Tensor, num_classes: int):
+    def __init__(
+        self, embeddings: Tensor, labels: Tensor, num_classes: int, *, own: slice = slice(None), center_norm: Tensor | None = None
+    ):
         self.embeddings = embeddings
         self.labels = labels
         self.valid = labels >= 0
         self.num_classes = num_classes
+        self.own = own
+        self._center_norm = center_norm
 
     @property
     def norm(self) -> Tensor:
         """(N,) float64 norm of each embedding, differentiable; ``detach()`` it where the paper does."""
         norm: Tensor = torch.linalg.vector_norm(self.embeddings.double(), dim=1)
         return norm
+
+    @property
+    def center_norm(self) -> Tensor:
+        """(N,) norm of each row's own class center, for a margin that says ``needs_center_norm``; else ones."""
+        return torch.ones_like(self.labels, dtype=torch.float64) if self._center_norm is None else self._center_norm
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` (..., N) over the valid rows, 0 where there is none. Never waits for the device."""
@@ -109,6 +119,8 @@ class Margin(nn.Module):
         normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
         non_target: the transform of non-target logits, a :class:`NonTarget`; the two hard transforms also need :meth:`threshold` and ``t``.
         t: the parameter of the hard transforms: a number, or a tensor of shape (), (1,) or (N,).
+        needs_center_norm: whether ``target`` reads ``batch.center_norm``, as it may where the weight is not normalized. The value must then
+            be homogeneous in the class center, as its similarity is: twice the center, twice the value. Its gradient follows from that.
         straight_through: the slope is by intention not the derivative of the value, so :func:`marginkernels.testing.check_margin`
             compares it with the gradient that autograd gives to the value (which a ``detach()`` changes) and not with differences.
     """
@@ -116,6 +128,7 @@ class Margin(nn.Module):
     normalize_embedding: bool = True
     normalize_weight: bool = True
     non_target: NonTarget = NonTarget.IDENTITY
+    needs_center_norm: bool = False
     straight_through: bool = False
     t: float | Tensor
     #: The names of state and parameters, by which a checkpoint is told to be that of another margin.
@@ -161,6 +174,11 @@ class Margin(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has no fixed scale and must define row_scale(batch)")
         return scale
 
+    def regularizer(self, batch: BatchInfo) -> Tensor | None:
+        """(N,) what is added to each row's loss beside its cross-entropy, after the focal factor and the smoothing, or None; differentiated
+        by autograd in ``batch.norm`` and in the margin's own parameters."""
+        return None
+
     def update(self, cos: Tensor, batch: BatchInfo, non_target_lse: NonTargetLSE) -> None:
         """Advance the state by one training step, before the step uses it. Runs without gradient, only in training mode.
 
@@ -190,6 +208,11 @@ class Margin(nn.Module):
     def reset_parameters(self) -> None:
         """Set the state and the parameters back to where the constructor starts them; needed after ``to_empty()``. A margin of your own
         that has state or parameters overrides it."""
+
+    @property
+    def _moves(self) -> bool:
+        """Whether there is state that :meth:`update` moves."""
+        return type(self).update is not Margin.update
 
     # -- numbers that a compiled step reads as a tensor --------------------------------------------------------------------------
 
@@ -276,7 +299,8 @@ def _subclasses(cls: type[Margin]) -> Iterator[type[Margin]]:
 
 def _arguments(shown: Mapping[str, object]) -> str:
     """``scale=64.0, beyond_pi='linear'``, without a focal factor that is off."""
-    return ", ".join(f"{k}={v!r}" for k, v in shown.items() if not (k == "focal_gamma" and v == 0))
+    named = {k: f"<{tuple(v.shape)}>" if isinstance(v, Tensor) else repr(v) for k, v in shown.items()}
+    return ", ".join(f"{k}={v}" for k, v in named.items() if not (k == "focal_gamma" and shown[k] == 0))
 
 
 def check_holds_values(margin: Margin) -> None:

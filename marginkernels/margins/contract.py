@@ -26,6 +26,7 @@ class Evaluated:
         value, slope: of the target logit before the scale, and its derivative in the similarity, at least as precise as the similarity.
         scale: s_i.
         threshold, t: of the non-target transform, detached; None for the identity.
+        regularizer: what is added to each row's loss, at least as precise as the similarity; None where nothing is.
     """
 
     value: Tensor
@@ -33,6 +34,7 @@ class Evaluated:
     scale: Tensor
     threshold: Tensor | None
     t: Tensor | None
+    regularizer: Tensor | None
 
 
 def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.dtype) -> Evaluated:
@@ -70,7 +72,18 @@ def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.
         threshold = limit.detach()
         # A copy: the state moves on before the backward pass.
         t = _one_per_row(f"{name}.t", getattr(margin, "t", None), similarity, dtype).detach().clone()
-    return Evaluated(value, slope, scale, threshold, t)
+    return Evaluated(value, slope, scale, threshold, t, _regularizer(name, margin.regularizer(batch), similarity))
+
+
+def _regularizer(name: str, term: Any, like: Tensor) -> Tensor | None:
+    if term is None:
+        return None
+    if not isinstance(term, Tensor) or not term.dtype.is_floating_point:
+        kind = str(term.dtype) if isinstance(term, Tensor) else type(term).__name__
+        raise TypeError(f"{name}.regularizer: expected None or a floating tensor of shape ({like.shape[0]},), got {kind}")
+    if term.shape != like.shape:
+        raise ValueError(f"{name}.regularizer: expected shape ({like.shape[0]},), got {tuple(term.shape)}")
+    return term
 
 
 def _is_number(value: object) -> bool:
@@ -123,10 +136,10 @@ def advance(margin: Margin, similarity: Tensor, batch: BatchInfo, non_target_lse
         batch: the rows they belong to.
         non_target_lse: see :meth:`Margin.update`.
     """
-    if type(margin).update is Margin.update:
+    if not margin._moves:
         return
     finite = torch.isfinite(similarity)
-    usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes)
+    usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes, own=batch.own)
     if not all(writable(v) for v in margin.buffers()):
         raise RuntimeError(
             f"margin: expected a state that torch.func may write, got that of {type(margin).__name__}, captured from outside the "

@@ -25,6 +25,7 @@ class SumOptions:
         non_target: the transform of non-target similarities.
         normalize_embedding, normalize_weight: as the margin has them.
         logit_sum: also the sum of the non-target logits, for label smoothing.
+        center_norm: also the norm of each row's own class center, for its gradient.
         grad: whether a backward pass may follow.
         workspace_bytes: what the row pass may save for the class pass.
         backend: its name.
@@ -34,6 +35,7 @@ class SumOptions:
     normalize_embedding: bool
     normalize_weight: bool
     logit_sum: bool
+    center_norm: bool
     grad: bool
     workspace_bytes: int
     backend: str
@@ -47,6 +49,7 @@ class ClassSums:
         lse: the non-target log-sum-exp lambda.
         target_similarity, target_bias: c_y and b_y, passed through so that the gradients that come back for them join the one write of dw.
         logit_sum: the sum of the non-target logits, 0 where it was not asked for.
+        center_norm: |w_y|, passed through like the two, 0 where it was not asked for.
         max_logit: the highest non-target logit without transform, acc_dtype, not differentiable.
     """
 
@@ -54,12 +57,14 @@ class ClassSums:
     target_similarity: Tensor
     target_bias: Tensor
     logit_sum: Tensor
+    center_norm: Tensor
     max_logit: Tensor
 
 
 def sum_over_classes(
     inputs: HeadInputs,
     rows: PreparedRows,
+    center_norm: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
     threshold: Tensor | None,
@@ -70,15 +75,16 @@ def sum_over_classes(
 
     Args:
         inputs, rows: the embeddings as they came, and prepared.
+        center_norm: (N,) |w_y|, which is then differentiated, or None.
         bias: (C,) or None.
         scale: (N,) float64.
         threshold, t: (N,) float64, or None where the transform is the identity.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _SumUnderTransforms.apply if transforming() else _SumOverClasses.apply
     if transforming():
-        each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos)
-        return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, *each, options)[:5])
-    return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, threshold, t, options))
+        each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos, center_norm)
+        return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, *each, options)[:6])
+    return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, center_norm, threshold, t, options))
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ _MADE = ("lse", "mean_cos", "mean_center", "cos_sum", "center_sum", "class_facto
 
 
 #: (N,) each: the fields of :class:`ClassSums`.
-_Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 #: Which of x, w, bias and scale get a gradient.
 _Needs = tuple[bool, bool, bool, bool]
 
@@ -124,13 +130,14 @@ class _SumOverClasses(torch.autograd.Function):
         scale: Tensor,
         labels: Tensor,
         rows: PreparedRows,
+        center_norm: Tensor | None,
         threshold: Tensor | None,
         t: Tensor | None,
         options: SumOptions,
     ) -> _Sums:
         need_x, need_w, need_bias, need_scale = (options.grad and need for need in ctx.needs_input_grad[:4])
         needs = (need_x, need_w, need_bias, need_scale)
-        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, bias, scale, threshold, t, options, needs)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, center_norm, bias, scale, threshold, t, options, needs)
         ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
         ctx.options = options
         ctx.mark_non_differentiable(sums[-1])
@@ -139,7 +146,7 @@ class _SumOverClasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
-        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:4]), None, None, None, None, None
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 6
 
 
 class _SumUnderTransforms(torch.autograd.Function):
@@ -159,27 +166,28 @@ class _SumUnderTransforms(torch.autograd.Function):
         row_factor: Tensor,
         target_similarity: Tensor,
         target_cos: Tensor,
+        center_norm: Tensor | None,
         options: SumOptions,
     ) -> tuple[Tensor | None, ...]:
         rows = PreparedRows(prepared, row_factor, target_similarity, target_cos)
         needs = (options.grad, options.grad, options.grad and bias is not None, options.grad)
-        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, bias, scale, threshold, t, options, needs)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, center_norm, bias, scale, threshold, t, options, needs)
         return *sums, *(getattr(saved, name) for name in _MADE)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        x, w, bias, scale, labels, threshold, t, prepared, row_factor, _, _, options = inputs
-        made = output[5:]
+        x, w, bias, scale, labels, threshold, t, prepared, row_factor, _, _, _, options = inputs
+        made = output[6:]
         ctx.save_for_backward(x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made)
         ctx.options = options
-        ctx.mark_non_differentiable(*(v for v in output[4:] if v is not None))
+        ctx.mark_non_differentiable(*(v for v in output[5:] if v is not None))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made = ctx.saved_tensors
         narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t)
         saved = _Saved(x, w, labels, prepared, row_factor, narrowed.bias, narrowed.scale, narrowed.threshold, narrowed.t, *made)
-        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:4]), *(None,) * 8
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 9
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -222,6 +230,7 @@ def _sides(options: SumOptions) -> tuple[bool, bool]:
 def _forward(
     inputs: HeadInputs,
     rows: PreparedRows,
+    center_norm: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
     threshold: Tensor | None,
@@ -282,12 +291,13 @@ def _forward(
         class_factor=out.class_factor,
         saved=out.saved,
     )
-    sums = (out.lse.to(torch.float64, copy=True), rows.target_similarity.clone(), target_biases(bias, labels), logit_sum, out.max_logit)
-    return sums, saved
+    similarity = rows.target_similarity.clone()
+    norm = torch.zeros_like(similarity) if center_norm is None else center_norm.clone()
+    return (out.lse.to(torch.float64, copy=True), similarity, target_biases(bias, labels), logit_sum, norm, out.max_logit), saved
 
 
 def _backward(
-    s: _Saved, o: SumOptions, needs: _Needs, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor
+    s: _Saved, o: SumOptions, needs: _Needs, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor, g_norm: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative."""
     need_x, need_w, need_bias, need_scale = needs
@@ -317,6 +327,8 @@ def _backward(
         )
         grads = class_pass(pass_inputs, upstream, s.class_factor, s.saved, need_w, need_bias, o.backend)
         dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
+        if dw is not None and o.center_norm:
+            dw = _along_own_centers(dw, s.w, s.labels, g_norm)
     if need_scale:
         identity = o.non_target == NonTarget.IDENTITY
         prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)
@@ -324,6 +336,19 @@ def _backward(
         if o.logit_sum:
             ds = ds + scale_gradient(g_logit_sum, prepared, row_factor, s.cos_sum, s.center_sum)
     return dx, dw, db, ds
+
+
+def _along_own_centers(dw: Tensor, w: Tensor, labels: Tensor, g: Tensor) -> Tensor:
+    """``dw`` (C, D), in place, plus the gradient that ``g`` (N,), that of each |w_y|, gives the class centers: ``g w_y/|w_y|``. O(N D + C).
+
+    Rows of one class write the same numbers, so their order does not matter."""
+    if w.shape[0] == 0:
+        return dw
+    near = labels.clamp(0, w.shape[0] - 1)
+    total = g.new_zeros(w.shape[0]).index_add(0, near, torch.where(near == labels, g, 0.0))
+    own = dw.index_select(0, near).to(torch.float64) + total[near][:, None] * unit_rows(w.index_select(0, near))[0]
+    own = own.to(dw.dtype)
+    return dw.index_copy(0, near, own) if transforming() else dw.index_copy_(0, near, own)
 
 
 def _identity_logit_sum(inputs: HeadInputs, bias: Tensor | None, scale: Tensor, class_factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -198,7 +198,8 @@ def _terms_of_step(
     rounded = torch.finfo(accumulation_dtype(DTYPES[problem.dtype])).eps / 2
     lost = EPS + problem.smoothing * rounded  # smoothing subtracts a mean of logits from a logit
     rows = torch.where(valid[:, None], given["x"].double(), 1)
-    batch = BatchInfo(rows, torch.where(valid, labels, -1), problem.c)
+    norms = given["w"].double().norm(dim=1)[torch.where(valid, labels, 0)]
+    batch = BatchInfo(rows, torch.where(valid, labels, -1), problem.c, center_norm=norms)
     target = cos.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     value, target_slope = margin.target(target, batch)
     steep = (per_row(margin.row_scale(batch), target, torch.float64) * target_slope).detach().abs()

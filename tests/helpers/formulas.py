@@ -5,6 +5,7 @@ the bias. The reference backend is tested against them, away from cos = +-1, whe
 """
 
 import math
+import statistics as stats
 
 import torch
 
@@ -77,6 +78,16 @@ def sphereface(m, s=None, lam=0.0):
             lambda i, th: norm[i] * (lam * torch.cos(th) + psi(th, m)) / (1 + lam),
             lambda i, row, cy: norm[i] * row,
         )
+
+    return logits
+
+
+def lsoftmax(m, s=1.0):
+    """Both norms are kept: z_j = s |x| |w_j| cos(theta_j), with psi in the place of the target's cosine."""
+
+    def logits(x, w, y):
+        a, b = x.norm(dim=1), w.norm(dim=1)
+        return assemble(cosines(x, w), y, lambda i, th: s * a[i] * b[int(y[i])] * psi(th, m), lambda i, row, cy: s * a[i] * b * row)
 
     return logits
 
@@ -154,6 +165,111 @@ def adacos_step(s, x, w, y, ignore_index=-100):
         theta = sorted(float(torch.acos(c[i, yi])) for i, yi in kept)
         median = theta[(len(theta) - 1) // 2]
         return float(torch.log(b)) / math.cos(min(math.pi / 4, median))
+
+
+def class_margins(counts, power=-0.25, low=0.05, high=0.5):
+    """n ** power of each class (none counts as one), moved and stretched to [low, high]."""
+    share = [max(n, 1) ** power for n in counts]
+    least, most = min(share), max(share)
+    return [low + (high - low) * ((v - least) / (most - least) if most > least else 0.5) for v in share]
+
+
+def cosface_per_class(s, margins):
+    def logits(x, w, y):
+        return assemble(cosines(x, w), y, lambda i, th: s * (torch.cos(th) - margins[int(y[i])]), lambda i, row, cy: s * row)
+
+    return logits
+
+
+def arcface_per_class(s, margins, beyond="linear", detached=False):
+    def logits(x, w, y):
+        def target(i, th):
+            value = arc_target(th, margins[int(y[i])], beyond)
+            return s * (torch.cos(th) + (value - torch.cos(th)).detach() if detached else value)
+
+        return assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+    return logits
+
+
+def adaface_quality(norm, mean, std, h):
+    """z^ of one norm, a number."""
+    return min(1.0, max(-1.0, (min(100.0, max(1e-3, norm)) - mean) * h / (std + 1e-3)))
+
+
+def adaface(s, m, mean, std, h=0.333):
+    """cos(theta + g_angle) - g_add, with theta + g_angle cut off at 0 and pi."""
+
+    def logits(x, w, y):
+        quality = [adaface_quality(norm, mean, std, h) for norm in x.norm(dim=1).tolist()]
+
+        def target(i, th):
+            g_angle, g_add = -m * quality[i], m * quality[i] + m
+            return s * (torch.cos((th + g_angle).clamp(0, math.pi)) - g_add)
+
+        return assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+    return logits
+
+
+def adaface_step(mean, std, x, y, momentum=0.99, ignore_index=-100):
+    """One update of the running mean and (unbiased) standard deviation of the norms, which one row alone has none of."""
+    norms = [min(100.0, max(1e-3, v)) for v, j in zip(x.norm(dim=1).tolist(), y.tolist(), strict=True) if j != ignore_index]
+    if norms:
+        mean = (1 - momentum) * sum(norms) / len(norms) + momentum * mean
+    if len(norms) > 1:
+        std = (1 - momentum) * stats.stdev(norms) + momentum * std
+    return mean, std
+
+
+def magface(s, norms=(10.0, 110.0), margins=(0.45, 0.8), beyond="easy"):
+    """cos(theta + m(a)), a the norm cut off at the ends of ``norms``; nothing is detached."""
+
+    def logits(x, w, y):
+        a = x.norm(dim=1).clamp(*norms)
+        m = margins[0] + (margins[1] - margins[0]) * (a - norms[0]) / (norms[1] - norms[0])
+        return assemble(cosines(x, w), y, lambda i, th: s * turned_target(th, m[i], beyond), lambda i, row, cy: s * row)
+
+    return logits
+
+
+def turned_target(th, m, beyond):
+    """cos(theta + m) for a margin m that is a tensor, and what takes its place past theta = pi - m."""
+    if beyond == "none" or (th < math.pi / 2 if beyond == "easy" else th + m <= math.pi):
+        return torch.cos(th + m)
+    return {
+        "easy": lambda: torch.cos(th),
+        "linear": lambda: torch.cos(th) - m * torch.sin(m),
+        "continuous": lambda: torch.cos(th) - (1 - torch.cos(m)),
+        "clip": lambda: th * 0 - 1,
+    }[beyond]()
+
+
+def magface_term(x, norms=(10.0, 110.0), weight=35.0):
+    """(N,) lambda_g g(a)."""
+    a = x.norm(dim=1).clamp(*norms)
+    return weight * (1 / a + a / norms[1] ** 2)
+
+
+def elasticface(kind, s, margins):
+    """With the drawn margin of each row, a list."""
+
+    def target(i, th):
+        return s * (torch.cos(th + margins[i]) if kind == "arc" else torch.cos(th) - margins[i])
+
+    return lambda x, w, y: assemble(cosines(x, w), y, target, lambda i, row, cy: s * row)
+
+
+def elastic_order(cos, margins, plus):
+    """Which of the rows gets which of the drawn margins: lists of numbers, of the rows that count."""
+    ascending = sorted(margins)
+    nearest_first = sorted(range(len(cos)), key=lambda i: -cos[i])
+    if plus == "paper":  # the k-th nearest row gets the k-th smallest margin
+        out = [0.0] * len(cos)
+        for k, i in enumerate(nearest_first):
+            out[i] = ascending[k]
+        return out
+    return [ascending[i] for i in nearest_first] if plus == "code" else list(margins)
 
 
 def mv_softmax(kind, s, m, t):

@@ -126,6 +126,33 @@ def check_options():
     against_one_process(ignored, mk.ArcFace(), ignore_index=7)
 
 
+def check_statistics_of_norms():
+    """Over all ranks' rows, of which some are ignored: of none, of one, whose spread is unknown, and of many of very different norms."""
+    whole = case(37)
+    x = whole.x * torch.logspace(-3, 1.5, len(whole.x))[:, None]
+    for kept in (0, 1, 2, len(x)):
+        labels = torch.where(torch.arange(len(x)) >= len(x) - kept, whole.labels, -100)
+        one = testing.Case(x, whole.w, labels, None)
+        against_one_process(one, mk.AdaFace(momentum=0.3), steps=3, **({"batch_size": 9} if kept == 2 else {}))
+
+
+def check_drawn_margins():
+    """Each rank finds what its own rows got, which is what one process gives them, ignored ones apart; with padding and without."""
+    whole, own = case(37), mine()
+    labels = torch.where(torch.arange(len(whole.labels)) % 4 == 2, -100, whole.labels)
+    for plus in (None, "paper", "code"):
+        for options in ({}, {"batch_size": 9}):
+            single = mk.ElasticFace(std=0.2, plus=plus, seed=3)
+            head = sharded(whole, copy.deepcopy(single), **options)
+            for training in (True, True, False):
+                head.train(training)
+                head(whole.x[own], labels[own])
+                mk.margin_cross_entropy(whole.x, whole.w, labels, margin=single.train(training), backend="torch")
+                torch.testing.assert_close(head.margin.drawn, single.drawn[own], rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(head.margin.drawn.isnan(), labels[own] < 0)
+                same_everywhere(head.margin.draws)
+
+
 def check_fewer_classes_than_ranks():
     for c in (1, 2, 3):
         for make in (mk.CosFace, mk.Softmax, mk.CurricularFace):

@@ -91,7 +91,7 @@ def test_marked_dynamic(backend):
     assert frames.count == 1
 
 
-@pytest.mark.parametrize("margin", [mk.CurricularFace, mk.CosFace, lambda: mk.AdaCos(C)])
+@pytest.mark.parametrize("margin", [mk.CurricularFace, mk.CosFace, lambda: mk.AdaCos(C), lambda: mk.AdaFace(momentum=0.5)])
 def test_dynamic_with_state(margin):
     one, other = head(margin=margin()), head(margin=margin())
     compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -81,6 +81,43 @@ BAD = {
     "mv kind": (lambda: mk.MVSoftmax(kind="cos"), ValueError, "kind", "cos"),
     "mv t": (lambda: mk.MVSoftmax(t=-0.2), ValueError, "t", "-0.2"),
     "momentum": (lambda: mk.CurricularFace(momentum=1.5), ValueError, "momentum", "1.5"),
+    "class margins in degrees": (lambda: mk.ArcFace(margin=torch.tensor([0.5, 28.6])), ValueError, "margin", "28.6"),
+    "class margins nan": (lambda: mk.CosFace(margin=torch.tensor([0.5, math.nan])), ValueError, "margin", "nan"),
+    "class margins of pi": (lambda: mk.ArcFace(margin=torch.full((3,), math.pi)), ValueError, "margin", "3.14"),
+    "class margins of columns": (lambda: mk.CosFace(margin=torch.zeros(C, 1)), ValueError, "margin", "(11, 1)"),
+    "class margin of no shape": (lambda: mk.CosFace(margin=torch.tensor(0.5)), ValueError, "margin", "()"),
+    "class margins of integers": (lambda: mk.CosFace(margin=torch.ones(C).long()), TypeError, "margin", "int64"),
+    "class margins of others": (lambda: mk.MarginHead(D, C, mk.ArcFace(margin=torch.zeros(12))), ValueError, "margin", "12"),
+    "class margins of others, called": (lambda: call(margin=mk.CosFace(margin=torch.zeros(10))), ValueError, "margin", "10"),
+    "class margins on meta": (lambda: mk.CosFace(margin=torch.zeros(C, device="meta")), ValueError, "margin", "meta"),
+    "class margins set to others": (lambda: mk.CosFace(margin=torch.zeros(C)).set_margin(torch.zeros(3)), ValueError, "margin", "3"),
+    "class margins where is one": (lambda: mk.CosFace().set_margin(torch.zeros(C)), TypeError, "margin", "tensor"),
+    "class margins set too large": (lambda: mk.CosFace(margin=torch.zeros(C)).set_margin(2.5), ValueError, "margin", "2.5"),
+    "counts negative": (lambda: mk.margins_from_counts([3, -1]), ValueError, "counts", "-1"),
+    "counts of columns": (lambda: mk.margins_from_counts(torch.ones(3, 1)), ValueError, "counts", "(3, 1)"),
+    "counts none": (lambda: mk.margins_from_counts([]), ValueError, "counts", "(0,)"),
+    "counts a string": (lambda: mk.margins_from_counts("many"), TypeError, "counts", "many"),
+    "counts low above high": (lambda: mk.margins_from_counts([1, 2], low=0.5, high=0.1), ValueError, "high", "0.1"),
+    "counts power": (lambda: mk.margins_from_counts([1, 2], power=math.inf), ValueError, "power", "inf"),
+    "elastic kind": (lambda: mk.ElasticFace(kind="am"), ValueError, "kind", "am"),
+    "elastic margin": (lambda: mk.ElasticFace(margin=28.6), ValueError, "margin", "28.6"),
+    "elastic std": (lambda: mk.ElasticFace(std=-0.1), ValueError, "std", "-0.1"),
+    "elastic plus": (lambda: mk.ElasticFace(plus=True), ValueError, "plus", "True"),
+    "elastic seed": (lambda: mk.ElasticFace(seed=0.5), ValueError, "seed", "0.5"),
+    "l-softmax margin": (lambda: mk.LSoftmax(margin=2.5), ValueError, "margin", "2.5"),
+    "l-softmax scale": (lambda: mk.LSoftmax(scale=None), TypeError, "scale", "None"),
+    "ada margin in degrees": (lambda: mk.AdaFace(margin=22.9), ValueError, "margin", "22.9"),
+    "ada h zero": (lambda: mk.AdaFace(h=0), ValueError, "h", "0"),
+    "ada momentum": (lambda: mk.AdaFace(momentum=-0.01), ValueError, "momentum", "-0.01"),
+    "ada scale none": (lambda: mk.AdaFace(scale=None), TypeError, "scale", "None"),
+    "mag norms a number": (lambda: mk.MagFace(norm_range=110.0), TypeError, "norm_range", "110.0"),
+    "mag norms from zero": (lambda: mk.MagFace(norm_range=(0.0, 110.0)), ValueError, "norm_range", "0.0"),
+    "mag norms in reverse": (lambda: mk.MagFace(norm_range=(110.0, 10.0)), ValueError, "norm_range", "10.0"),
+    "mag margins in reverse": (lambda: mk.MagFace(margin_range=(0.8, 0.45)), ValueError, "margin_range", "0.45"),
+    "mag margins of three": (lambda: mk.MagFace().set_margin((0.1, 0.2, 0.3)), TypeError, "margin_range", "0.3"),
+    "mag margins past pi": (lambda: mk.MagFace().set_margin(0.1, 3.2), ValueError, "margin_range", "3.2"),
+    "mag weight": (lambda: mk.MagFace(norm_weight=-35.0), ValueError, "norm_weight", "-35"),
+    "mag beyond_pi": (lambda: mk.MagFace(beyond_pi=True), ValueError, "beyond_pi", "True"),
     "focal": (lambda: mk.CosFace(focal_gamma=-2.0), ValueError, "focal_gamma", "-2"),
     "head without classes": (lambda: mk.MarginHead(D, 0, mk.CosFace()), ValueError, "num_classes", "0"),
     "head of fractional dimension": (lambda: mk.MarginHead(0.5, C, mk.CosFace()), ValueError, "embedding_dim", "0.5"),
@@ -149,6 +186,9 @@ def test_ends_of_ranges_are_in_them(backend):
     margins = [mk.CosFace(margin=0.0), mk.CosFace(margin=2.0), mk.ArcFace(margin=0.0), mk.ArcFace(margin=pi), mk.CombinedMargin(m3=2.0)]
     margins += [mk.CombinedMargin(m1=1e-3, m2=pi), mk.MVSoftmax("am", margin=2.0), mk.MVSoftmax("arc", margin=pi, t=0.0)]
     margins += [mk.CurricularFace(margin=pi, momentum=0.0), mk.CurricularFace(momentum=1.0), mk.SphereFace(margin=1), mk.AdaCos(3)]
+    margins += [mk.AdaFace(margin=pi, momentum=0.0), mk.AdaFace(margin=0.0, momentum=1.0)]
+    margins += [mk.ElasticFace(margin=pi, std=0.0), mk.ElasticFace("cos", margin=2.0, seed=-(2**63)), mk.ElasticFace(seed=2**63 - 1)]
+    margins += [mk.MagFace(margin_range=(0.0, pi), norm_weight=0.0), mk.MagFace(margin_range=(pi, pi))]
     for margin in margins:
         c = getattr(margin, "num_classes", C)
         for smoothing in (0, 1, 1.0):
@@ -163,6 +203,7 @@ def test_ends_of_ranges_are_in_them(backend):
         lambda: mk.MVSoftmax("am", margin=above),
         lambda: mk.CurricularFace(margin=math.pi),
         lambda: mk.CurricularFace(momentum=math.nextafter(1.0, 2)),
+        lambda: mk.AdaFace(margin=math.pi),
         lambda: call(label_smoothing=math.nextafter(1.0, 2), backend=backend),
         lambda: call(label_smoothing=-5e-324, backend=backend),
     ):

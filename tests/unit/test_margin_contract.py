@@ -30,8 +30,11 @@ def batch(seed=0, n=N, c=C):
 class Mine(mk.Margin):
     """A margin whose hooks return what a test says."""
 
-    def __init__(self, target=lambda c: (c - 0.3, torch.ones_like(c)), scale=lambda n: 20.0, threshold=None, t=0.2):
+    def __init__(
+        self, target=lambda c: (c - 0.3, torch.ones_like(c)), scale=lambda n: 20.0, threshold=None, t=0.2, regularizer=lambda n: None
+    ):
         super().__init__()
+        self._regularizer = regularizer
         self._target, self._row_scale, self._threshold, self.t = target, scale, threshold, t
         if threshold is not None:
             self.non_target = mk.NonTarget.HARD_LINEAR
@@ -44,6 +47,9 @@ class Mine(mk.Margin):
 
     def threshold(self, cos, batch):
         return self._threshold(cos)
+
+    def regularizer(self, batch):
+        return self._regularizer(batch.embeddings.shape[0])
 
 
 def ones(c):
@@ -88,6 +94,16 @@ WRONG = {
         TypeError,
         "Mine.threshold: expected a floating tensor of shape (6,), got float",
     ),
+    "regularizer of columns": (
+        lambda: Mine(regularizer=lambda n: torch.ones(n, 1)),
+        ValueError,
+        "Mine.regularizer: expected shape (6,), got (6, 1)",
+    ),
+    "regularizer a number": (
+        lambda: Mine(regularizer=lambda n: 0.5),
+        TypeError,
+        "Mine.regularizer: expected None or a floating tensor of shape (6,), got float",
+    ),
     "t of columns": (lambda: Mine(threshold=ones, t=torch.ones(6, 1)), ValueError, "Mine.t: expected a finite number"),
     "t missing": (lambda: Mine(threshold=ones, t=None), TypeError, "Mine.t: expected a finite number"),
 }
@@ -118,7 +134,7 @@ class Column(mk.Margin):
 
 def test_checks_do_not_break_the_graph():
     x, _, y = batch()
-    for margin in (mk.CurricularFace(), mk.AdaCos(C)):
+    for margin in (mk.CurricularFace(), mk.AdaCos(C), mk.AdaFace(momentum=0.5)):
         torch._dynamo.reset()
         head = mk.MarginHead(D, C, margin)
         compiled = copy.deepcopy(head)
@@ -137,8 +153,14 @@ OPTIONS = {
     mk.NormFace: [{}],
     mk.L2Softmax: [{}, {"alpha": 9.0, "trainable": True}, {"num_classes": 50}],
     mk.SphereFace: [{"margin": m, "annealing": a} for m in (1, 2, 3, 4, 5, 7) for a in (None, True)] + [{"scale": 30.0}],
-    mk.CosFace: [{"margin": m} for m in (0.0, 0.35, 2.0)],
-    mk.ArcFace: [{"margin": m, "beyond_pi": b, "gradient": g} for b in BEYOND_PI for g in GRADIENTS for m in (0.0, 0.5, 1.7, 3.0)],
+    mk.LSoftmax: [{"margin": m, "scale": s} for m in (1, 2, 3, 4, 5) for s in (1.0, 8.0)],
+    mk.CosFace: [{"margin": m} for m in (0.0, 0.35, 2.0, torch.linspace(0, 2, 30))],
+    mk.ArcFace: [
+        {"margin": m, "beyond_pi": b, "gradient": g}
+        for b in BEYOND_PI
+        for g in GRADIENTS
+        for m in (0.0, 0.5, 1.7, 3.0, torch.linspace(0, 3, 30))
+    ],
     mk.CombinedMargin: [
         {"m1": m1, "m2": m2, "m3": 0.2, "beyond_pi": b, "gradient": g}
         for (m1, m2), b, g in itertools.product(((1.0, 0.3), (0.7, 0.0), (1.35, 1.2), (4.0, 0.1)), BEYOND_PI, GRADIENTS)
@@ -146,6 +168,9 @@ OPTIONS = {
     mk.AdaCos: [{"num_classes": 50}, {"num_classes": 50, "dynamic": False}],
     mk.MVSoftmax: [{}, {"kind": "am", "margin": 0.35}],
     mk.CurricularFace: [{}, {"margin": 1.7}],
+    mk.ElasticFace: [{"kind": k, "std": s, "plus": p} for k in ("arc", "cos") for s in (0.0, 0.5) for p in (None, "paper", "code")],
+    mk.MagFace: [{"beyond_pi": b, "margin_range": r} for b in BEYOND_PI for r in ((0.45, 0.8), (0.0, 3.0), (0.5, 0.5))],
+    mk.AdaFace: [{}, {"h": 5.0}, {"h": 5.0, "margin": 1.7}, {"margin": 0.0}],
 }
 
 
@@ -250,6 +275,8 @@ STATEFUL = {
     "curricularface": mk.CurricularFace,
     "adacos": lambda: mk.AdaCos(C),
     "sphereface": lambda: mk.SphereFace(annealing=True),
+    "adaface": mk.AdaFace,
+    "elasticface": lambda: mk.ElasticFace(std=0.2),
     "own": RunningMean,
 }
 
@@ -273,7 +300,7 @@ def test_state_survives_what_is_not_finite(name, bad, backend):
 @pytest.mark.parametrize("backend", QUICK)
 def test_a_bad_row_takes_no_part_in_the_state(backend):
     x, w, y = batch()
-    for name in ("curricularface", "adacos"):
+    for name in ("curricularface", "adacos", "adaface"):
         some, kept = STATEFUL[name](), STATEFUL[name]()
         x[2] = math.nan
         mk.margin_cross_entropy(x, w, y, margin=some, backend=backend)
@@ -306,7 +333,7 @@ def test_the_gradient_scale_recovers(name):
     assert torch.isfinite(head.weight).all()
 
 
-@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "alpha"])
+@pytest.mark.parametrize("name", ["curricularface", "adacos", "sphereface", "adaface", "elasticface", "alpha"])
 def test_reset_parameters(name):
     make = {**STATEFUL, "alpha": lambda: mk.L2Softmax(alpha=9.0, trainable=True)}[name]
     x, w, y = batch()
@@ -368,6 +395,14 @@ SETTABLE = {
     "mv-arc": (lambda margin=0.5: mk.MVSoftmax(margin=margin), [(0.1,), (0.2,), (3.0,)], "margin"),
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
+    "lsoftmax": (lambda margin=4: mk.LSoftmax(margin), [(1,), (2,), (5,)], "margin"),
+    "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
+    "elasticface": (lambda margin=0.5: mk.ElasticFace(margin=margin, plus="paper"), [(0.0,), (0.2,), (3.0,)], "margin"),
+    "magface": (
+        lambda margin_range=(0.4, 0.8): mk.MagFace(16.0, (1.0, 9.0), margin_range, 1.0),
+        [((0.0, 0.1),), ((0.2, 0.2),), ((0.3, 3.0),)],
+        "margin_range",
+    ),
 }
 
 
@@ -398,13 +433,14 @@ def test_set_margin_is_as_the_constructor(name, backend):
             assert one.fingerprint() == fresh.fingerprint()
         shown = [getattr(margin, setting)] if setting else [margin.m1, margin.m2, margin.m3]
         assert shown == list(values)
-        assert all(type(v) is (int if name == "sphereface" else float) for v in shown)
+        kind = {"sphereface": int, "lsoftmax": int, "magface": tuple}.get(name, float)
+        assert all(type(v) is kind for v in shown)
     assert margin.state_dict().keys() == keys
     assert not [k for k, _ in margin.named_buffers() if k not in keys]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in SETTABLE if name != "sphereface"])
+@pytest.mark.parametrize("name", [name for name in SETTABLE if name not in ("sphereface", "lsoftmax")])
 def test_a_changing_margin_compiles_once(name, compiler):
     make, schedule, _ = SETTABLE[name]
     torch._dynamo.reset()
@@ -453,6 +489,10 @@ def test_combined_takes_names_and_a_tuple():
         (mk.SphereFace(), 1.5),
         (mk.SphereFace(), math.nan),
         (mk.SphereFace(), None),
+        (mk.LSoftmax(), 0),
+        (mk.AdaFace(), 3.2),
+        (mk.ElasticFace(), 3.2),
+        (mk.ElasticFace("cos"), 2.1),
     ],
 )
 def test_a_wrong_margin_is_refused_and_nothing_changes(margin, wrong):
@@ -497,7 +537,7 @@ def test_an_ignored_row_may_hold_anything(backend, bad):
     bias = torch.randn(C, generator=torch.Generator().manual_seed(1))
     broken = x.clone()
     broken[1], broken[4, 2] = bad, -bad
-    for name in ("softmax", "sphereface", "arcface", "l2-softmax-trainable", "adacos", "curricularface"):
+    for name in ("softmax", "sphereface", "arcface", "l2-softmax-trainable", "adacos", "curricularface", "adaface"):
         make = testing.HEADS[name]
         for options in ({}, {"label_smoothing": 0.1}):
             want = testing.run(testing.Case(x, w, y, bias), make(C), backend, **options)

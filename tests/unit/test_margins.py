@@ -40,6 +40,8 @@ def stepped(make):
     return make(*problem()[:3])
 
 
+#: A margin for each class, in no order; float32 holds them.
+OWN = [(7 * i % C) / 32 for i in range(C)]
 FORMULAS = {
     "softmax": (lambda: mk.Softmax(), lambda: f.softmax),
     "w-norm": (lambda: mk.Softmax(normalize_weight=True), lambda: f.w_norm_softmax),
@@ -48,6 +50,7 @@ FORMULAS = {
     "l2-bound": (lambda: mk.L2Softmax(num_classes=C), lambda: f.l2_softmax(f.l2_bound(C))),
     "l2-bound-from-head": (lambda: mk.L2Softmax(), lambda: f.l2_softmax(f.l2_bound(C))),
     **{f"sphereface-{m}": (lambda m=m: mk.SphereFace(margin=m), lambda m=m: f.sphereface(m)) for m in (1, 2, 3, 4, 5)},
+    **{f"lsoftmax-{m}": (lambda m=m: mk.LSoftmax(m, 3.0), lambda m=m: f.lsoftmax(m, 3.0)) for m in (1, 2, 3, 4, 5)},
     "sphereface-fnorm": (lambda: mk.SphereFace(margin=4, scale=30.0), lambda: f.sphereface(4, 30.0)),
     "sphereface-annealed": (lambda: mk.SphereFace(annealing=True), lambda: f.sphereface(4, None, f.annealing(1))),
     "sphereface-annealed-own": (
@@ -90,6 +93,19 @@ FORMULAS = {
     "curricularface-fast": (
         lambda: mk.CurricularFace(20.0, 0.3, momentum=0.2),
         lambda: stepped(lambda x, w, y: f.curricularface(20.0, 0.3, f.curricular_step(0.0, x, w, y, 0.2))),
+    ),
+    "cosface-per-class": (lambda: mk.CosFace(20.0, torch.tensor(OWN).double()), lambda: f.cosface_per_class(20.0, OWN)),
+    **{
+        f"arcface-per-class-{b}-{g}": (
+            lambda b=b, g=g: mk.ArcFace(20.0, torch.tensor(OWN, dtype=torch.float64), b, g),
+            lambda b=b, g=g: f.arcface_per_class(20.0, OWN, b, g == "detached"),
+        )
+        for b, g in (("linear", "exact"), ("easy", "exact"), ("none", "exact"), ("continuous", "exact"), ("clip", "detached"))
+    },
+    "adaface": (lambda: mk.AdaFace(20.0), lambda: stepped(lambda x, w, y: f.adaface(20.0, 0.4, *f.adaface_step(20.0, 100.0, x, y)))),
+    "adaface-steep": (
+        lambda: mk.AdaFace(20.0, 0.7, h=2.0, momentum=0.0),
+        lambda: stepped(lambda x, w, y: f.adaface(20.0, 0.7, *f.adaface_step(20.0, 100.0, x, y, 0.0), h=2.0)),
     ),
 }
 OPTIONS = [
@@ -245,6 +261,42 @@ def test_slope_is_the_derivative_of_the_value(name):
     torch.testing.assert_close(slope.detach(), want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["reference", *(name for name in PREPARED if name != "triton")])
+def test_lsoftmax_differentiates_the_norm_of_the_center(backend):
+    """Rows of one class and of a class of its own, ignored rows, rows and centers of zero; each row of dw by itself."""
+    dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
+    x, w, y, _ = problem(5, dtype)
+    y[:9], y[10] = 3, -100
+    w = w * torch.logspace(-1, 1.5, C, dtype=dtype)[:, None]
+    leaves, wide = [[v.to(d).requires_grad_() for v in (x, w)] for d in (dtype, torch.float64)]
+    got = mk.margin_cross_entropy(*leaves, y, margin=mk.LSoftmax(3), backend=backend)
+    want = f.cross_entropy(f.lsoftmax(3)(*wide, y), y)
+    for g, v in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, wide), strict=True):
+        off, size = (g.double() - v).norm(dim=1), v.norm(dim=1)
+        assert (off <= (1e-9 if dtype == torch.float64 else 1e-4) * (size + 1e-3 * size.max())).all()
+    with torch.no_grad():
+        leaves[0][4], leaves[1][3] = 0, 0
+    loss = mk.margin_cross_entropy(*leaves, y, margin=mk.LSoftmax(3), backend=backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(v.grad.isfinite().all() for v in leaves)
+
+
+def test_lsoftmax_at_every_angle():
+    for m in (1, 2, 3, 4, 5):
+        theta = torch.tensor(THETA, dtype=torch.float64)
+        rows, labels = torch.full((len(THETA), 4), 1.5, dtype=torch.float64), torch.zeros(len(THETA), dtype=torch.int64)
+        batch = mk.BatchInfo(rows, labels, C, center_norm=torch.full_like(theta, 0.25))
+        value, slope = mk.LSoftmax(m).target(0.75 * theta.cos(), batch)
+        near((value / 0.75).tolist(), [float(f.psi(t, m)) for t in theta])
+        near(slope.tolist(), [f.psi_slope(t, m) for t in THETA])
+        value, slope = mk.LSoftmax(m).target(
+            0.75 * torch.tensor([1.0, -1.0], dtype=torch.float64), mk.BatchInfo(rows[:2] / 4, labels[:2], C)
+        )
+        assert value.tolist() == pytest.approx([0.75, 0.75 * (1 - 2 * m)])
+        assert slope.tolist() == pytest.approx([m * m] * 2)
+
+
 def test_sphereface_is_monotone():
     theta = torch.linspace(0, math.pi, 10001, dtype=torch.float64)
     for m in range(1, 7):
@@ -360,6 +412,7 @@ def test_eval_mode_uses_the_state_as_it_is(name, backend):
     formula = {
         "adacos": lambda: f.normface(float(margin.s)),
         "curricularface": lambda: f.curricularface(64.0, 0.5, float(margin.t)),
+        "adaface": lambda: f.adaface(64.0, 0.4, float(margin.norm_mean), float(margin.norm_std)),
         "sphereface-annealed": lambda: f.sphereface(4, None, f.annealing(1)),
     }.get(name)
     x, w, y, _ = problem(2, dtype)
@@ -415,7 +468,9 @@ def test_statistics_longhand(backend, bias):
         share.add(want["top1"])
         for key, value in want.items():
             assert float(found.pop(key)) == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
-        assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in margin.named_buffers()}, rel=1e-6), name
+        assert {k: float(v) for k, v in found.items()} == pytest.approx(
+            {k: float(v) for k, v in margin.named_buffers() if v.numel() == 1}, rel=1e-6
+        ), name
         for rows, labels in ((x[:0], y[:0]), (x, y * 0 - 100)):
             none = mk.head_losses(rows, w, labels, margin=make(C), bias=b, backend=backend)[2]
             assert [float(none[k]) for k in want] == [0.0, 0.0, 0.0], name
@@ -490,6 +545,7 @@ def test_pytorch_metric_learning_agrees():
     pairs = [
         (losses.ArcFaceLoss(C, D, margin=degrees, scale=64), mk.ArcFace(64.0, 0.5), 1.0),
         (losses.CosFaceLoss(C, D, margin=0.35, scale=64), mk.CosFace(64.0, 0.35), 1.0),
+        (losses.LargeMarginSoftmaxLoss(C, D, margin=4, scale=1), mk.LSoftmax(4), 1.0),
         (losses.SphereFaceLoss(C, D, margin=4, scale=1), mk.SphereFace(margin=4), 1.0),
         (losses.NormalizedSoftmaxLoss(C, D, temperature=1 / 32), mk.NormFace(32.0), 1.0),
     ]

@@ -99,7 +99,7 @@ def test_log_q_makes_the_sum_unbiased(seed):
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("name", ["arcface", "curricularface", "adacos", "softmax", "l2-softmax-trainable", "arcface-focal"])
+@pytest.mark.parametrize("name", ["arcface", "curricularface", "adacos", "softmax", "lsoftmax", "l2-softmax-trainable", "arcface-focal"])
 def test_loss_and_gradient_are_those_of_the_drawn_classes(name, backend):
     case = testing.Case.random(12, D, 300, bias=True)
     head = mk.MarginHead(D, 300, testing.HEADS[name](300), bias=True, sample_rate=0.1, label_smoothing=0.1, backend=backend)

@@ -18,6 +18,8 @@ MARGINS = {
     "softmax": mk.Softmax,
     "mv-arc": lambda: mk.MVSoftmax(scale=16.0),
     "curricularface": lambda: mk.CurricularFace(16.0).eval(),
+    "lsoftmax": mk.LSoftmax,
+    "elasticface": lambda: mk.ElasticFace(scale=16.0, std=0.1).eval(),
     "l2-softmax": lambda: mk.L2Softmax(16.0, trainable=True),
 }
 

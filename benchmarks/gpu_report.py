@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -52,6 +53,10 @@ def no_gpu() -> str | None:
     except ImportError:
         return "PyTorch is not installed"
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
+
+
+def no_triton() -> str | None:
+    return no_gpu() or (None if importlib.util.find_spec("triton") else "Triton is not installed")
 
 
 def tool(name: str) -> str | None:
@@ -100,11 +105,12 @@ def workspace(out: Path) -> list[str]:
 #: Correctness first, then measurements.
 STEPS = (
     Step("build", 130, "tests.txt", lambda out: make("build"), no_gpu),
-    Step("small", 60, "tests.txt", small, no_gpu),
-    Step("memcheck", 60, "sanitizer.txt", sanitizer("memcheck"), no_sanitizer),
-    Step("racecheck", 60, "sanitizer.txt", sanitizer("racecheck"), no_sanitizer),
-    Step("repeat", 40, "tests.txt", pytest("repeat"), no_gpu),
-    Step("graph", 40, "tests.txt", pytest("graph"), no_gpu),
+    Step("kernels", 90, "tests.txt", lambda out: [sys.executable, "-m", "benchmarks.gpu_kernels"], no_triton),
+    Step("small", 40, "tests.txt", small, no_gpu),
+    Step("memcheck", 50, "sanitizer.txt", sanitizer("memcheck"), no_sanitizer),
+    Step("racecheck", 50, "sanitizer.txt", sanitizer("racecheck"), no_sanitizer),
+    Step("repeat", 30, "tests.txt", pytest("repeat"), no_gpu),
+    Step("graph", 30, "tests.txt", pytest("graph"), no_gpu),
     Step("tests", 120, "tests.txt", pytest("not repeat and not graph and not sanitizer"), no_gpu),
     Step("benchmark", 180, "benchmark.txt", benchmark, no_gpu),
     Step("workspace", 100, "benchmark.txt", workspace, no_gpu),

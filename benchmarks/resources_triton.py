@@ -62,6 +62,13 @@ EXPLAINED = (
     ),
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_90", 8, "two registers, with Triton 3.6 only"),
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_80", 16, "four registers, with Triton 3.6 only"),
+    Explained(
+        ("row_pass_kernel", "D=512", "saved weights", "hard-quadratic"),
+        "sm_80",
+        24,
+        "six registers, since N is not known to be a multiple of 16: a kernel for each batch size would take longer to compile",
+    ),
+    Explained(("saved_pass_kernel", "D=128"), "sm_80", 8, "two registers, since N and C are not known to be multiples of 16"),
     Explained(("prepare_kernel", "D=512"), "sm_80", 8, "two registers, in a kernel without a loop, with Triton 3.6 only"),
 )
 

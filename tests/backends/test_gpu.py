@@ -8,22 +8,14 @@ import pytest
 import torch
 
 import marginkernels as mk
-from benchmarks import gpu_report
+from benchmarks import gpu_kernels, gpu_report
 from marginkernels import testing
 from marginkernels.backend import FUSED
 
 pytestmark = pytest.mark.gpu
 
 BACKENDS = [name for name, b in FUSED.items() if "cuda" in b.device_types]
-#: dtypes of embeddings and weight.
-DTYPES = [
-    (torch.bfloat16, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-]
+DTYPES = gpu_kernels.DTYPES
 
 
 def serve(name, x, w, dim):
@@ -63,13 +55,13 @@ def test_every_head_and_dtype(name, head):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dim", [32, 40, 64, 96, 128, 200, 256, 384, 512, 640, 768, 1024])
+@pytest.mark.parametrize("dim", gpu_kernels.DIMS)
 def test_dimensions(name, dim):
     for x, w in DTYPES:
         if FUSED[name].unavailable_reason() or FUSED[name].unsupported_reason("cuda", x, w, dim):
             continue
         case = testing.Case.random(65, dim, 3001, x, weight_dtype=w, device="cuda")
-        for head in ("arcface", "curricularface", "l2-softmax"):
+        for head in gpu_kernels.DIM_HEADS:
             found = testing.errors(case, testing.HEADS[head](3001), name)
             assert max(found.values()) <= max(testing.TOLERANCE[x], testing.TOLERANCE[w]), (x, w, head, found)
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import marginkernels as mk
-from benchmarks import resources, resources_triton
+from benchmarks import gpu_small, resources, resources_triton
+from marginkernels import testing
 from marginkernels.backend import FUSED
 
 pytest.importorskip("triton")
+from benchmarks import gpu_kernels
+
 CHECKS = Path(__file__).with_name("interpreted_triton.py")
 
 
@@ -137,6 +140,52 @@ def test_launches_find_what_was_compiled_ahead(tmp_path, monkeypatch):
         launch.row_pass(p, Request.log_sum_exp(need_center=True), device, launch.Launch.run)
         assert seen == [False] * compiled + [True] * compiled, (n, c)
     assert set(gpu.launched) == {"prepare_kernel", "row_pass_kernel", "combine_kernel"}
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_kernels_of_the_report_are_compiled_before(small):
+    """What a step of the small cases or of the tests takes, at its real size, is listed by the step that fills the cache."""
+    if small:
+        asked = [case for case in gpu_small.cases("triton") if case[0][1] < 512 and case[1] != torch.float32]
+        steps = [(shape, dtype, dtype, head, {"workspace_mb": mb}) for shape, dtype, head, mb in asked]
+    else:
+        x, w = gpu_kernels.DTYPES[2]
+        options = ({}, {"label_smoothing": 0.1}, {"workspace_mb": 1.0})
+        steps = [((33, 128, 517), x, w, head, one) for head in ("mv-arc", "l2-softmax-trainable", "adacos") for one in options[:2]]
+        steps += [((129, 512, 1300), x, w, head, options[2]) for head in ("curricularface", "softmax")]
+    wanted = [p for p in gpu_kernels.problems() if any(p[:3] == (shape[1], x, w) for shape, x, w, *_ in steps)]
+    listed = {aot_variant(one) for one in gpu_kernels.launches("sm_90", wanted)}
+    for shape, x, w, head, options in steps:
+        with gpu_kernels.collecting("sm_90") as found:
+            bias = not small and shape[1] == 128  # as of that number in the list of dtypes
+            case = testing.Case.random(*shape, x, weight_dtype=w, bias=bias)
+            testing.run(case, testing.HEADS[head](shape[2]), "triton", **options)
+        assert {aot_variant(one) for one in found} <= listed, (shape, x, w, head, options)
+
+
+def aot_variant(one):
+    from marginkernels.backend.triton import aot
+
+    return aot.variant(one, "sm_90")
+
+
+def test_the_cache_is_filled_in_parallel(tmp_path):
+    """By processes of their own, and what does not compile is counted; a second time all of it is there."""
+    code = (
+        "import sys, torch, triton; from dataclasses import replace; from benchmarks import gpu_kernels as g\n"
+        "found = g.launches('sm_90', [g.Problem(64, torch.bfloat16, torch.float32, 'arcface')])\n"
+        "found = [one for one in found if one.kernel.__name__ in ('prepare_kernel', 'combine_kernel')]\n"
+        "wrong = replace(found[0], constants=found[0].constants | {'BLOCK_C': 3, 'BLOCK_N': 3})\n"
+        "print(len(found), g.fill('sm_90', [*found, wrong], 2))\n"
+        "hits = []; triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)\n"
+        "from marginkernels.backend.triton import aot; [aot.compile(one, 'sm_90') for one in found]; print(all(hits), len(hits))"
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=CHECKS.parents[2])
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[-2] == "2 1"
+    assert lines[-1] == "True 2"
 
 
 def _every_key():

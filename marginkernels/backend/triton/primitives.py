@@ -18,7 +18,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 #: Arguments that change from batch to batch and from head to head: kernels are not compiled anew for a size of 1 or a multiple of 16.
-SIZES = ("n", "c", "first_class", "count", "saved_count", "splits", "blocks_per_split")
+#: First classes of a chunk and counts of saved classes are always a multiple of 16, which spares registers.
+SIZES = ("n", "c", "count", "splits", "blocks_per_split")
 
 #: Of saved weights; see marginkernels.backend.triton.saved_layout.
 SAVED_STEP = tl.constexpr(saved_layout.STEP)

@@ -18,6 +18,8 @@ ALLOWED = {
     "distributed/_collectives.py::all_gather_labels": "once for each dtype: whether all ranks have it",
     "margins/base.py::_apply": "moves a module to another device",
     "margins/base.py::fingerprint": "once, when a head is made",
+    "margins/per_class.py::_checked_margins": "when a margin is made or set, before any step",
+    "margins/per_class.py::margins_from_counts": "once, before training",
 }
 #: Functions of torch that copy a Python value to the device, where one is named; torch.full fills on the device itself.
 COPIES = {"tensor", "as_tensor", "asarray", "scalar_tensor"}

@@ -1,6 +1,7 @@
 """The ``torch`` backend: the two passes in plain PyTorch, a chunk of classes at a time; any device, any dtype, flat memory.
 
-What ``auto`` falls back to where no compiled kernel serves, and the plainest reading of the algorithm.
+What ``auto`` falls back to where no compiled kernel serves, and the plainest reading of the algorithm. Products become logits, and logits
+their exponentials, in the same memory: on a GPU each step is a kernel that reads and writes a whole chunk.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ class ChunkedBackend(Backend):
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         p, sums = inputs, OnlineSoftmax.init(inputs, request)
-        for start, stop in chunks(p.x.shape[0], p.w.shape[0]):
+        for start, stop in chunks(p.x, p.w.shape[0]):
             w, factor = _centers(p, start, stop)
             if factor is not None:
                 sums.class_factor[start:stop] = factor
-            cos, is_target = _similarity(p, w, start, stop)
-            logits = _logits(p, p.non_target, cos, start, stop)
-            raw = logits if p.non_target == NonTarget.IDENTITY else _logits(p, NonTarget.IDENTITY, cos, start, stop)
-            sums.max_logit = torch.maximum(sums.max_logit, raw.masked_fill(is_target, -torch.inf).amax(1))
+            own = _OwnColumn(p.labels, start, stop)
+            logits, cos = _logits(p, w, start, stop, need_cos=request.need_cos)
             if request.reduction == Reduction.LOGIT_SUM:
-                weight = torch.ones_like(logits).masked_fill_(is_target, 0)
-                sums.total += (logits * weight).sum(1)
+                sums.total += own.fill(logits, 0.0).sum(1)
+                weight = own.fill(logits.fill_(1.0), 0.0)
             else:
-                logits = logits.masked_fill(is_target, -torch.inf)
-                higher = torch.maximum(sums.running_max, logits.amax(1))
+                highest = own.fill(logits, -torch.inf).amax(1)
+                higher = torch.maximum(sums.running_max, highest)
+                raw = highest if p.non_target == NonTarget.IDENTITY else _highest_raw(p, cos, own, start, stop)
+                sums.max_logit = torch.maximum(sums.max_logit, raw)
                 base = higher.masked_fill(higher == -torch.inf, 0)
                 decay = torch.exp(sums.running_max - base)
-                weight = torch.exp(logits - base[:, None])
+                weight = logits.sub_(base[:, None]).exp_()
                 sums.running_max = higher
                 sums.total = sums.total * decay + weight.sum(1)
                 if request.need_cos:
@@ -49,9 +50,12 @@ class ChunkedBackend(Backend):
                 if request.need_center:
                     sums.center *= decay[:, None]
             if request.need_cos:
+                assert cos is not None
                 sums.cos += (weight * nontarget.value(p.non_target, cos, p.threshold, p.t)).sum(1)
             if request.need_center:
-                weight = weight * nontarget.slope(p.non_target, cos, p.threshold, p.t)
+                if p.non_target != NonTarget.IDENTITY:
+                    assert cos is not None
+                    weight *= nontarget.slope(p.non_target, cos, p.threshold, p.t)
                 sums.center += matmul(weight.to(p.x.dtype), w, p.acc_dtype)
         return sums.finalize(request)
 
@@ -60,24 +64,47 @@ class ChunkedBackend(Backend):
     ) -> ClassPassOutput:
         p, out = inputs, ClassPassOutput.allocate(inputs, need_weight, need_bias)
         upstream = upstream.rounded(p.acc_dtype)
-        for start, stop in chunks(p.x.shape[0], p.w.shape[0]):
+        target = upstream.d_target_cos * p.row_factor
+        for start, stop in chunks(p.x, p.w.shape[0]):
             w, factor = _centers(p, start, stop, class_factor)
-            cos, is_target = _similarity(p, w, start, stop)
-            logits = _logits(p, p.non_target, cos, start, stop)
-            weight = upstream.d_lse[:, None] * torch.exp(logits - upstream.lse[:, None])
+            own = _OwnColumn(p.labels, start, stop)
+            logits, cos = _logits(p, w, start, stop)
+            weight, factor_of_row = logits.sub_(upstream.lse[:, None]).exp_(), upstream.d_lse
             if upstream.d_logit_sum is not None:
-                weight = weight + upstream.d_logit_sum[:, None]
+                weight = weight.mul_(upstream.d_lse[:, None]).add_(upstream.d_logit_sum[:, None])
+                factor_of_row = torch.ones_like(upstream.d_lse)
             if need_bias:
                 assert upstream.d_target_bias is not None
-                out.d_bias[start:stop] = torch.where(is_target, upstream.d_target_bias[:, None], weight / p.scale[:, None]).sum(0)
+                out.d_bias[start:stop] = own.fill(weight * (factor_of_row / p.scale)[:, None], upstream.d_target_bias).sum(0)
             if need_weight:
-                g = torch.where(is_target, upstream.d_target_cos[:, None], weight * nontarget.slope(p.non_target, cos, p.threshold, p.t))
-                v = _weighted_rows(p, g * p.row_factor[:, None])
-                if factor is not None:
-                    unit = p.w[start:stop].to(p.acc_dtype) * factor[:, None]
-                    v = factor[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
-                out.d_weight[start:stop] = v
+                if p.non_target != NonTarget.IDENTITY:
+                    assert cos is not None
+                    weight *= nontarget.slope(p.non_target, cos, p.threshold, p.t)
+                v = _weighted_rows(p, weight, factor_of_row * p.row_factor, own, target)
+                if factor is None:
+                    out.d_weight[start:stop] = v
+                else:
+                    unit = _times(p.w[start:stop], factor, p.acc_dtype)
+                    torch.mul(v.addcmul_(unit, (v * unit).sum(1, keepdim=True), value=-1), factor[:, None], out=out.d_weight[start:stop])
         return out
+
+
+class _OwnColumn:
+    """Where each row's target lies in a chunk of classes: written without a mask as large as the chunk.
+
+    Args:
+        labels: (N,) int64, anything outside [start, stop) for a row whose target is not in the chunk.
+    """
+
+    def __init__(self, labels: Tensor, start: int, stop: int) -> None:
+        column = labels - start
+        self.index = column.clamp(0, stop - start - 1)[:, None]
+        self.inside = (self.index[:, 0] == column)[:, None]
+
+    def fill(self, v: Tensor, value: float | Tensor) -> Tensor:
+        """``v`` (N, chunk) with ``value``, a number or (N,), in the rows' own columns, in place."""
+        value = value[:, None] if isinstance(value, Tensor) else value
+        return v.scatter_(1, self.index, torch.where(self.inside, value, v.gather(1, self.index)))
 
 
 def _centers(p: PassInputs, start: int, stop: int, class_factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -85,28 +112,51 @@ def _centers(p: PassInputs, start: int, stop: int, class_factor: Tensor | None =
     w = p.w[start:stop]
     if not p.normalize_weight:
         return w.to(p.x.dtype), None
-    w = w.to(p.acc_dtype)
-    factor = inverse_norm(w) if class_factor is None else class_factor[start:stop]
-    return (w * factor[:, None]).to(p.x.dtype), factor
+    factor = inverse_norm(w.to(p.acc_dtype)) if class_factor is None else class_factor[start:stop]
+    return _times(w, factor, p.x.dtype), factor
 
 
-def _similarity(p: PassInputs, w: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """c_ij (N, chunk) in acc_dtype, and where the column is the row's own target (N, chunk) bool."""
-    cos = matmul(p.x, w.T, p.acc_dtype) * p.row_factor[:, None]
-    return cos, p.labels[:, None] == torch.arange(start, stop, device=p.labels.device)
+def _times(w: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``w`` (chunk, D) times ``factor`` (chunk,), rounded to ``dtype`` once."""
+    return torch.mul(w, factor[:, None], out=w.new_empty(w.shape, dtype=dtype))
 
 
-def _weighted_rows(p: PassInputs, g: Tensor) -> Tensor:
-    """(chunk, D) ``sum_i g_ij x_i`` for g (N, chunk). Slopes near a cosine of 1 can be larger than float16 goes, the softmax of a sure row
-    smaller: there each class is taken times a power of two that brings its largest to 2^13 and more."""
+def _logits(p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = False) -> tuple[Tensor, Tensor | None]:
+    """z_ij (N, chunk), of the same bits in both passes, and, in memory of its own, c_ij where a transform or ``need_cos`` wants it."""
+    product = matmul(p.x, w.T, p.acc_dtype)
+    if p.non_target == NonTarget.IDENTITY:
+        value, scale = product, p.scale * p.row_factor
+        cos = value * p.row_factor[:, None] if need_cos else None
+    else:
+        cos = product.mul_(p.row_factor[:, None])
+        value, scale = nontarget.value(p.non_target, cos, p.threshold, p.t), p.scale
+    if p.bias is None:
+        return value.mul_(scale[:, None]), cos
+    return torch.addcmul(p.bias[start:stop], value, scale[:, None], out=value), cos
+
+
+def _highest_raw(p: PassInputs, cos: Tensor | None, own: _OwnColumn, start: int, stop: int) -> Tensor:
+    """(N,) the highest logit of a chunk without the transform, the row's target left out; the target's column of ``cos`` becomes 0."""
+    assert cos is not None
+    if p.bias is None:
+        highest = own.fill(cos, -torch.inf).amax(1) * p.scale
+        own.fill(cos, 0.0)
+        return highest
+    return own.fill(torch.addcmul(p.bias[start:stop], cos, p.scale[:, None]), -torch.inf).amax(1)
+
+
+def _weighted_rows(p: PassInputs, weight: Tensor, factor: Tensor, own: _OwnColumn, target: Tensor) -> Tensor:
+    """(chunk, D) ``sum_i g_ij x_i`` with g_ij = weight_ij factor_i, but target_i in the row's own column; ``weight`` may be overwritten.
+
+    Slopes near a cosine of 1 can be larger than float16 goes, the softmax of a sure row smaller: there each class is taken times a power
+    of two that brings its largest to 2^13 and more.
+    """
     if p.x.dtype != torch.float16:
-        return matmul(g.to(p.x.dtype).T, p.x, p.acc_dtype)
-    largest = g.abs().amax(0)
+        out = weight if weight.dtype == p.x.dtype else torch.empty_like(weight, dtype=p.x.dtype)
+        g = own.fill(torch.mul(weight, factor[:, None], out=out), target.to(p.x.dtype))
+        return matmul(g.T, p.x, p.acc_dtype)
+    g = own.fill(weight.mul_(factor[:, None]), target)
+    largest = torch.linalg.vector_norm(g, torch.inf, dim=0)
     exponent = torch.frexp(largest).exponent.clamp(-100, 100)
     pow2 = torch.where(largest.isfinite() & (largest > 0), torch.ldexp(torch.ones_like(largest), 14 - exponent), 1.0)
-    return matmul((g * pow2).to(p.x.dtype).T, p.x, p.acc_dtype) / pow2[:, None]
-
-
-def _logits(p: PassInputs, non_target: NonTarget, cos: Tensor, start: int, stop: int) -> Tensor:
-    z = p.scale[:, None] * nontarget.value(non_target, cos, p.threshold, p.t)
-    return z if p.bias is None else z + p.bias[start:stop]
+    return matmul(g.mul_(pow2).to(p.x.dtype).T, p.x, p.acc_dtype).div_(pow2[:, None])

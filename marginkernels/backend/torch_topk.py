@@ -47,7 +47,7 @@ def _search(inputs: TopkInputs, k: int) -> TopkOutput:
     if on_cpu:
         return _on_processor(scores_of, n, c, k, p.acc_dtype)
     scores, classes = p.x.new_empty((n, 0), dtype=p.acc_dtype), p.x.new_empty((n, 0), dtype=torch.int64)
-    for start, stop in chunks(n, c):
+    for start, stop in chunks(p.x, c):
         here = torch.arange(start, stop, device=x.device).expand(n, -1)
         scores, classes = best(torch.cat([scores, scores_of(start, stop)], 1), torch.cat([classes, here], 1), k)
     return TopkOutput(scores, classes)

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from .. import optim
-from ..core.numerics import CHUNK_ELEMENTS
+from ..core.numerics import chunk_elements
 from ..sampling import count
 from ._text import integer, number, refuse, table
 
@@ -34,6 +34,7 @@ def memory(
     weight_bytes: int = 4,
     embedding_bytes: int = 4,
     workspace: int = 0,
+    gpu_memory: int = 0,
 ) -> dict[str, int]:
     """Bytes on the rank with the most classes at the peak of a training step, by part.
 
@@ -45,6 +46,7 @@ def memory(
         optimizer: ``sgd`` (with momentum) or ``adamw`` of :mod:`marginkernels.optim`.
         weight_bytes, embedding_bytes: per element, of the class centers (and their gradient and moments) and of the embeddings.
         workspace: bytes that the forward pass saves for the backward pass.
+        gpu_memory: bytes of each GPU, by which plain PyTorch sizes its chunks; 0 on a CPU.
     """
     held, rows = -(-classes // ranks), batch * ranks
     met = met_classes(classes, ranks, batch, sample_rate)
@@ -61,7 +63,7 @@ def memory(
     parts["rows"] = rows * dim * (2 * embedding_bytes + 4 + 5 * 8)
     # Either a pass works on chunks of logits and converted centers (plain PyTorch needs several copies, kernels one or none), or the
     # optimizer on chunks of rows: temporaries, and copies where rows were drawn. Never both at a time.
-    logits = 6 * 4 * min(CHUNK_ELEMENTS, rows * met) + 4 * met
+    logits = 6 * 4 * min(chunk_elements(gpu_memory), max(rows, dim) * met) + 4 * met
     copies = MOMENTS[optimizer] + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
     parts["chunks"] = max(logits, copies * weight_bytes * min(optim.CHUNK_ELEMENTS, met * dim))
     if workspace:
@@ -131,7 +133,11 @@ def fewest_ranks(limit: int, classes: int, dim: int, batch: int, **options: Any)
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that :func:`run` prints, as numbers: bytes, seconds, FLOPs."""
     classes = int(args.classes)
-    size: dict[str, Any] = {"weight_bytes": BYTES[args.weight], "embedding_bytes": BYTES[args.embedding]}
+    size: dict[str, Any] = {
+        "weight_bytes": BYTES[args.weight],
+        "embedding_bytes": BYTES[args.embedding],
+        "gpu_memory": int(args.memory * GB),
+    }
     shape: dict[str, Any] = {"classes": classes, "dim": args.dim, "ranks": args.gpus, "batch": args.batch}
     chosen = {"sample_rate": args.sample_rate, "optimizer": args.optimizer}
     parts = memory(**shape, **chosen, **size, workspace=int(args.workspace_mb * 2**20)) | {"reserve": int(args.reserve * GB)}

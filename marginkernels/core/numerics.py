@@ -9,8 +9,9 @@ from torch import Tensor
 
 #: A row or a center whose norm lies below this counts as the zero vector: similarity 0 to everything, gradient 0.
 TINY = 1e-30
-#: Logits that a chunk holds at once; 4M float32 are 16 MB, small against any weight worth a chunk.
-CHUNK_ELEMENTS = 1 << 22
+#: Logits, or numbers of its centers, that a chunk holds at once: 4M float32 are 16 MB, small against any weight worth a chunk. On a GPU one
+#: for each ``GPU_BYTES`` of its memory, 40M on one of 80 GB: the chip must be busy longer than its launches take.
+CHUNK_ELEMENTS, GPU_BYTES = 1 << 22, 1 << 11
 #: Classes that a chunk has at the least: below that the products are too narrow to pay.
 LEAST_CHUNK = 256
 
@@ -20,9 +21,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(n: int, c: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the chunks of ``c`` classes whose logits for ``n`` rows number about ``CHUNK_ELEMENTS``."""
-    width = max(LEAST_CHUNK, CHUNK_ELEMENTS // max(n, 1))
+def chunk_elements(gpu_memory: int = 0) -> int:
+    """How many logits a chunk holds on a GPU of ``gpu_memory`` bytes, or on a CPU (0).
+
+    By all of the memory, not by what is free, since a sum's bits depend on the chunks.
+    """
+    return max(CHUNK_ELEMENTS, gpu_memory // GPU_BYTES)
+
+
+def chunks(x: Tensor, c: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the chunks of ``c`` classes whose logits for the rows of ``x`` (N, D), and whose centers, are about
+    :func:`chunk_elements` numbers or fewer."""
+    memory = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 0
+    width = max(LEAST_CHUNK, chunk_elements(memory) // max(*x.shape, 1))
     return ((start, min(start + width, c)) for start in range(0, c, width))
 
 
@@ -36,7 +47,7 @@ def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def inverse_norm(w: Tensor) -> Tensor:
     """1/|w_j| (C,), 0 for a zero center; squares neither overflow nor vanish, whatever the norm."""
-    exponent = torch.frexp(w.abs().amax(1)).exponent
+    exponent = torch.frexp(torch.linalg.vector_norm(w, torch.inf, dim=1)).exponent
     norm = torch.ldexp(torch.linalg.vector_norm(torch.ldexp(w, -exponent[:, None]), dim=1), exponent)
     return torch.where(norm < TINY, 0.0, 1 / norm)
 

@@ -17,18 +17,24 @@ from marginkernels.core.numerics import TINY
 @pytest.mark.parametrize(("n", "c"), [(1, 1), (5, 7), (64, 20), (300, 1000), (0, 30), (2**15, 70_000)])
 def test_chunks_take_each_class_once(n, c, width):
     with chunks_of(width):
-        found = list(numerics.chunks(n, c))
+        found = list(numerics.chunks(torch.empty(n, 3), c))
     assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == c
-    wide = width or max(256, (1 << 22) // max(n, 1))
+    wide = width or max(256, (1 << 22) // max(n, 3))
     assert all(stop - start == wide for start, stop in found[:-1])
     assert 0 < found[-1][1] - found[-1][0] <= wide
 
 
 def test_chunks_hold_what_they_should():
-    assert list(numerics.chunks(1 << 12, 3000)) == [(0, 1024), (1024, 2048), (2048, 3000)]
-    assert list(numerics.chunks(1 << 20, 600)) == [(0, 256), (256, 512), (512, 600)]
-    assert list(numerics.chunks(4, 0)) == []
+    for shape in ((1 << 12, 3), (3, 1 << 12)):
+        assert list(numerics.chunks(torch.empty(shape), 3000)) == [(0, 1024), (1024, 2048), (2048, 3000)]
+    assert list(numerics.chunks(torch.empty(1 << 20, 1), 600)) == [(0, 256), (256, 512), (512, 600)]
+    assert list(numerics.chunks(torch.empty(4, 2), 0)) == []
+
+
+def test_chunks_on_a_gpu_grow_with_its_memory():
+    """All of its memory, which is the same in every run."""
+    assert [numerics.chunk_elements(gigabytes << 30) >> 20 for gigabytes in (0, 2, 24, 80)] == [4, 4, 12, 40]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -84,12 +84,13 @@ def test_memory_of_sampled_classes_longhand():
         assert found["gradient"] == 50 * 64
         assert found["drawn classes"] == 40 * 501  # the keys, more than the copies
         assert found["rows"] == 8 * 16 * 52
-        assert found["chunks"] == max(6 * 4 * 8 * 50 + 4 * 50, (2 * moments + 1) * 4 * 50 * 16)
+        assert found["chunks"] == max(6 * 4 * 16 * 50 + 4 * 50, (2 * moments + 1) * 4 * 50 * 16)  # more numbers in centers than logits
     wide = plan.memory(1001, 512, 2, 4, sample_rate=0.1)
     assert wide["drawn classes"] == 50 * 2048
-    assert wide["chunks"] == 3 * 4 * 50 * 512
-    assert plan.memory(1001, 512, 2, 4, optimizer="adamw")["chunks"] == 2 * 4 * 501 * 512
-    # Chunks end at their limits: 4M logits, 16M elements of the optimizer.
+    assert wide["chunks"] == 6 * 4 * 50 * 512 + 4 * 50
+    assert plan.memory(1001, 4, 2, 512, sample_rate=0.1)["chunks"] == 6 * 4 * 501 * 1024 + 4 * 501  # draws all classes for so many rows
+    # Chunks end at their limits: 4M logits or as many numbers of centers, more on a GPU; 16M elements of the optimizer.
+    assert plan.memory(10**7, 512, 1, 1, gpu_memory=80 << 30)["chunks"] == 24 * 40 * 2**20 + 4 * 10**7
     assert plan.memory(10**7, 4, 1, 64)["chunks"] == max(24 * 2**22 + 4 * 10**7, 4 * 2**24)
     assert plan.memory(10**7, 512, 1, 1, optimizer="adamw")["chunks"] == max(24 * 2**22 + 4 * 10**7, 2 * 4 * 2**24)
 
@@ -142,7 +143,7 @@ def test_plan_in_numbers(capsys):
     words += ["--rate", "100", "--bandwidth", "1000", "--link", "20", "--workspace-mb", "3", "--weight", "bf16", "--embedding", "fp32"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    parts = plan.memory(10**6, 64, 2, 16, weight_bytes=2, embedding_bytes=4, workspace=3 << 20)
+    parts = plan.memory(10**6, 64, 2, 16, weight_bytes=2, embedding_bytes=4, workspace=3 << 20, gpu_memory=30 * 10**9)
     assert found["bytes"] == parts | {"reserve": 4 * 10**9}
     assert found["fits"] is True
     assert found["exchanged"] == plan.exchanged(64, 2, 16, embedding_bytes=4)
@@ -153,12 +154,14 @@ def test_plan_in_numbers(capsys):
     assert found["seconds"]["exchange"] == pytest.approx(sum(found["exchanged"].values()) / 20e9)
     assert [(o["sample_rate"], o["optimizer"]) for o in found["options"]] == [(1.0, "sgd"), (1.0, "adamw"), (0.1, "sgd"), (0.1, "adamw")]
     for o in found["options"]:
-        options = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": 2}
+        options = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": 2, "gpu_memory": 30 * 10**9}
         assert o["bytes"] == sum(plan.memory(10**6, 64, 2, 16, **options).values()) + 4 * 10**9
         assert o["most_classes"] == plan.most_classes(26 * 10**9, 64, 2, 16, **options)
         assert o["fewest_gpus"] == plan.fewest_ranks(26 * 10**9, 10**6, 64, 16, **options)
-    # It fits by the sum of its parts, the reserve among them.
-    total = sum(found["bytes"].values()) / 1e9
+    # It fits by the sum of its parts, the reserve among them; chunks on a GPU so small are as on a CPU.
+    assert main([*words, "--memory", "5"]) == 0
+    total = sum(json.loads(capsys.readouterr().out)["bytes"].values()) / 1e9
+    assert total < 5
     for memory, status in ((total * 1.001, 0), (total * 0.999, 1)):
         assert main([*words, "--memory", f"{memory}"]) == status
         assert json.loads(capsys.readouterr().out)["fits"] is (status == 0)

@@ -159,7 +159,8 @@ class CpuBackend(Backend):
         native = _cpu.HeadInputs(n=n, d=d, c=w.shape[0], labels=0, **at, **sides)
         given = _addresses({"bias": inputs.bias, "scale": inputs.scale})
         to = {"scores": out.scores.data_ptr(), "classes": out.classes.data_ptr()}
-        _cpu.topk(native, level=self.level, threads=torch.get_num_threads(), k=k, **given, **to)
+        level = self.level if (x.dtype, self.level) in PANELS else ""  # of what x has become
+        _cpu.topk(native, level=level, threads=torch.get_num_threads(), k=k, **given, **to)
         return out
 
 

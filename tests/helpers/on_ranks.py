@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 import marginkernels as mk
 from marginkernels import optim, testing
+from marginkernels.backend import FUSED, records, registry, resolve
+from marginkernels.backend.chunked import ChunkedBackend
+from marginkernels.backend.records import BAD, Reading, Record, Verdict
 from marginkernels.cli import plan
 from marginkernels.distributed import GradScaler
 from marginkernels.distributed import _collectives as collectives
@@ -240,6 +244,25 @@ def check_errors_reach_every_rank():
         ValueError, "backend: expected a fused backend", lambda: _head(37, backend="reference")(torch.randn(2, D), torch.tensor([3, 3]))
     )
     _raises(ValueError, "at most batch_size = 1 rows, got 2", lambda: _head(37, batch_size=1)(torch.randn(2, D), torch.tensor([3, 3])))
+
+
+def check_records_that_differ():
+    """A backend that the record of one rank takes away serves on none: all ranks take the same one, with the same bits."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    wrong = Verdict(BAD[0], "as planted", ("float32/float32",), {"values": 1}, {}, 1.0)
+    record = Record(records.here(torch.device("cpu")), "2026-01-02T03:04:05+00:00", {"cpu": wrong}, {}, (), {"threads": 1})
+    x, y = torch.randn(4, D), torch.randint(37, (4,))
+    for planted in ([size - 1], [0], []):
+        with patch.dict(registry._READINGS, {"cpu": Reading(record if rank in planted else None, None, ())}):
+            head = _head(37)
+            with patch.object(ChunkedBackend, "row_pass", autospec=True, side_effect=ChunkedBackend.row_pass) as chunked:
+                loss = head(x, y)
+            same_everywhere(loss)
+            without = planted or FUSED["cpu"].unavailable_reason() is not None
+            assert chunked.called == bool(without), planted
+            # For itself, a rank whose own record is good would choose otherwise.
+            alone = resolve("auto", "cpu", torch.float32, torch.float32, D)
+            assert (alone == "torch") == (rank in planted or FUSED["cpu"].unavailable_reason() is not None)
 
 
 def _head(c: int, margin: mk.Margin | None = None, **options) -> mk.MarginHead:

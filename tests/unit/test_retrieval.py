@@ -89,6 +89,8 @@ def test_every_level_and_number_of_threads(threads):
             x, w, k = with_ties(case, dtype)
             found = one.topk(TopkInputs(x, w, None, None, False, False), k)
             assert torch.equal(found.classes, brute_force(x.double() @ w.double().T, k)[1])
+            mixed = one.topk(TopkInputs(x, w.float(), None, None, False, False), k)
+            assert torch.equal(mixed.classes, found.classes)
         for n, d, c, k in ((1, 64, 40_000, 5), (7, 33, 20_001, 300), (40, 70, 6000, 9), (300, 16, 4000, 17)):
             torch.manual_seed(n)
             x, w, bias = torch.randn(n, d).to(dtype), torch.randn(c, d).to(dtype), torch.randn(c)

@@ -149,6 +149,39 @@ def test_flags_turn_on_what_the_kernels_use(setup, level):
     assert not defined & (set().union(*MACROS.values()) - MACROS[level] - {"__AVX2__", "__FMA__", "__F16C__"} - MACROS["avx512"])
 
 
+def test_the_hash_beside_an_extension(setup, monkeypatch, tmp_path):
+    """Written where the extension was built, of its own sources; gone where it was not, so that no record of an older build is taken."""
+    from setuptools import Distribution, Extension
+
+    monkeypatch.setattr(setup, "HERE", tmp_path)
+    for name in ("scalar.h", "cpu/kernels.h", "cuda/generic.cu"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text("one")
+    before = {part: setup.sources_hash(part) for part in ("cpu", "cuda")}
+    (tmp_path / "csrc" / "cuda" / "generic.cu").write_text("two")
+    assert setup.sources_hash("cpu") == before["cpu"]
+    assert setup.sources_hash("cuda") != before["cuda"]
+    (tmp_path / "csrc" / "scalar.h").write_text("two")
+    assert setup.sources_hash("cpu") != before["cpu"]
+
+    build = setup.BuildOptional(Distribution({"ext_modules": [Extension("marginkernels._cpu", [])]}))
+    build.ensure_finalized()
+    build.build_lib = str(tmp_path / "lib")
+    hashed = tmp_path / "lib" / "marginkernels" / "_cpu.sha256"
+    hashed.parent.mkdir(parents=True)
+    monkeypatch.setitem(setup.BUILDERS, "marginkernels._cpu", lambda target, objects: target.write_text("built"))
+    build.build_extension(build.extensions[0])
+    assert hashed.read_text() == setup.sources_hash("cpu")
+
+    def refuse(target, objects):
+        raise setup.CannotBuild("no compiler")
+
+    monkeypatch.setitem(setup.BUILDERS, "marginkernels._cpu", refuse)
+    build.build_extension(build.extensions[0])
+    assert not hashed.exists()
+    assert hashed.with_suffix(".txt").read_text() == "no compiler\n"
+
+
 def test_what_cannot_be_built_is_said(setup, stub, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     monkeypatch.delenv("CXX", raising=False)

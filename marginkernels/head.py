@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from . import backend as backends
 from ._deprecated import BACKENDS
+from .core.device import digest
 from .core.labels import checked_ignore_index
-from .core.numerics import best, reduce_losses
+from .core.numerics import best
 from .core.transforms import transforming
-from .core.validation import FLOATS, check_number, check_reduction, positive
+from .core.validation import FLOATS, check_class_weight, check_number, check_reduction, positive
 from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
 from .retrieval import nearest
@@ -36,6 +37,8 @@ class MarginHead(nn.Module):
         margin: a :class:`Margin`.
         bias: learn one bias per class (C,), starting at 0.
         reduction, ignore_index, label_smoothing, backend, workspace_mb: see :func:`margin_cross_entropy`.
+        class_weight: (C,) of all classes, also with a process group; see :func:`margin_cross_entropy`. A copy is the float32 buffer
+            ``class_weight`` (float64 where it was), part of ``state_dict()``, or None.
         process_group: a torch.distributed group over whose ranks the classes are divided; all of them make the head alike, and call it,
             ``backward()`` and :meth:`topk` together, each with its own rows (as many as it has, also none). See below.
         batch_size: the most rows that any rank brings. Without it the ranks ask each other in every step, which waits for the device.
@@ -51,6 +54,8 @@ class MarginHead(nn.Module):
 
     Shapes:
         ``head(embeddings (N, D), labels (N,) int64)`` gives the loss: a scalar, or (N,) for ``reduction="none"``.
+        ``head(embeddings, labels, mix=(labels_b, lam))`` mixes two labels a row; see :func:`margin_cross_entropy`. With a process group
+        every rank mixes or none, and each may have a ``lam`` of its own.
 
     With a process group of R ranks:
         - ``weight`` and ``bias`` are this rank's rows, ceil(C/R) of them from class ``class_start`` on; the last ranks hold fewer or none.
@@ -83,6 +88,8 @@ class MarginHead(nn.Module):
         RuntimeError: in the backward pass of a checkpointed head, where it cannot tell which forward pass to repeat.
     """
 
+    class_weight: Tensor | None
+
     def __init__(
         self,
         embedding_dim: int,
@@ -93,6 +100,7 @@ class MarginHead(nn.Module):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
         backend: str = "auto",
         workspace_mb: float | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -113,6 +121,7 @@ class MarginHead(nn.Module):
         check_reduction(reduction)
         self.ignore_index = ignore_index = checked_ignore_index(ignore_index)
         _check_options(label_smoothing, backend)
+        self._class_weight = _checked_class_weight(class_weight, self.num_classes)
         if not isinstance(sparse_grad, bool):
             raise TypeError(f"sparse_grad: expected True or False, got {sparse_grad!r}")
         fingerprint = "" if process_group is None else _fingerprint(margin)  # .to("meta") would leave no values
@@ -140,6 +149,7 @@ class MarginHead(nn.Module):
                 "dtype": str(dtype or torch.get_default_dtype()),
             }
             facts |= {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "batch_size": batch_size}
+            facts |= {"class_weight": None if self._class_weight is None else digest(self._class_weight)}
             facts |= {"sample_rate": sample_rate, "sample_seed": sample_seed, "log_q": log_q, "sparse_grad": sparse_grad}
             every = self.shard.assert_same_on_all_ranks(**facts, _offer=backends.offer("cpu"))
             self.shard.agreed["cpu"] = backends.agreement([f["_offer"] for f in every])
@@ -148,6 +158,8 @@ class MarginHead(nn.Module):
         held = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
         self.weight = nn.Parameter(torch.empty(held, self.embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(held, device=device, dtype=dtype)) if bias else None
+        held_weight = self._class_weight
+        self.register_buffer("class_weight", None if held_weight is None else held_weight.to(device, copy=True))
         self.stats: dict[str, Tensor] = {}
         self._passes = _Passes()
         self._join(self.parameters())
@@ -215,6 +227,8 @@ class MarginHead(nn.Module):
         """Draw the class centers anew, set the bias to 0, and reset the draws of sampled classes and the margin's state: all that a head on
         the meta device needs after ``to_empty()``. With a process group every rank must call it."""
         self._draw_centers()
+        if self.class_weight is not None and self._class_weight is not None:
+            self.class_weight.copy_(self._class_weight)
         if self.sampler is not None:
             self.sampler.reset()
         reset = getattr(self.margin, "reset_parameters", None)
@@ -231,36 +245,39 @@ class MarginHead(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, *, mix: tuple[Tensor, float | Tensor] | None = None) -> Tensor:
         if transforming():
-            loss = self._loss(embeddings, labels)
+            loss = self._loss(embeddings, labels, mix)
             self.stats = {}  # the results of a transform mean nothing outside of it
             return loss
         if not self.training:
-            return self._loss(embeddings, labels)
+            return self._loss(embeddings, labels, mix)
         state = [*(self.margin.buffers() if self.margin._moves else []), *([] if self.sampler is None else [self.sampler.draws])]
         if not state:
-            return self._loss(embeddings, labels)
+            return self._loss(embeddings, labels, mix)
         if torch.compiler.is_compiling():
-            return self._loss(embeddings, first_run(labels))
+            return self._loss(embeddings, first_run(labels), mix)
         if torch._C._current_graph_task_id() != -1:  # within a backward pass
-            return self._passes.repeat(state, lambda: self._loss(embeddings, labels))
-        return self._passes.run(state, lambda: self._loss(embeddings, labels))
+            return self._passes.repeat(state, lambda: self._loss(embeddings, labels, mix))
+        return self._passes.run(state, lambda: self._loss(embeddings, labels, mix))
 
-    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        losses, valid, self.stats = local_head_losses(
+    def _loss(self, embeddings: Tensor, labels: Tensor, mix: tuple[Tensor, float | Tensor] | None) -> Tensor:
+        found = local_head_losses(
             embeddings,
             self.weight,
             labels,
             self.margin,
             self.bias,
             LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes),
+            class_weight=self.class_weight,
+            mix=mix,
             shard=self.shard,
             sampler=self.sampler if self.training else None,
         )
+        self.stats, loss = found.stats, found.reduce(self.reduction)
         if self.shard is not None and self.reduction == "none":
-            return self.shard.own_rows(losses, embeddings.shape[0])
-        return reduce_losses(losses, valid, self.reduction)
+            return self.shard.own_rows(loss, embeddings.shape[0])
+        return loss
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
@@ -335,6 +352,17 @@ def _fingerprint(margin: Margin) -> str:
     if any(v.is_meta for v in (*margin.parameters(), *margin.buffers())):
         return f"{type(margin).__name__}; {margin.extra_repr()}"
     return margin.fingerprint()
+
+
+def _checked_class_weight(class_weight: object, num_classes: int) -> Tensor | None:
+    """A copy on the CPU, at least float32, of weights that a call would take."""
+    if class_weight is None:
+        return None
+    if isinstance(class_weight, Tensor) and class_weight.is_floating_point() and not class_weight.is_meta:
+        class_weight = class_weight.detach().to("cpu", torch.promote_types(class_weight.dtype, torch.float32), copy=True)
+    check_class_weight(class_weight, num_classes, torch.device("cpu"))
+    assert isinstance(class_weight, Tensor)
+    return class_weight
 
 
 def _check_options(label_smoothing: object, backend: object) -> None:

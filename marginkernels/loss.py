@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers
 from .core.transforms import transforming
 from .core.types import HeadInputs, PassInputs, PreparedRows, Request
-from .core.validation import check_inputs, check_number, check_reduction
+from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
 from .margins.contract import Evaluated, advance, evaluate, restored_on_error
 
@@ -35,6 +36,8 @@ def margin_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    mix: tuple[Tensor, float | Tensor] | None = None,
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> Tensor:
@@ -52,6 +55,14 @@ def margin_cross_entropy(
         reduction: ``"none"`` (N,), ``"mean"`` over the rows that are not ignored (0 where there is none) or ``"sum"``.
         ignore_index: rows with this label have no loss and no gradient, whatever they hold, NaN included.
         label_smoothing: epsilon in [0, 1]: the target distribution is 1 - eps + eps/C on the label, eps/C elsewhere.
+        class_weight: (C,) numbers >= 0, not differentiated: as ``weight`` of ``torch.nn.functional.cross_entropy``. A row's loss is
+            multiplied by the weight of its class, each term of the label smoothing by that of the term's class, and a mean divides by the
+            sum of the rows' weights (0 where that is 0). The focal factor comes after. With label smoothing it costs one more pass over the
+            classes, of plain PyTorch whatever the backend.
+        mix: ``(labels_b, lam)`` for mixed samples (mixup, CutMix): the loss is ``lam L(labels) + (1 - lam) L(labels_b)``, each with its
+            own margin at its own label and its own mean, from one pass over the classes. ``labels_b`` is (N,) int64 as ``labels``;
+            ``lam`` in [0, 1] is a number or a tensor of shape () or (N,), then multiplied row by row before the reduction. A margin's state
+            advances once, on ``labels``, of which the statistics are too. A row with an ignored label lacks that label's term alone.
         backend: ``"auto"``, or one of :func:`backends`; an explicit backend never falls back: it raises and lists the reasons.
         workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
             as fit, for which the backward pass then needs one matrix product instead of two. 0 saves nothing, infinity all; None is the
@@ -66,8 +77,7 @@ def margin_cross_entropy(
     """
     check_reduction(reduction)
     options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
-    losses, valid, _ = local_head_losses(embeddings, weight, labels, margin, bias, options)
-    return reduce_losses(losses, valid, reduction)
+    return local_head_losses(embeddings, weight, labels, margin, bias, options, class_weight=class_weight, mix=mix).reduce(reduction)
 
 
 def head_losses(
@@ -90,7 +100,8 @@ def head_losses(
         state.
     """
     options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
-    return local_head_losses(embeddings, weight, labels, margin, bias, options)
+    found = local_head_losses(embeddings, weight, labels, margin, bias, options)
+    return found.terms[0].losses, found.terms[0].valid, found.stats
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,40 @@ class LossOptions:
     workspace_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Term:
+    """The losses at one label for each row.
+
+    Attributes:
+        losses: (N,), 0 for ignored rows.
+        valid: (N,) bool.
+        weight: (N,) float64 class weight of each row, or None.
+        share: what the term counts, a number or (N,); None: 1.
+    """
+
+    losses: Tensor
+    valid: Tensor
+    weight: Tensor | None
+    share: float | Tensor | None
+
+    def reduce(self, reduction: str) -> Tensor:
+        losses = self.losses if self.share is None else (self.losses * self.share).to(self.losses.dtype)
+        return reduce_losses(losses, self.valid, reduction, self.weight)
+
+
+@dataclass(frozen=True)
+class HeadLosses:
+    """What :func:`local_head_losses` gives: one term, or two where labels are mixed, and the statistics of the first."""
+
+    terms: tuple[Term, ...]
+    stats: dict[str, Tensor]
+
+    def reduce(self, reduction: str) -> Tensor:
+        """The loss: () or, for ``"none"``, (N,)."""
+        first, *more = (term.reduce(reduction) for term in self.terms)
+        return first + more[0] if more else first
+
+
 def local_head_losses(
     embeddings: Tensor,
     weight: Tensor,
@@ -112,17 +157,20 @@ def local_head_losses(
     bias: Tensor | None,
     options: LossOptions,
     *,
+    class_weight: Tensor | None = None,
+    mix: tuple[Tensor, float | Tensor] | None = None,
     shard: Shard | None = None,
     sampler: Sampler | None = None,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """:func:`head_losses` where this process may hold only part of the classes.
+) -> HeadLosses:
+    """The losses of :func:`margin_cross_entropy` before the reduction, where this process may hold only part of the classes.
 
     Args:
+        class_weight: (C,) of all classes, also with a shard.
         shard: where ``weight`` and ``bias`` are one rank's part of the classes; labels count over all of them. See :class:`MarginHead`.
         sampler: draws the classes that take part. The others are as if they were not there, also to the label smoothing.
 
     Returns:
-        As :func:`head_losses`; with a shard, of the rows of all ranks, each rank's padded to one number of rows.
+        With a shard, the losses of the rows of all ranks, each rank's padded to one number of rows.
     """
     check_margin(margin)
     check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None)
@@ -139,32 +187,68 @@ def local_head_losses(
     if shard is not None and transforming():
         raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
     num_classes = weight.shape[0] if shard is None else shard.num_classes
+    if class_weight is not None:
+        check_class_weight(class_weight, num_classes, embeddings.device)
+    mixed = None if mix is None else check_mix(mix, embeddings)
     ignore_index = checked_ignore_index(options.ignore_index)
     own = slice(None)
     if shard is not None:
         count = embeddings.shape[0]
         embeddings, labels = shard.gather(embeddings, labels, ignore_index, dtypes=(embeddings.dtype, weight.dtype))
         own = shard.own_part(labels.shape[0], count)
+        if mixed is not None:
+            mixed = shard.gather_mix(*mixed, labels.shape[0], ignore_index)
         if name == "auto":
             name = _backend(name, embeddings, weight, shard, sampler)
     margin.bind(num_classes)
     labels = checked_labels(labels, num_classes, ignore_index)
+    if mixed is not None:  # every row once more, at its second label
+        labels, embeddings = torch.cat([labels, checked_labels(mixed[0], num_classes, ignore_index)]), torch.cat([embeddings, embeddings])
     embeddings = _without_bad_ignored_rows(embeddings, labels)
+    batches = [BatchInfo(embeddings, labels, num_classes, own=own)]
+    if mixed is not None:
+        halves = zip(embeddings.tensor_split(2), labels.tensor_split(2), strict=True)
+        batches = [BatchInfo(x, y, num_classes, own=own) for x, y in halves]
     # A compiled step writes its buffers at its end, where nothing raises any more.
     moves = margin.training and margin._moves and not torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
         if name == "reference":
-            losses, stats = reference.losses(embeddings, weight, labels, margin, bias, options.label_smoothing)
+            found = [
+                reference.losses(
+                    batch.embeddings,
+                    weight,
+                    batch.labels,
+                    margin,
+                    bias,
+                    options.label_smoothing,
+                    class_weight=class_weight,
+                    advances=batch is batches[0],
+                )
+                for batch in batches
+            ]
+            losses, stats = torch.cat([each for each, _ in found]), found[0][1]
         else:
-            batch = BatchInfo(embeddings, labels, num_classes, own=own)
-            classes = LocalClasses.of(weight, bias, labels, shard, sampler)
+            smoothed = class_weight if options.label_smoothing > 0 else None
+            classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler)
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
-            losses, stats = _fused_losses(batch, classes, margin, options.label_smoothing, name, workspace)
+            of_rows = row_weights(class_weight, labels)
+            losses, stats = _fused_losses(embeddings, batches, classes, of_rows, margin, options.label_smoothing, name, workspace)
     stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
-    return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}
+    shares: list[float | Tensor | None] = [None] if mixed is None else [mixed[1], 1 - mixed[1]]
+    of_batch = (losses,) if mixed is None else losses.tensor_split(2)
+    terms = (
+        Term(some, batch.valid, row_weights(class_weight, batch.labels), share)
+        for some, batch, share in zip(of_batch, batches, shares, strict=True)
+    )
+    return HeadLosses(tuple(terms), {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()})
+
+
+def row_weights(class_weight: Tensor | None, labels: Tensor) -> Tensor | None:
+    """(N,) float64 the weight of each row's class, that of any class where the row is ignored; None where ``class_weight`` is."""
+    return None if class_weight is None else class_weight.index_select(0, labels.clamp_min(0)).to(torch.float64)
 
 
 def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None) -> str:
@@ -219,7 +303,9 @@ class LocalClasses:
         w: (K, D).
         bias: (K,) or None, with what sampling adds to it.
         labels: (N,) within K, -1 where the row's class is not here.
-        log_q_sum: () what sampling has added to the biases in all, or None.
+        class_weight: (K,) the weights of the classes in the label smoothing, or None for 1.
+        weight_sum: () float64 the sum of these weights over all classes that take part, on all ranks; None where ``class_weight`` is.
+        log_q_sum: () what sampling has added to the biases in all, times the class weights, or None.
         count: how many classes take part on all ranks.
         shard: None where all of them are here.
     """
@@ -227,34 +313,66 @@ class LocalClasses:
     w: Tensor
     bias: Tensor | None
     labels: Tensor
+    class_weight: Tensor | None
+    weight_sum: Tensor | None
     log_q_sum: Tensor | None
     count: int
     shard: Shard | None
 
     @classmethod
-    def of(cls, w: Tensor, bias: Tensor | None, labels: Tensor, shard: Shard | None, sampler: Sampler | None) -> LocalClasses:
+    def of(
+        cls, w: Tensor, bias: Tensor | None, labels: Tensor, class_weight: Tensor | None, shard: Shard | None, sampler: Sampler | None
+    ) -> LocalClasses:
+        """``class_weight``: (C,) of the classes of all ranks, where the label smoothing wants it."""
         widths = [w.shape[0]] if shard is None else shard.widths()
         labels = labels if shard is None else shard.local(labels)
-        log_q_sum = None
+        log_q_sum = weight_sum = None
+        if class_weight is not None:
+            weight_sum = class_weight.sum(dtype=torch.float64)
+            class_weight = class_weight if shard is None else class_weight[shard.start : shard.stop]
         if sampler is not None:
             widths = [sampler.count(labels.shape[0], c) for c in widths]
             w, bias, labels, correction = sampler(w, bias, labels, 0 if shard is None else shard.start)
+            if class_weight is not None:
+                assert sampler.index is not None
+                class_weight = class_weight.index_select(0, sampler.index)
+                weight_sum = class_weight.sum(dtype=torch.float64)
+                weight_sum = weight_sum if shard is None else shard.from_owner(weight_sum.view(1))[0].view(())
             if correction is not None:
-                bias, log_q_sum = correction if bias is None else bias + correction, correction.sum(dtype=torch.float64)
-        return cls(w, bias, labels, log_q_sum, sum(widths), shard)
+                added = correction if class_weight is None else correction * class_weight
+                bias, log_q_sum = correction if bias is None else bias + correction, added.sum(dtype=torch.float64)
+        return cls(w, bias, labels, class_weight, weight_sum, log_q_sum, sum(widths), shard)
 
 
 def _fused_losses(
-    batch: BatchInfo, classes: LocalClasses, margin: Margin, label_smoothing: float, backend: str, workspace_bytes: int
+    embeddings: Tensor,
+    batches: list[BatchInfo],
+    classes: LocalClasses,
+    row_weight: Tensor | None,
+    margin: Margin,
+    label_smoothing: float,
+    backend: str,
+    workspace_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N,) losses and the statistics of a step, by the two passes of ``backend``."""
-    inputs = HeadInputs(batch.embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
+    """The losses of all rows, and the statistics of the first batch's, by the two passes of ``backend``.
+
+    Args:
+        embeddings: (N, D), the rows of all ``batches``, one batch after the other.
+        batches: what the margin sees at a time; its state advances by the first.
+        row_weight: (N,) the weight of each row's class, or None.
+    """
+    inputs = HeadInputs(embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
     rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
+    parts = _parts(batches)
     if center_norm is not None:
-        batch = BatchInfo(batch.embeddings, batch.labels, batch.num_classes, own=batch.own, center_norm=center_norm)
+        batches = [batch.with_center_norm(center_norm[part]) for batch, part in zip(batches, parts, strict=True)]
+    first = parts[0]
     if margin.training:
-        _update_state(margin, batch, rows, classes, backend)
-    target = evaluate(margin, rows.target_similarity, batch, torch.float64)
+        _update_state(margin, batches[0], rows.part(first), replace(classes, labels=classes.labels[first]), backend)
+    # The first last: what a margin notes of a call is of the rows' first labels.
+    last_first = reversed([*zip(batches, parts, strict=True)])
+    found = [evaluate(margin, rows.target_similarity[part], batch, torch.float64) for batch, part in last_first]
+    target = Evaluated.joined(found[::-1])
     options = ops.SumOptions(
         non_target=margin.non_target,
         normalize_embedding=margin.normalize_embedding,
@@ -265,12 +383,22 @@ def _fused_losses(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
-    sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, target.scale, target.threshold, target.t, options)
+    of_rows = (target.scale, target.threshold, target.t)
+    sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
-    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma)
+    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes, row_weight, label_smoothing, margin.focal_gamma)
     if target.regularizer is not None:
         losses = losses + target.regularizer
-    return torch.where(batch.valid, losses, 0), _statistics(batch, rows, sums, target)
+    valid = torch.cat([batch.valid for batch in batches]) if len(batches) > 1 else batches[0].valid
+    return torch.where(valid, losses, 0), _statistics(batches[0], rows.part(first), sums, target)
+
+
+def _parts(batches: list[BatchInfo]) -> list[slice]:
+    """Where the rows of each batch lie among those of all."""
+    if len(batches) == 1:
+        return [slice(None)]
+    ends = list(itertools.accumulate(batch.labels.shape[0] for batch in batches))
+    return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 @torch.no_grad()
@@ -335,7 +463,8 @@ def _assemble(
     target: Evaluated,
     similarity: Tensor,
     center_norm: Tensor | None,
-    num_classes: int,
+    classes: LocalClasses,
+    row_weight: Tensor | None,
     label_smoothing: float,
     focal_gamma: float,
 ) -> Tensor:
@@ -350,8 +479,16 @@ def _assemble(
     gap = sums.lse - target_logit
     zero = torch.zeros_like(gap)
     losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold
+    nll, share = losses, label_smoothing / max(classes.count, 1)
+    if row_weight is not None:
+        losses = row_weight * losses
+    if label_smoothing and classes.weight_sum is not None:
+        assert row_weight is not None
+        weighted_sum = row_weight * target_logit + sums.logit_sum
+        losses = (1 - label_smoothing) * losses + share * (classes.weight_sum * (nll + target_logit) - weighted_sum)
+    elif label_smoothing:
+        losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / classes.count)
     if label_smoothing:
-        losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / num_classes)
         losses = torch.where(sums.target_bias == -torch.inf, torch.inf, losses)
     if focal_gamma:
         losses = losses * torch.exp(-focal_gamma * torch.logaddexp(-gap, zero))
@@ -361,6 +498,7 @@ def _assemble(
 @torch.no_grad()
 def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: Evaluated) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
-    top1 = (target.scale * rows.target_similarity + sums.target_bias > sums.max_logit).to(torch.float64)
-    means = batch.mean(torch.stack([rows.target_cos, target.scale, top1]))
+    scale, bias, max_logit = (v[: rows.target_cos.shape[0]] for v in (target.scale, sums.target_bias, sums.max_logit))
+    top1 = (scale * rows.target_similarity + bias > max_logit).to(torch.float64)
+    means = batch.mean(torch.stack([rows.target_cos, scale, top1]))
     return dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))

@@ -34,10 +34,12 @@ def losses(
     bias: Tensor | None,
     label_smoothing: float,
     dtype: torch.dtype | None = None,
+    class_weight: Tensor | None = None,
+    advances: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`.
 
-    Computed in ``dtype``; by default the inputs' own, but at least float32.
+    Computed in ``dtype``; by default the inputs' own, but at least float32. In training mode the margin's state moves, if it ``advances``.
     """
     dtype = dtype or torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
     x, w = embeddings.to(dtype), weight.to(dtype)
@@ -51,7 +53,7 @@ def losses(
     target = cos.gather(1, column)[:, 0]
     if margin.normalize_embedding and margin.normalize_weight:  # rounding may leave [-1, 1]
         target = target + (target.clamp(-1, 1) - target).detach()
-    if margin.training:
+    if margin.training and advances:
         with torch.no_grad():
             advance(margin, target, batch, lambda s: torch.logsumexp((s.to(dtype) * cos).masked_fill(own, -torch.inf), 1))
     at = evaluate(margin, target, batch, dtype)
@@ -61,8 +63,11 @@ def losses(
     log_p = torch.log_softmax(logits, 1)
     log_py = log_p.gather(1, column)[:, 0]
     loss = -(1 - label_smoothing) * log_py
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+        loss = class_weight[column[:, 0]] * loss
     if label_smoothing:  # 0 times the -inf of a masked class would be NaN
-        loss = loss - label_smoothing * log_p.mean(1)
+        loss = loss - label_smoothing * (log_p if class_weight is None else class_weight * log_p).mean(1)
     if margin.focal_gamma:
         # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
         rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(dtype).tiny))

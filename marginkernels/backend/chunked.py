@@ -33,8 +33,9 @@ class ChunkedBackend(Backend):
             own = _OwnColumn(p.labels, start, stop)
             logits, cos = _logits(p, w, start, stop, need_cos=request.need_cos)
             if request.reduction == Reduction.LOGIT_SUM:
-                sums.total += own.fill(logits, 0.0).sum(1)
-                weight = own.fill(logits.fill_(1.0), 0.0)
+                weight = torch.ones_like(logits) if p.class_weight is None else p.class_weight[start:stop].expand_as(logits).clone()
+                own.fill(weight, 0.0)
+                sums.total += own.fill(logits, 0.0).mul_(weight).sum(1)
             else:
                 highest = own.fill(logits, -torch.inf).amax(1)
                 higher = torch.maximum(sums.running_max, highest)
@@ -71,7 +72,8 @@ class ChunkedBackend(Backend):
             logits, cos = _logits(p, w, start, stop)
             weight, factor_of_row = logits.sub_(upstream.lse[:, None]).exp_(), upstream.d_lse
             if upstream.d_logit_sum is not None:
-                weight = weight.mul_(upstream.d_lse[:, None]).add_(upstream.d_logit_sum[:, None])
+                each = upstream.d_logit_sum[:, None]
+                weight = weight.mul_(upstream.d_lse[:, None]).add_(each if p.class_weight is None else each * p.class_weight[start:stop])
                 factor_of_row = torch.ones_like(upstream.d_lse)
             if need_bias:
                 assert upstream.d_target_bias is not None

@@ -1,8 +1,9 @@
-"""Devices: which one a launch is on, and what a GPU can do."""
+"""Devices: which one a launch is on, what a GPU can do, and the values that lie on one, in short."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 
 import torch
 from torch import Tensor
@@ -21,3 +22,9 @@ def capability(device: str) -> tuple[int, int] | None:
 def capabilities() -> list[tuple[int, int]]:
     """The compute capability of every GPU that PyTorch sees."""
     return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def digest(v: Tensor) -> str:
+    """Twelve digits that stand for the bytes of ``v``; "" where there are none. Reads them, so it waits for the device."""
+    held = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(held.numpy().tobytes()).hexdigest()[:12] if v.numel() else ""

@@ -103,15 +103,19 @@ def per_row(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype=dtype, device=like.device).expand(like.shape[0])
 
 
-def reduce_losses(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
+def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
     """(N,) losses by ``reduction``; summed in float64, so that the order of the sum does not show.
 
     Args:
         losses: (N,), 0 where the row is ignored.
         valid: (N,) bool, False where the row is ignored.
         reduction: ``"none"``, ``"mean"`` over the valid rows (0 where there is none) or ``"sum"``.
+        weight: (N,) float64, how much each row counts in the number that a mean divides by; None: 1.
     """
     if reduction == "none":
         return losses
     total = losses.sum(dtype=torch.float64)
-    return (total if reduction == "sum" else total / valid.sum().clamp_min(1)).to(losses.dtype)
+    if reduction == "mean":
+        rows = valid.sum() if weight is None else torch.where(valid, weight, 0).sum()
+        total = total / torch.where(rows > 0, rows, 1)
+    return total.to(losses.dtype)

@@ -29,7 +29,7 @@ class Reduction(IntEnum):
     """What the row pass sums over the non-target classes of a row."""
 
     LOG_SUM_EXP = 0  #: ``log sum_{j != y} exp(z_ij)``
-    LOGIT_SUM = 1  #: ``sum_{j != y} z_ij``, for label smoothing
+    LOGIT_SUM = 1  #: ``sum_{j != y} z_ij``, for label smoothing; each term times its class weight, where the inputs have one
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class PreparedRows:
     target_similarity: Tensor
     target_cos: Tensor
 
+    def part(self, rows: slice) -> PreparedRows:
+        """Some of the rows; all of them as they are."""
+        if rows == slice(None):
+            return self
+        return PreparedRows(self.x[rows], self.row_factor[rows], self.target_similarity[rows], self.target_cos[rows])
+
 
 @dataclass(frozen=True)
 class PassInputs:
@@ -85,6 +91,7 @@ class PassInputs:
         t: (N,) acc_dtype, the transform's parameter; None where the transform is the identity.
         non_target: the transform N of non-target similarities.
         normalize_weight: whether a_j is 1/|w_j|; a center with |w_j| < ``TINY`` has a_j = 0.
+        class_weight: (C,) acc_dtype, how much each class counts in the sum of logits; None: 1. Only ``torch`` knows it.
     """
 
     x: Tensor
@@ -97,6 +104,7 @@ class PassInputs:
     t: Tensor | None
     non_target: NonTarget
     normalize_weight: bool
+    class_weight: Tensor | None = None
 
     @property
     def acc_dtype(self) -> torch.dtype:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from .transforms import transforming
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -90,6 +93,54 @@ def check_labels_shape(labels: object, embeddings: Tensor) -> None:
         raise ValueError(f"labels: expected shape ({embeddings.shape[0]},) to match embeddings, got {tuple(labels.shape)}")
     if labels.device != embeddings.device:
         raise ValueError(f"labels: expected device {embeddings.device}, where the embeddings are, got {labels.device}")
+
+
+def check_class_weight(class_weight: object, num_classes: int, device: torch.device) -> None:
+    """A weight for each class (C,) on ``device``. Its values are read on a CPU only: finite and >= 0."""
+    check_float("class_weight", class_weight)
+    assert isinstance(class_weight, Tensor)
+    if tuple(class_weight.shape) != (num_classes,):
+        raise ValueError(f"class_weight: expected shape ({num_classes},), one number per class, got {tuple(class_weight.shape)}")
+    if class_weight.device != device:
+        raise ValueError(f"class_weight: expected device {device}, where the embeddings are, got {class_weight.device}")
+    if class_weight.requires_grad:
+        raise ValueError("class_weight: expected a tensor without gradient, as it is not differentiated, got one that requires grad")
+    if device.type == "cpu":
+        _check_values("class_weight", class_weight, None)
+
+
+def check_mix(mix: object, embeddings: Tensor) -> tuple[Tensor, float | Tensor]:
+    """``(labels_b, lam)``: labels (N,) and a number, or a tensor of shape () or (N,), in [0, 1], whose values are read on a CPU only."""
+    if not isinstance(mix, tuple | list) or len(mix) != 2:
+        came = f"{len(mix)} values" if isinstance(mix, tuple | list) else type(mix).__name__
+        raise TypeError(f"mix: expected (labels_b, lam), got {came}")
+    labels, lam = mix
+    try:
+        check_labels_shape(labels, embeddings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("labels:", "mix: in labels_b", 1)) from None
+    if not isinstance(lam, Tensor):
+        check_number("mix: lam", lam, 0.0, 1.0)
+        return labels, float(lam)
+    if lam.dtype not in FLOATS:
+        raise TypeError(f"mix: lam: expected a number or a floating tensor, got {lam.dtype}")
+    if lam.ndim > 1 or (lam.ndim == 1 and lam.shape[0] != embeddings.shape[0]):
+        raise ValueError(f"mix: lam: expected a number or shape () or ({embeddings.shape[0]},), one for each row, got {tuple(lam.shape)}")
+    if lam.ndim and lam.device != embeddings.device:
+        raise ValueError(f"mix: lam: expected device {embeddings.device}, where the embeddings are, got {lam.device}")
+    if lam.device.type == "cpu":
+        _check_values("mix: lam", lam, 1.0)
+    return labels, lam
+
+
+def _check_values(name: str, v: Tensor, high: float | None) -> None:
+    """All values in [0, high], ``high`` None for any finite number; read where nothing traces the call."""
+    if torch.compiler.is_compiling() or transforming() or v.numel() == 0:
+        return
+    least, most = (float(end) for end in v.detach().double().aminmax())
+    if not (least >= 0 and most <= (sys.float_info.max if high is None else high)):  # NaN is neither
+        bound = "finite numbers >= 0" if high is None else f"numbers in [0, {high:g}]"
+        raise ValueError(f"{name}: expected {bound}, got values from {least:g} to {most:g}")
 
 
 def positive(name: str, value: object) -> int:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.numerics import per_row
 from ..core.validation import FLOATS, positive
 from . import _collectives as collectives
 
@@ -160,6 +161,15 @@ class Shard:
         labels = collectives.all_gather_labels(labels, self.group, self.size, _number(dtypes))
         rows_of_all: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return rows_of_all, labels.flatten()
+
+    def gather_mix(self, labels: Tensor, lam: float | Tensor, rows: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """The second labels (N,) of all ranks' rows, and what the first ones count (N,) float64, after :meth:`gather` gave ``rows`` rows.
+        Each rank may have a number of its own. ``lam`` is not differentiated."""
+        each = rows // self.size
+        share = per_row(lam, labels, torch.float64).detach()
+        share, labels = (F.pad(v, (0, each - v.shape[0]), value=fill) for v, fill in ((share, 0.0), (labels, ignore_index)))
+        every = collectives.all_gather(torch.stack([labels.view(torch.float64), share]), self.group, self.size, "mix")
+        return every[:, 0].contiguous().view(torch.int64).flatten(), every[:, 1].flatten()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _most(self, x: Tensor) -> tuple[int, bool]:

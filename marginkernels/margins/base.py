@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._deprecated import warn
+from ..core.device import digest
 from ..core.nontarget import NonTarget
 
 #: ``non_target_lse(s)`` gives (N,) float64 ``log sum_{j != y} exp(s c_ij)`` for a scale s: one more pass over the classes.
@@ -83,6 +83,14 @@ class BatchInfo:
         self.num_classes = num_classes
         self.own = own
         self._center_norm = center_norm
+
+    def with_labels(self, labels: Tensor) -> BatchInfo:
+        """The same rows with other labels."""
+        return BatchInfo(self.embeddings, labels, self.num_classes, own=self.own, center_norm=self._center_norm)
+
+    def with_center_norm(self, center_norm: Tensor) -> BatchInfo:
+        """The same rows with the norms (N,) of their class centers."""
+        return BatchInfo(self.embeddings, self.labels, self.num_classes, own=self.own, center_norm=center_norm)
 
     @property
     def norm(self) -> Tensor:
@@ -285,9 +293,7 @@ class Margin(nn.Module):
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)} | self.state_dict()
         parts = [type(self).__name__, self.extra_repr()]
         for name, v in sorted(tensors.items()):
-            v = v.detach().cpu().contiguous()
-            digest = hashlib.sha256(v.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12] if v.numel() else ""
-            parts.append(f"{name}: {tuple(v.shape)} {v.dtype} {digest}")
+            parts.append(f"{name}: {tuple(v.shape)} {v.dtype} {digest(v)}")
         return "; ".join(parts)
 
 

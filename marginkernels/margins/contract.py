@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -35,6 +35,19 @@ class Evaluated:
     threshold: Tensor | None
     t: Tensor | None
     regularizer: Tensor | None
+
+    @classmethod
+    def joined(cls, parts: list[Evaluated]) -> Evaluated:
+        """Of the rows of several batches, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        found = {name: [getattr(part, name) for part in parts] for name in _EVALUATED}
+        joined: dict[str, Any] = {name: None if values[0] is None else torch.cat(values) for name, values in found.items()}
+        return cls(**joined)
+
+
+#: Its fields, by a name that a traced call can read.
+_EVALUATED = tuple(f.name for f in fields(Evaluated))
 
 
 def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.dtype) -> Evaluated:
@@ -139,7 +152,7 @@ def advance(margin: Margin, similarity: Tensor, batch: BatchInfo, non_target_lse
     if not margin._moves:
         return
     finite = torch.isfinite(similarity)
-    usable = BatchInfo(batch.embeddings, torch.where(finite, batch.labels, -1), batch.num_classes, own=batch.own)
+    usable = batch.with_labels(torch.where(finite, batch.labels, -1))
     if not all(writable(v) for v in margin.buffers()):
         raise RuntimeError(
             f"margin: expected a state that torch.func may write, got that of {type(margin).__name__}, captured from outside the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def sum_over_classes(
     scale: Tensor,
     threshold: Tensor | None,
     t: Tensor | None,
+    class_weight: Tensor | None,
     options: SumOptions,
 ) -> ClassSums:
     """Differentiable in the embeddings, the class centers, ``bias`` (C,) and ``scale`` (N,).
@@ -79,12 +80,14 @@ def sum_over_classes(
         bias: (C,) or None.
         scale: (N,) float64.
         threshold, t: (N,) float64, or None where the transform is the identity.
+        class_weight: (C,) how much each class counts in the sum of logits, or None for 1. Whatever the backend, such a sum and its gradient
+            are a pass of their own of ``torch``.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _SumUnderTransforms.apply if transforming() else _SumOverClasses.apply
     if transforming():
         each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos, center_norm)
-        return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, *each, options)[:6])
-    return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, center_norm, threshold, t, options))
+        return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, class_weight, *each, options)[:6])
+    return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, center_norm, threshold, t, class_weight, options))
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class _Saved:
     scale: Tensor
     threshold: Tensor | None
     t: Tensor | None
+    class_weight: Tensor | None
     lse: Tensor
     mean_cos: Tensor
     mean_center: Tensor
@@ -133,11 +137,13 @@ class _SumOverClasses(torch.autograd.Function):
         center_norm: Tensor | None,
         threshold: Tensor | None,
         t: Tensor | None,
+        class_weight: Tensor | None,
         options: SumOptions,
     ) -> _Sums:
         need_x, need_w, need_bias, need_scale = (options.grad and need for need in ctx.needs_input_grad[:4])
         needs = (need_x, need_w, need_bias, need_scale)
-        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, center_norm, bias, scale, threshold, t, options, needs)
+        given = (rows, center_norm, bias, scale, threshold, t, class_weight, options, needs)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), *given)
         ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
         ctx.options = options
         ctx.mark_non_differentiable(sums[-1])
@@ -146,7 +152,7 @@ class _SumOverClasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
-        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 6
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 7
 
 
 class _SumUnderTransforms(torch.autograd.Function):
@@ -162,6 +168,7 @@ class _SumUnderTransforms(torch.autograd.Function):
         labels: Tensor,
         threshold: Tensor | None,
         t: Tensor | None,
+        class_weight: Tensor | None,
         prepared: Tensor,
         row_factor: Tensor,
         target_similarity: Tensor,
@@ -171,23 +178,24 @@ class _SumUnderTransforms(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows = PreparedRows(prepared, row_factor, target_similarity, target_cos)
         needs = (options.grad, options.grad, options.grad and bias is not None, options.grad)
-        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), rows, center_norm, bias, scale, threshold, t, options, needs)
+        given = (rows, center_norm, bias, scale, threshold, t, class_weight, options, needs)
+        sums, saved = _forward(HeadInputs(x, w, labels, *_sides(options)), *given)
         return *sums, *(getattr(saved, name) for name in _MADE)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        x, w, bias, scale, labels, threshold, t, prepared, row_factor, _, _, _, options = inputs
+        x, w, bias, scale, labels, threshold, t, class_weight, prepared, row_factor, _, _, _, options = inputs
         made = output[6:]
-        ctx.save_for_backward(x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made)
+        ctx.save_for_backward(x, w, labels, prepared, row_factor, bias, scale, threshold, t, class_weight, *made)
         ctx.options = options
         ctx.mark_non_differentiable(*(v for v in output[5:] if v is not None))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        x, w, labels, prepared, row_factor, bias, scale, threshold, t, *made = ctx.saved_tensors
-        narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t)
-        saved = _Saved(x, w, labels, prepared, row_factor, narrowed.bias, narrowed.scale, narrowed.threshold, narrowed.t, *made)
-        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 9
+        x, w, labels, prepared, row_factor, bias, scale, threshold, t, class_weight, *made = ctx.saved_tensors
+        n = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t, class_weight if ctx.options.logit_sum else None)
+        saved = _Saved(x, w, labels, prepared, row_factor, n.bias, n.scale, n.threshold, n.t, n.class_weight, *made)
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 10
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -212,15 +220,24 @@ class _Narrowed:
     scale: Tensor
     threshold: Tensor | None
     t: Tensor | None
+    class_weight: Tensor | None
 
     @classmethod
-    def of(cls, acc_dtype: torch.dtype, bias: Tensor | None, scale: Tensor, threshold: Tensor | None, t: Tensor | None) -> _Narrowed:
+    def of(
+        cls,
+        acc_dtype: torch.dtype,
+        bias: Tensor | None,
+        scale: Tensor,
+        threshold: Tensor | None,
+        t: Tensor | None,
+        class_weight: Tensor | None,
+    ) -> _Narrowed:
         def narrow(v: Tensor | None) -> Tensor | None:
             return None if v is None else v.detach().to(acc_dtype).contiguous()
 
         # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
         scale = scale.detach().clamp_min(1e-20).to(acc_dtype).contiguous()
-        return cls(narrow(bias), scale, narrow(threshold), narrow(t))
+        return cls(narrow(bias), scale, narrow(threshold), narrow(t), narrow(class_weight))
 
 
 def _sides(options: SumOptions) -> tuple[bool, bool]:
@@ -235,13 +252,14 @@ def _forward(
     scale: Tensor,
     threshold: Tensor | None,
     t: Tensor | None,
+    class_weight: Tensor | None,
     options: SumOptions,
     needs: _Needs,
 ) -> tuple[_Sums, _Saved]:
     """The row pass, and what the class pass needs of it."""
     x, w, labels = inputs.x, inputs.w, inputs.labels
     need_x, need_w, _, need_scale = needs
-    narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t)
+    narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t, class_weight if options.logit_sum else None)
     pass_inputs = PassInputs(
         x=rows.x,
         row_factor=rows.row_factor,
@@ -264,10 +282,11 @@ def _forward(
     request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
     out = row_pass(pass_inputs, request, options.backend)
     logit_sum, cos_sum, all_centers = torch.zeros_like(rows.target_similarity), None, None
-    if options.logit_sum and identity:
+    if options.logit_sum and identity and class_weight is None:
         logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor)
     elif options.logit_sum:
-        total = row_pass(pass_inputs, Request.logit_sum(need_center=need_x, need_cos=need_cos), options.backend)
+        weighted, backend = _weighted(pass_inputs, narrowed.class_weight, options)
+        total = row_pass(weighted, Request.logit_sum(need_center=need_center, need_cos=need_cos), backend)
         logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
     if options.logit_sum and bias is not None:  # the sum of logits is infinite where another class is masked, whatever a backend adds up
         masked = bias == -torch.inf
@@ -283,6 +302,7 @@ def _forward(
         scale=narrowed.scale,
         threshold=narrowed.threshold,
         t=narrowed.t,
+        class_weight=narrowed.class_weight,
         lse=out.lse,
         mean_cos=out.mean_cos,
         mean_center=out.mean_center,
@@ -325,8 +345,15 @@ def _backward(
             non_target=o.non_target,
             normalize_weight=o.normalize_weight,
         )
-        grads = class_pass(pass_inputs, upstream, s.class_factor, s.saved, need_w, need_bias, o.backend)
+        of_lse = upstream if s.class_weight is None else replace(upstream, d_logit_sum=None)
+        grads = class_pass(pass_inputs, of_lse, s.class_factor, s.saved, need_w, need_bias, o.backend)
         dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
+        if s.class_weight is not None:
+            weighted, backend = _weighted(pass_inputs, s.class_weight, o)
+            zero = torch.zeros_like(upstream.d_lse)
+            of_sum = replace(upstream, d_lse=zero, d_target_cos=zero, d_target_bias=None if upstream.d_target_bias is None else zero)
+            more = class_pass(weighted, of_sum, s.class_factor, s.saved.new_empty(0), need_w, need_bias, backend)
+            dw, db = (a if a is None else a + b for a, b in ((dw, more.d_weight), (db, more.d_bias)))
         if dw is not None and o.center_norm:
             dw = _along_own_centers(dw, s.w, s.labels, g_norm)
     if need_scale:
@@ -336,6 +363,11 @@ def _backward(
         if o.logit_sum:
             ds = ds + scale_gradient(g_logit_sum, prepared, row_factor, s.cos_sum, s.center_sum)
     return dx, dw, db, ds
+
+
+def _weighted(inputs: PassInputs, class_weight: Tensor | None, options: SumOptions) -> tuple[PassInputs, str]:
+    """``inputs`` for a pass that sums logits, and the backend that knows the weights of the classes."""
+    return (inputs, options.backend) if class_weight is None else (replace(inputs, class_weight=class_weight), "torch")
 
 
 def _along_own_centers(dw: Tensor, w: Tensor, labels: Tensor, g: Tensor) -> Tensor:

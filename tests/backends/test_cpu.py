@@ -497,6 +497,7 @@ def test_more_elements_than_32_bits_count():
 
 SIGNALS = """
 import os, signal, sys, threading, time, torch, marginkernels as mk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes ignore
 torch.set_num_threads(2)
 n, d, c = 4096, 256, 400_000
 x, w = torch.randn(n, d, requires_grad=True), torch.randn(1, d).expand(c, d)

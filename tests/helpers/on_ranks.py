@@ -68,7 +68,14 @@ def compare(got: torch.Tensor, want: torch.Tensor, what, scale: float | None = N
     assert error <= TOLERANCE, (what, error)
 
 
-def against_one_process(whole: testing.Case, margin: mk.Margin, steps: int = 1, reduction: str = "mean", **options) -> None:
+def against_one_process(
+    whole: testing.Case,
+    margin: mk.Margin,
+    steps: int = 1,
+    reduction: str = "mean",
+    mix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options,
+) -> None:
     """Compare loss, gradients and state of ``steps`` steps with the float64 reference in one process."""
     single = copy.deepcopy(margin)
     head = sharded(whole, margin, reduction=reduction, **options)
@@ -82,12 +89,12 @@ def against_one_process(whole: testing.Case, margin: mk.Margin, steps: int = 1, 
         ours = x[own].clone().requires_grad_()
         upstream = torch.rand(x.shape[0] if reduction == "none" else (), generator=g) + 0.5
         head.zero_grad()
-        loss = head(ours, whole.labels[own])
+        loss = head(ours, whole.labels[own], **({} if mix is None else {"mix": (mix[0][own], mix[1][own])}))
         loss.backward(upstream[own] if reduction == "none" else upstream)
         leaf = [None if v is None else v.double().requires_grad_() for v in (x, whole.w, whole.bias)]
         single.zero_grad()
         want = mk.margin_cross_entropy(
-            *leaf[:2], whole.labels, margin=single, bias=leaf[2], backend="reference", reduction=reduction, **options
+            *leaf[:2], whole.labels, margin=single, bias=leaf[2], backend="reference", reduction=reduction, mix=mix, **options
         )
         want.backward(upstream.double())
         if reduction == "none":
@@ -128,6 +135,24 @@ def check_options():
     some = (torch.arange(len(whole.labels)) % 3 == 0) | (whole.labels == -100)
     ignored = testing.Case(whole.x, whole.w, torch.where(some, 7, whole.labels), None)
     against_one_process(ignored, mk.ArcFace(), ignore_index=7)
+
+
+def check_class_weights_and_mixed_labels():
+    """Each rank holds the weights of all classes, and brings its own rows' second labels and shares; a rank without rows brings none."""
+    whole, g = case(37, bias=True), torch.Generator().manual_seed(2)
+    n, weight = len(whole.labels), torch.rand(37, generator=g)
+    other = torch.randint(37, (n,), generator=g)
+    other[n // 3] = -100
+    mix = (other, torch.rand(n, generator=g))
+    for make in (mk.ArcFace, mk.CurricularFace, mk.AdaFace, lambda: mk.L2Softmax(trainable=True), lambda: mk.MagFace(norm_range=(1, 9))):
+        for smoothing in (0.0, 0.2):
+            against_one_process(whole, make(), steps=2, class_weight=weight, label_smoothing=smoothing)
+            against_one_process(whole, make(), steps=2, mix=mix, label_smoothing=smoothing, batch_size=9)
+    for reduction in ("none", "sum"):
+        against_one_process(whole, mk.MVSoftmax(), reduction=reduction, mix=mix, class_weight=weight, label_smoothing=0.1)
+    if dist.get_world_size() > 1:
+        rank = dist.get_rank()
+        _raises(ValueError, "class_weight: expected one value on all ranks", lambda: _head(37, class_weight=torch.full((37,), 1.0 + rank)))
 
 
 def check_statistics_of_norms():
@@ -418,8 +443,10 @@ def check_draws_are_those_of_no_other_rank():
 def check_sampling():
     """Only drawn rows have a gradient, that of the loss over the classes drawn by all ranks; the optimizer changes no other rows."""
     whole, own, size = case(400, bias=True), mine(), dist.get_world_size()
-    for log_q in (False, True):
-        head = sharded(whole, mk.ArcFace(), sample_rate=0.2, sample_seed=4, log_q=log_q)
+    weights = torch.rand(400, generator=torch.Generator().manual_seed(3))
+    for log_q, smoothing, weight in ((False, 0.0, None), (True, 0.0, None), (True, 0.2, None), (True, 0.2, weights)):
+        options = {"label_smoothing": smoothing, "class_weight": weight}
+        head = sharded(whole, mk.ArcFace(), sample_rate=0.2, sample_seed=4, log_q=log_q, **options)
         optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         for _ in range(3):
             before = head.weight.detach().clone()
@@ -456,8 +483,15 @@ def check_sampling():
                 torch.where(whole.labels < 0, -100, place),
                 margin=copy.deepcopy(head.margin),
                 bias=torch.cat(b)[every].double() + biases[every],
+                class_weight=None if weight is None else weight[every],
+                label_smoothing=smoothing,
                 backend="reference",
             )
+            if smoothing:  # whose sum takes the logits without the correction, and each term with its weight
+                valid = whole.labels >= 0
+                of = torch.ones(400) if weight is None else weight
+                each = (of[every] * biases[every]).sum() / of[whole.labels[valid]].double().sum()
+                want = want + smoothing / len(every) * valid.sum() * each
             want.backward()
             compare(loss, want, "loss")
             compare(x.grad / size, leaf[0].grad[own], "dx", float(leaf[0].grad.norm()))

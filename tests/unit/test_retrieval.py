@@ -218,6 +218,7 @@ def test_offsets_beyond_32_bits():
 
 INTERRUPTED = """
 import os, signal, threading, time, torch, marginkernels as mk
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes ignore
 torch.set_num_threads(2)
 x, w = torch.randn(4096, 256), torch.randn(1, 256).expand(400_000, 256)
 before = mk.topk(x[:64], w[:1000], 3, backend="cpu")

@@ -17,7 +17,7 @@ ALLOWED = {
     "distributed/_shard.py::_most": "ranks agree on a number of rows; a fixed batch_size spares it",
     "distributed/_collectives.py::all_gather_labels": "once for each dtype: whether all ranks have it",
     "margins/base.py::_apply": "moves a module to another device",
-    "margins/base.py::fingerprint": "once, when a head is made",
+    "core/device.py::digest": "once, when a head is made",
     "margins/per_class.py::_checked_margins": "when a margin is made or set, before any step",
     "margins/per_class.py::margins_from_counts": "once, before training",
 }

@@ -268,6 +268,8 @@ def _fused_losses(
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, target.scale, target.threshold, target.t, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
     losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma)
+    if margin.loss_factor != 1:
+        losses = losses * margin.loss_factor
     if target.regularizer is not None:
         losses = losses + target.regularizer
     return torch.where(batch.valid, losses, 0), _statistics(batch, rows, sums, target)

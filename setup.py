@@ -92,8 +92,9 @@ def compile_cpu(
         raise CannotBuild("no C++ compiler: none of c++, g++ and clang++ is on the PATH")
     source = HERE / "csrc" / "cpu"
     known = {level: LEVELS[level] for level in LEVELS if level in levels and understands(compiler, LEVELS[level])} if is_x86() else {}
-    # Multiply-adds may be fused. GCC's vector headers trigger its own warnings about uninitialized values.
-    kernel = f"-ffp-contract=fast -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
+    # Multiply-adds may be fused, and a square root is one instruction. GCC's vector headers trigger its own warnings about uninitialized
+    # values.
+    kernel = f"-ffp-contract=fast -fno-math-errno -fno-exceptions -fno-rtti -Wno-uninitialized -Wno-maybe-uninitialized -Wno-psabi {extra}"
     defines = " ".join(f"-DMK_HAS_{level.upper()}" for level in known)
     files = {
         "level_plain.cpp": kernel,

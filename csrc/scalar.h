@@ -12,8 +12,16 @@
 
 namespace mk {
 
-// The transform N of non-target similarities; the numbers of marginkernels/core/nontarget.py.
-enum NonTarget : int { IDENTITY = 0, HARD_LINEAR = 1, HARD_QUADRATIC = 2 };
+// The transform N of non-target similarities: what is done with each of them, in the order of their numbers in
+// marginkernels/core/nontarget.py. A new one is a name here, and its lines in nontarget_value and nontarget_slope.
+#define MK_TRANSFORMS(one) \
+  one(IDENTITY) one(HARD_LINEAR) one(HARD_QUADRATIC) one(FILTERED) one(HINGE) one(ANGLE_PART) one(ANGLE_PART_DETACHED)
+#define MK_NAME_TRANSFORM(name) name,
+enum NonTarget : int { MK_TRANSFORMS(MK_NAME_TRANSFORM) };
+#define MK_COUNT_TRANSFORM(name) +1
+constexpr int TRANSFORMS = 0 MK_TRANSFORMS(MK_COUNT_TRANSFORM);
+#undef MK_NAME_TRANSFORM
+#undef MK_COUNT_TRANSFORM
 
 // The dtype of a buffer that is passed as a plain address; the numbers of marginkernels/backend/_extension.py.
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -23,20 +31,94 @@ constexpr float TINY = 1e-30f;
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.69314718055994530942f;
 
+template <class T>
+MK_HOST_DEVICE T square_root(T v) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#if defined(__CUDACC__)
+    return sqrtf(v);
+#else
+    return __builtin_sqrtf(v);
+#endif
+  } else {
+    T out;
+    for (unsigned i = 0; i < sizeof(T) / sizeof(float); ++i) out[i] = __builtin_sqrtf(v[i]);
+    return out;
+  }
+}
+
+constexpr float PI = 3.14159265358979323846f;
+// See marginkernels/core/nontarget.py.
+constexpr float LEAST_SINE = 0x1p-5f;
+
+// theta = acos(c), and its sine; |c| may exceed 1 by rounding. `least` is what sin(theta/2)^2, at the nearer end, is taken for at least.
+// asin(s)/s is a polynomial in s^2 up to 1/2, to 2e-8.
+template <class T>
+struct Angle {
+  T theta, sine;
+  MK_HOST_DEVICE Angle(T c, float least) {
+    T square = 0.5f - 0.5f * (c < 0.0f ? -c : c);
+    square = square < least ? T{} + least : square;
+    const T s = square_root(square);
+    T p = square * 0.113449931f - 0.0966452733f;
+    p = p * square + 0.0800102577f;
+    p = p * square + 0.0152228381f;
+    p = p * square + 0.0467416383f;
+    p = p * square + 0.0748597309f;
+    p = p * square + 0.166670203f;
+    p = p * square + 1.0f;
+    const T near = 2.0f * s * p;
+    theta = c < 0.0f ? PI - near : near;
+    sine = 2.0f * s * square_root(1.0f - square);
+  }
+};
+
+// sin(y) and cos(y) for y in [0, pi/2], to 5e-9.
+template <class T>
+MK_HOST_DEVICE T sine_of(T y) {
+  const T square = y * y;
+  T p = square * 2.60190313e-06f - 0.000198074194f;
+  p = p * square + 0.0083330255f;
+  p = p * square - 0.166666567f;
+  return y * (p * square + 1.0f);
+}
+
+template <class T>
+MK_HOST_DEVICE T cosine_of(T y) {
+  const T square = y * y;
+  T p = square * -2.60514952e-07f + 2.4760162e-05f;
+  p = p * square - 0.00138883619f;
+  p = p * square + 0.0416666381f;
+  p = p * square - 0.5f;
+  return p * square + 1.0f;
+}
+
 // N(c) of a non-target similarity c; the logit is s N(c) + b. `threshold` and `t` are the row's.
 template <int NON_TARGET, class T>
 MK_HOST_DEVICE T nontarget_value(T c, T threshold, T t) {
   if constexpr (NON_TARGET == HARD_LINEAR) return c > threshold ? (1.0f + t) * c + t : c;
   if constexpr (NON_TARGET == HARD_QUADRATIC) return c > threshold ? c * (t + c) : c;
+  if constexpr (NON_TARGET == FILTERED) return c > threshold ? T{} : c;
+  if constexpr (NON_TARGET == HINGE) return (c + t < 0.0f ? T{} : c + t) * (c - t);
+  if constexpr (NON_TARGET == ANGLE_PART || NON_TARGET == ANGLE_PART_DETACHED) {
+    const T half = sine_of(0.5f * t * Angle<T>(c, 0.0f).theta);
+    return 1.0f - 2.0f * half * half;
+  }
   return c;
 }
 
-// N'(c); the mask c > threshold is not differentiated.
+// N'(c), or what stands for it; the mask c > threshold is not differentiated.
 template <int NON_TARGET, class T>
 MK_HOST_DEVICE T nontarget_slope(T c, T threshold, T t) {
   const T one = T{} + 1.0f;
   if constexpr (NON_TARGET == HARD_LINEAR) return c > threshold ? 1.0f + t : one;
   if constexpr (NON_TARGET == HARD_QUADRATIC) return c > threshold ? t + 2.0f * c : one;
+  if constexpr (NON_TARGET == FILTERED) return c > threshold ? T{} : one;
+  if constexpr (NON_TARGET == HINGE) return c + t < 0.0f ? T{} : c + t;
+  if constexpr (NON_TARGET == ANGLE_PART) {
+    const Angle<T> at(c, 1e-9f);
+    const T y = 0.5f * t * at.theta, least = c < 0.0f ? T{} + LEAST_SINE : T{};
+    return t * 2.0f * sine_of(y) * cosine_of(y) / (at.sine < least ? least : at.sine);
+  }
   return one;
 }
 

@@ -18,6 +18,7 @@ from .margins import (
     Annealing,
     ArcFace,
     BatchInfo,
+    Circle,
     CombinedMargin,
     CosFace,
     CurricularFace,
@@ -31,6 +32,7 @@ from .margins import (
     NormFace,
     Softmax,
     SphereFace,
+    SphereFaceR,
     margins_from_counts,
 )
 from .retrieval import topk
@@ -42,6 +44,7 @@ __all__ = [
     "ArcFace",
     "BatchInfo",
     "CenterLoss",
+    "Circle",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -56,6 +59,7 @@ __all__ = [
     "NormFace",
     "Softmax",
     "SphereFace",
+    "SphereFaceR",
     "__version__",
     "backends",
     "head_losses",

@@ -387,6 +387,8 @@ def _fused_losses(
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
     losses = _assemble(sums, target, rows.target_similarity, center_norm, classes, row_weight, label_smoothing, margin.focal_gamma)
+    if margin.loss_factor != 1:
+        losses = losses * margin.loss_factor
     if target.regularizer is not None:
         losses = losses + target.regularizer
     valid = torch.cat([batch.valid for batch in batches]) if len(batches) > 1 else batches[0].valid

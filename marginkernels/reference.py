@@ -72,6 +72,8 @@ def losses(
         # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
         rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(dtype).tiny))
         loss = loss * torch.exp(margin.focal_gamma * torch.logsumexp(rest, 1))
+    if margin.loss_factor != 1:
+        loss = loss * margin.loss_factor
     if at.regularizer is not None:
         loss = loss + at.regularizer.to(dtype)
     with torch.no_grad():

@@ -515,10 +515,25 @@ ClassEpilogue choose_class(bool own, bool bias) {
   return own ? class_epilogue<NON_TARGET, true, false, SAVED> : class_epilogue<NON_TARGET, false, false, SAVED>;
 }
 
-#define MK_CHOOSE(non_target, function, ...)                          \
-  ((non_target) == IDENTITY      ? function<IDENTITY>(__VA_ARGS__)    \
-   : (non_target) == HARD_LINEAR ? function<HARD_LINEAR>(__VA_ARGS__) \
-                                 : function<HARD_QUADRATIC>(__VA_ARGS__))
+RowEpilogue row_epilogue_of(int non_target, bool logit_sum, bool own) {
+  switch (non_target) {
+#define MK_CASE(name) \
+  case name: return choose_row<name>(logit_sum, own);
+    MK_TRANSFORMS(MK_CASE)
+#undef MK_CASE
+  }
+  return nullptr;
+}
+
+ClassEpilogue class_epilogue_of(int non_target, bool own, bool bias) {
+  switch (non_target) {
+#define MK_CASE(name) \
+  case name: return choose_class<name>(own, bias);
+    MK_TRANSFORMS(MK_CASE)
+#undef MK_CASE
+  }
+  return nullptr;
+}
 
 // Carves the buffers of a task out of its scratch memory; with no memory it only counts their size.
 struct Buffers {
@@ -583,8 +598,8 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   Buffers memory{0, task.scratch};
   const RowBuffers m(memory, l);
   float *tile = (float*)m.tile, *bias = (float*)m.bias, *factor = (float*)m.factor, *decay = (float*)m.decay;
-  const RowEpilogue plain = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, false);
-  const RowEpilogue with_own = MK_CHOOSE(p.non_target, choose_row, task.logit_sum, true);
+  const RowEpilogue plain = row_epilogue_of(p.non_target, task.logit_sum, false);
+  const RowEpilogue with_own = row_epilogue_of(p.non_target, task.logit_sum, true);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES, even = up(count, 2);
@@ -659,8 +674,8 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
   const ClassBuffers m(memory, l);
   float *tile = (float*)m.tile, *v = (float*)m.v, *db = (float*)m.db, *bias = (float*)m.bias, *factor = (float*)m.factor;
   const bool need_bias = task.d_bias;
-  const ClassEpilogue plain = MK_CHOOSE(p.non_target, choose_class, false, need_bias);
-  const ClassEpilogue with_own = MK_CHOOSE(p.non_target, choose_class, true, need_bias);
+  const ClassEpilogue plain = class_epilogue_of(p.non_target, false, need_bias);
+  const ClassEpilogue with_own = class_epilogue_of(p.non_target, true, need_bias);
   const ClassEpilogue saved_plain = choose_class<IDENTITY, true>(false, need_bias),
                       saved_own = choose_class<IDENTITY, true>(true, need_bias);
   for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {

@@ -171,7 +171,7 @@ int main(int count, char**) {
   for (const Shape& s : SHAPES)
     for (int x_dtype = 0; x_dtype < 3; ++x_dtype)
       for (int w_dtype = 0; w_dtype < 3; ++w_dtype)
-        for (int non_target = 0; non_target < 3; ++non_target) {
+        for (int non_target = 0; non_target < mk::TRANSFORMS; ++non_target) {
           generator.seed(unsigned(problems++));
           const Case p(s, x_dtype, w_dtype, non_target);
           Result want;  // of the plain set, which comes first and serves every dtype

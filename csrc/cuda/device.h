@@ -66,16 +66,24 @@ void with_dtype(int dtype, F f) {
   throw std::invalid_argument("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
 }
 
-// The transform is the same for all threads of a launch, so a switch costs less than three copies of every kernel.
+// The transform is the same for all threads of a launch, so a switch costs less than a copy of every kernel for each.
 __device__ __forceinline__ float value_of(int non_target, float c, float threshold, float t) {
-  if (non_target == HARD_LINEAR) return nontarget_value<HARD_LINEAR>(c, threshold, t);
-  if (non_target == HARD_QUADRATIC) return nontarget_value<HARD_QUADRATIC>(c, threshold, t);
+  switch (non_target) {
+#define MK_CASE(name) \
+  case name: return nontarget_value<name>(c, threshold, t);
+    MK_TRANSFORMS(MK_CASE)
+#undef MK_CASE
+  }
   return c;
 }
 
 __device__ __forceinline__ float slope_of(int non_target, float c, float threshold, float t) {
-  if (non_target == HARD_LINEAR) return nontarget_slope<HARD_LINEAR>(c, threshold, t);
-  if (non_target == HARD_QUADRATIC) return nontarget_slope<HARD_QUADRATIC>(c, threshold, t);
+  switch (non_target) {
+#define MK_CASE(name) \
+  case name: return nontarget_slope<name>(c, threshold, t);
+    MK_TRANSFORMS(MK_CASE)
+#undef MK_CASE
+  }
   return 1.0f;
 }
 

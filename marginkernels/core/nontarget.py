@@ -1,24 +1,37 @@
 """The few transforms of a non-target similarity before the scale.
 
 A margin's effect on the *target* logit costs O(N) and stays out of the heavy loop; what the loop must know is only how a non-target
-similarity ``c`` becomes a logit ``N(c)``, and there are three ways. Kernels switch on the number and never name a loss.
+similarity ``c`` becomes a logit ``N(c)``. Kernels switch on the number and never name a loss.
 
-====================  =====================================================================
-``IDENTITY``          ``N(c) = c``
-``HARD_LINEAR``       ``N(c) = (1 + t) c + t`` where ``c > threshold_i``, else ``c``
-``HARD_QUADRATIC``    ``N(c) = c (t + c)``     where ``c > threshold_i``, else ``c``
-====================  =====================================================================
+======================  ===================================================  =======================================
+transform               ``N(c)``                                             ``N'(c)``
+======================  ===================================================  =======================================
+``IDENTITY``            ``c``                                                1
+``HARD_LINEAR``         ``(1 + t) c + t`` where ``c > threshold``, else ``c``  its derivative
+``HARD_QUADRATIC``      ``c (t + c)`` where ``c > threshold``, else ``c``    its derivative
+``FILTERED``            0 where ``c > threshold``, else ``c``                its derivative
+``HINGE``               ``max(c + t, 0) (c - t)``                            ``max(c + t, 0)``: that factor is a weight
+``ANGLE_PART``          ``cos(t acos(c))``, t in (0, 1]                      its derivative, see :data:`LEAST_SINE`
+``ANGLE_PART_DETACHED`` the same                                             1
+======================  ===================================================  =======================================
 
-``threshold`` and the parameter ``t`` are one number a row. The mask is never differentiated. ``csrc/scalar.h`` holds the same three for
-C++ and CUDA, ``backend/triton/primitives.py`` for Triton.
+``threshold`` and the parameter ``t`` are one number a row. Neither is differentiated, nor is the mask. ``csrc/scalar.h`` holds the same for
+C++ and CUDA, ``backend/triton/primitives.py`` for Triton; all else follows from the table below.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+#: What ``ANGLE_PART`` takes sin(theta) for where c < 0 and it is smaller, within 1.8 degrees of the opposite of a class center: there the
+#: slope ``t sin(t theta) / sin(theta)`` goes to infinity. The gradient that reaches an embedding is this slope times sin(theta).
+LEAST_SINE = 2.0**-5
 
 
 class NonTarget(IntEnum):
@@ -27,31 +40,136 @@ class NonTarget(IntEnum):
     IDENTITY = 0
     HARD_LINEAR = 1
     HARD_QUADRATIC = 2
+    FILTERED = 3
+    HINGE = 4
+    ANGLE_PART = 5
+    ANGLE_PART_DETACHED = 6
 
     @property
     def label(self) -> str:
         return self.name.lower().replace("_", "-")
 
+    @property
+    def needs_threshold(self) -> bool:
+        """Whether ``threshold`` matters."""
+        return _TRANSFORMS[self].needs_threshold
+
+    @property
+    def needs_t(self) -> bool:
+        """Whether ``t`` matters."""
+        return _TRANSFORMS[self].needs_t
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """One line of the table; ``c`` (N, C), ``threshold`` and ``t`` (N, 1).
+
+    Attributes:
+        value: N(c), differentiable in ``c`` to what ``slope`` says.
+        slope: N'(c).
+        reach: what ``|N(c)|`` does not exceed where ``|c|`` does not exceed the first argument; of it, threshold and t, (N,) each.
+    """
+
+    value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor, Tensor], Tensor | float]
+    reach: Callable[[Tensor, Tensor, Tensor], Tensor]
+    needs_threshold: bool = False
+    needs_t: bool = False
+
 
 def value(non_target: NonTarget, cos: Tensor, threshold: Tensor | None, t: Tensor | None) -> Tensor:
-    """``N(cos)``; ``cos`` (N, C), ``threshold`` and ``t`` (N,). Differentiable in ``cos``."""
+    """``N(cos)``; ``cos`` (N, C), ``threshold`` and ``t`` (N,), None for the identity. Differentiable in ``cos``, with the slope of
+    :func:`slope`."""
     if non_target == NonTarget.IDENTITY:
         return cos
-    assert threshold is not None
-    assert t is not None
-    hard = cos > threshold.to(cos.dtype).unsqueeze(1)
-    t = t.to(cos.dtype).unsqueeze(1)
-    raised = (1 + t) * cos + t if non_target == NonTarget.HARD_LINEAR else cos * (t + cos)
-    return torch.where(hard, raised, cos)
+    return _TRANSFORMS[non_target].value(cos, *_columns(cos, threshold, t))
 
 
 def slope(non_target: NonTarget, cos: Tensor, threshold: Tensor | None, t: Tensor | None) -> Tensor:
     """``N'(cos)``, same shapes as :func:`value`."""
     if non_target == NonTarget.IDENTITY:
         return torch.ones_like(cos)
+    found = _TRANSFORMS[non_target].slope(cos, *_columns(cos, threshold, t))
+    return found if isinstance(found, Tensor) else torch.full_like(cos, found)
+
+
+def reach(non_target: NonTarget, largest: Tensor, threshold: Tensor | None, t: Tensor | None) -> Tensor:
+    """(N,) what ``|N(c)|`` does not exceed for ``|c|`` up to ``largest`` (N,), which is at least 0."""
+    if non_target == NonTarget.IDENTITY:
+        return largest
     assert threshold is not None
     assert t is not None
-    hard = cos > threshold.to(cos.dtype).unsqueeze(1)
-    t = t.to(cos.dtype).unsqueeze(1)
-    raised = (1 + t).expand_as(cos) if non_target == NonTarget.HARD_LINEAR else t + 2 * cos
-    return torch.where(hard, raised, torch.ones_like(cos))
+    return _TRANSFORMS[non_target].reach(largest, threshold, t)
+
+
+def _columns(cos: Tensor, threshold: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert threshold is not None
+    assert t is not None
+    return threshold.to(cos.dtype).unsqueeze(1), t.to(cos.dtype).unsqueeze(1)
+
+
+def _below_one(c: Tensor) -> float:
+    return 1 - max(2e-9, torch.finfo(c.dtype).eps)
+
+
+def _part_of_angle(c: Tensor, t: Tensor) -> Tensor:
+    return torch.cos(t * torch.acos(c.clamp(-1, 1)))
+
+
+def _part_of_angle_slope(c: Tensor, t: Tensor) -> Tensor:
+    c = c.clamp(-1, _below_one(c))  # at 1 the slope is t^2, as just before it
+    theta = torch.acos(c)
+    sine = theta.sin()
+    return t * (t * theta).sin() / torch.where(c < 0, sine.clamp_min(LEAST_SINE), sine)
+
+
+def _differentiable_part_of_angle(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    if not c.requires_grad:
+        return _part_of_angle(c, t)
+    inside = (c > -math.sqrt(1 - LEAST_SINE**2)) & (c < _below_one(c))
+    at = c.detach()
+    line = _part_of_angle(at, t) + _part_of_angle_slope(at, t) * (c - at)
+    return torch.where(inside, _part_of_angle(torch.where(inside, c, 0.0), t), line)
+
+
+_TRANSFORMS = {
+    NonTarget.IDENTITY: _Transform(lambda c, threshold, t: c, lambda c, threshold, t: 1.0, lambda c, threshold, t: c),
+    NonTarget.HARD_LINEAR: _Transform(
+        lambda c, threshold, t: torch.where(c > threshold, torch.addcmul(t, c, 1 + t), c),
+        lambda c, threshold, t: torch.where(c > threshold, 1 + t, 1.0),
+        lambda c, threshold, t: (1 + t.abs()) * c + t.abs(),
+        needs_threshold=True,
+        needs_t=True,
+    ),
+    NonTarget.HARD_QUADRATIC: _Transform(
+        lambda c, threshold, t: torch.where(c > threshold, c * (t + c), c),
+        lambda c, threshold, t: torch.where(c > threshold, torch.add(t, c, alpha=2), 1.0),
+        lambda c, threshold, t: c * torch.clamp_min(t.abs() + c, 1),
+        needs_threshold=True,
+        needs_t=True,
+    ),
+    NonTarget.FILTERED: _Transform(
+        lambda c, threshold, t: torch.where(c > threshold, 0.0, c),
+        lambda c, threshold, t: torch.where(c > threshold, torch.zeros_like(c), torch.ones_like(c)),
+        lambda c, threshold, t: c,
+        needs_threshold=True,
+    ),
+    NonTarget.HINGE: _Transform(
+        lambda c, threshold, t: (c.detach() + t).clamp_min(0) * (c - t),
+        lambda c, threshold, t: (c + t).clamp_min(0),
+        lambda c, threshold, t: torch.maximum((c * c - t * t).abs(), t * t),
+        needs_t=True,
+    ),
+    NonTarget.ANGLE_PART: _Transform(
+        _differentiable_part_of_angle,
+        lambda c, threshold, t: _part_of_angle_slope(c, t),
+        lambda c, threshold, t: torch.ones_like(c),
+        needs_t=True,
+    ),
+    NonTarget.ANGLE_PART_DETACHED: _Transform(
+        lambda c, threshold, t: _part_of_angle(c.detach(), t) + (c - c.detach()),
+        lambda c, threshold, t: 1.0,
+        lambda c, threshold, t: torch.ones_like(c),
+        needs_t=True,
+    ),
+}

@@ -19,9 +19,9 @@ from torch import Tensor
 from .. import margins as m
 from .. import testing
 from ..core import nontarget
-from ..core.numerics import per_row
 from ..head import MarginHead
-from ..margins import BatchInfo, Margin, NonTarget
+from ..margins import BatchInfo, Margin
+from ..margins.contract import evaluate
 
 #: Scale and margins for a small network and a few thousand identities; smaller than those of :data:`marginkernels.testing.HEADS`.
 SCALE, ANGLE, COSINE = 32.0, 0.3, 0.2
@@ -36,6 +36,14 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "arcface-continuous": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="continuous"),
     "arcface-clip": lambda c: m.ArcFace(SCALE, ANGLE, beyond_pi="clip"),
     "arcface-detached": lambda c: m.ArcFace(SCALE, ANGLE, gradient="detached"),
+    "cosface-filtered": lambda c: m.CosFace(SCALE, COSINE, filter_above=0.5),
+    "arcface-filtered": lambda c: m.ArcFace(SCALE, ANGLE, filter_above=0.5),
+    "sphereface-r": lambda c: m.SphereFaceR("v0", SCALE, 1.2),
+    "sphereface-r-v1": lambda c: m.SphereFaceR("v1", SCALE, 1.2),
+    "sphereface-r-v2": lambda c: m.SphereFaceR("v2", SCALE, 1.2),
+    "sphereface-r-v2-exact": lambda c: m.SphereFaceR("v2", SCALE, 1.2, gradient="exact"),
+    "sphereface-r-soft": lambda c: m.SphereFaceR("v2", SCALE, 1.2, "soft", loss_weight=SCALE),
+    "circle": lambda c: m.Circle(4 * SCALE),
     "combined": lambda c: m.CombinedMargin(SCALE, m1=1.1, m2=0.15, m3=0.1),
     "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
@@ -75,20 +83,17 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     if margin.training:
         with torch.no_grad():
             margin.update(target.double(), batch, lambda s: (s * cos).scatter(1, column, -torch.inf).logsumexp(1))
-    value, slope = margin.target(target.detach().double(), batch)
-    value = (value + slope.detach() * (target - target.detach())).to(cos.dtype)
-    if margin.non_target != NonTarget.IDENTITY:
-        threshold = margin.threshold(target.detach().double(), batch)
-        cos = nontarget.value(margin.non_target, cos, threshold, per_row(margin.t, target, cos.dtype))
-    scale = margin.row_scale(batch)
-    scale = scale.to(cos.dtype).reshape(-1, 1) if isinstance(scale, Tensor) else scale
-    logits = cos.scatter(1, column, value[:, None]) * scale
+    at = evaluate(margin, target.detach().double(), batch, torch.float64)
+    value = (at.value + at.slope.detach() * (target - target.detach())).to(cos.dtype)
+    cos = nontarget.value(margin.non_target, cos, at.threshold, at.t)
+    logits = cos.scatter(1, column, value[:, None]) * at.scale[:, None].to(cos.dtype)
     losses = F.cross_entropy(logits, labels, reduction="none")
     if margin.focal_gamma:
         losses = (1 - torch.exp(-losses)).clamp_min(0) ** margin.focal_gamma * losses
-    regularizer = margin.regularizer(batch)
-    if regularizer is not None:
-        losses = losses + regularizer.to(losses.dtype)
+    if margin.loss_factor != 1:
+        losses = losses * margin.loss_factor
+    if at.regularizer is not None:
+        losses = losses + at.regularizer.to(losses.dtype)
     return losses.mean()
 
 

@@ -4,11 +4,13 @@ from ..core.nontarget import NonTarget
 from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, LSoftmax, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
+from .circle import Circle
 from .elastic import ElasticFace
 from .hard_negative import CurricularFace, MVSoftmax
 from .per_class import margins_from_counts
 from .quality import AdaFace, MagFace
 from .softmax import L2Softmax, NormFace, Softmax
+from .sphereface_r import SphereFaceR
 
 #: The margins that the package ships, in the order of the documentation's table.
 ALL = (
@@ -17,12 +19,14 @@ ALL = (
     L2Softmax,
     LSoftmax,
     SphereFace,
+    SphereFaceR,
     CosFace,
     ArcFace,
     CombinedMargin,
     AdaCos,
     MVSoftmax,
     CurricularFace,
+    Circle,
     AdaFace,
     MagFace,
     ElasticFace,
@@ -35,6 +39,7 @@ __all__ = [
     "Annealing",
     "ArcFace",
     "BatchInfo",
+    "Circle",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -48,6 +53,7 @@ __all__ = [
     "NormFace",
     "Softmax",
     "SphereFace",
+    "SphereFaceR",
     "check_holds_values",
     "check_margin",
     "margins_from_counts",

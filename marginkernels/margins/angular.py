@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .angles import added, angle, detached, psi
 from .base import BatchInfo, Margin, NonTargetLSE, check_range, setting
+from .filtered import Filtered
 from .per_class import PerClass
 
 BEYOND_PI = ("linear", "none", "easy", "continuous", "clip")
@@ -24,6 +25,13 @@ def checked_beyond_pi(rule: object) -> str:
     if not isinstance(rule, str) or rule not in BEYOND_PI:
         raise ValueError(f"beyond_pi: expected one of {BEYOND_PI}, got {rule!r}")
     return rule
+
+
+def checked_gradient(gradient: object) -> str:
+    """``gradient``, or a ``ValueError`` where it is none of ``GRADIENTS``."""
+    if not isinstance(gradient, str) or gradient not in GRADIENTS:
+        raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
+    return gradient
 
 
 def beyond(cos: Tensor, value: Tensor, slope: Tensor, rule: str, end: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,20 +59,30 @@ def turned(cos: Tensor, margin: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     return beyond(cos, value, slope, rule, end, margin * sin_margin if rule == "linear" else 1 - cos_margin)
 
 
-class CosFace(PerClass):
+class CosFace(PerClass, Filtered):
     """CosFace / AM-softmax: target ``cos(theta) - m`` (Wang et al., CVPR 2018, eq. 4).
 
     Args:
         scale: s > 0.
         margin: m in [0, 2], a cosine; or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
+        filter_above: None, or the cosine in [-1, 1] above which that of a non-target class counts as 0: such a class is taken for the
+            row's own under another label (insightface's inter-class filtering, which has 0.4).
         focal_gamma: see :class:`Margin`.
     """
 
     _fixed_scale = True
-    _shown = ("scale", "margin", "focal_gamma")
+    _shown = ("scale", "margin", "filter_above", "focal_gamma")
 
-    def __init__(self, scale: float = 64.0, margin: float | Tensor = 0.35, *, focal_gamma: float = 0.0):
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float | Tensor = 0.35,
+        *,
+        filter_above: float | None = None,
+        focal_gamma: float = 0.0,
+    ):
         super().__init__(scale, focal_gamma=focal_gamma)
+        self._filter(filter_above)
         self._change(margin=self._taken(margin))
         self._hold()
 
@@ -79,7 +97,7 @@ class CosFace(PerClass):
         return cos - margin, torch.ones_like(cos)
 
 
-class CombinedMargin(Margin):
+class CombinedMargin(Filtered):
     """Combined margin: target ``cos(m1 theta + m2) - m3`` (Deng et al., CVPR 2019, eq. 4).
 
     Past the angle theta* where ``m1 theta + m2`` reaches pi the cosine would rise again. With ``M = pi - theta*`` (M = m2 at m1 = 1)
@@ -101,6 +119,7 @@ class CombinedMargin(Margin):
         m3: taken off the cosine, in [0, 2].
         beyond_pi: one of the five above.
         gradient: ``"exact"``, or ``"detached"`` for ``dT/dcos = 1`` (insightface's arcface_torch since December 2022).
+        filter_above: see :class:`CosFace`.
         focal_gamma: see :class:`Margin`.
     """
 
@@ -113,14 +132,14 @@ class CombinedMargin(Margin):
         beyond_pi: str = "linear",
         gradient: str = "exact",
         *,
+        filter_above: float | None = None,
         focal_gamma: float = 0.0,
     ):
         super().__init__(scale, focal_gamma=focal_gamma)
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient: expected one of {GRADIENTS}, got {gradient!r}")
+        self._filter(filter_above)
         self._change(m1=m1, m2=m2, m3=m3)
         self.beyond_pi = checked_beyond_pi(beyond_pi)
-        self.gradient = gradient
+        self.gradient = checked_gradient(gradient)
         self._hold()
 
     _fixed_scale = True
@@ -177,12 +196,13 @@ class ArcFace(PerClass, CombinedMargin):  # type: ignore[misc]  # set_margin tak
         margin: m, radians in [0, pi) (0.5 is 28.6 degrees); or a tensor (C,) with one for each class, see :func:`margins_from_counts`.
         beyond_pi: what the target is past theta = pi - m; see :class:`CombinedMargin`, with M = m.
         gradient: ``"exact"`` or ``"detached"``; see :class:`CombinedMargin`.
+        filter_above: see :class:`CosFace`.
         focal_gamma: see :class:`Margin`.
     """
 
     _m2_name = "margin"
     _setting = "m2"
-    _shown = ("scale", "margin", "beyond_pi", "gradient", "focal_gamma")
+    _shown = ("scale", "margin", "beyond_pi", "gradient", "filter_above", "focal_gamma")
 
     def __init__(
         self,
@@ -191,9 +211,10 @@ class ArcFace(PerClass, CombinedMargin):  # type: ignore[misc]  # set_margin tak
         beyond_pi: str = "linear",
         gradient: str = "exact",
         *,
+        filter_above: float | None = None,
         focal_gamma: float = 0.0,
     ):
-        CombinedMargin.__init__(self, scale, 1.0, 0.0, 0.0, beyond_pi, gradient, focal_gamma=focal_gamma)
+        CombinedMargin.__init__(self, scale, 1.0, 0.0, 0.0, beyond_pi, gradient, filter_above=filter_above, focal_gamma=focal_gamma)
         self._change(m2=self._taken(margin))
 
     def target(self, cos: Tensor, batch: BatchInfo) -> tuple[Tensor, Tensor]:

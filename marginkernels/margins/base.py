@@ -125,8 +125,9 @@ class Margin(nn.Module):
 
     Class attributes a subclass may set:
         normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
-        non_target: the transform of non-target logits, a :class:`NonTarget`; the two hard transforms also need :meth:`threshold` and ``t``.
-        t: the parameter of the hard transforms: a number, or a tensor of shape (), (1,) or (N,).
+        non_target: the transform of non-target logits, a :class:`NonTarget`; some also need :meth:`threshold`, ``t`` or both.
+        t: the parameter of the transform: a number, or a tensor of shape (), (1,) or (N,).
+        loss_factor: what each row's cross-entropy is multiplied by, with focal factor and smoothing and without :meth:`regularizer`.
         needs_center_norm: whether ``target`` reads ``batch.center_norm``, as it may where the weight is not normalized. The value must then
             be homogeneous in the class center, as its similarity is: twice the center, twice the value. Its gradient follows from that.
         straight_through: the slope is by intention not the derivative of the value, so :func:`marginkernels.testing.check_margin`
@@ -138,6 +139,7 @@ class Margin(nn.Module):
     non_target: NonTarget = NonTarget.IDENTITY
     needs_center_norm: bool = False
     straight_through: bool = False
+    loss_factor: float = 1.0
     t: float | Tensor
     #: The names of state and parameters, by which a checkpoint is told to be that of another margin.
     _state_names: tuple[str, ...] = ()
@@ -172,8 +174,8 @@ class Margin(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define target(cos, batch)")
 
     def threshold(self, cos: Tensor, batch: BatchInfo) -> Tensor:
-        """(N,) what a non-target cosine must exceed to count as hard; only asked of the two hard transforms."""
-        raise NotImplementedError(f"{type(self).__name__} uses a hard transform and must define threshold(cos, batch)")
+        """(N,) what a non-target cosine must exceed for the transform to change it; only asked where the transform has a threshold."""
+        raise NotImplementedError(f"{type(self).__name__} uses a transform with a threshold and must define threshold(cos, batch)")
 
     def row_scale(self, batch: BatchInfo) -> float | Tensor:
         """The scale s: a number, a scalar tensor or one value per row (N,); differentiated where it is a tensor that needs it."""
@@ -285,7 +287,8 @@ class Margin(nn.Module):
             unexpected_keys[i] = _Key.of(unexpected_keys[i], f"of {owner or 'another margin'}, but the head's margin is {mine}")
 
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and not k.startswith("_") and k != "training"}
+        hidden = ("training", "non_target", "loss_factor")  # which follow from the arguments
+        shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and not k.startswith("_") and k not in hidden}
         return _arguments(shown)
 
     def fingerprint(self) -> str:
@@ -304,9 +307,10 @@ def _subclasses(cls: type[Margin]) -> Iterator[type[Margin]]:
 
 
 def _arguments(shown: Mapping[str, object]) -> str:
-    """``scale=64.0, beyond_pi='linear'``, without a focal factor that is off."""
+    """``scale=64.0, beyond_pi='linear'``, without a focal factor or a filter that is off."""
     named = {k: f"<{tuple(v.shape)}>" if isinstance(v, Tensor) else repr(v) for k, v in shown.items()}
-    return ", ".join(f"{k}={v}" for k, v in named.items() if not (k == "focal_gamma" and shown[k] == 0))
+    off = {"focal_gamma": 0, "filter_above": None}
+    return ", ".join(f"{k}={v}" for k, v in named.items() if not (k in off and shown[k] == off[k]))
 
 
 def check_holds_values(margin: Margin) -> None:

@@ -75,7 +75,9 @@ def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.
             raise TypeError(f"{name}.target: expected the {what} in {similarity.dtype}, as the cosines are, got {v.dtype}")
     scale = _one_per_row(f"{name}.row_scale", margin.row_scale(batch), similarity, dtype, positive=True)
     threshold = t = None
-    if margin.non_target != NonTarget.IDENTITY:
+    if margin.non_target != NonTarget.IDENTITY:  # what the transform does not read is zero
+        threshold, t = (torch.zeros(n, dtype=dtype, device=similarity.device) for _ in range(2))
+    if margin.non_target.needs_threshold:
         limit: Any = margin.threshold(similarity, batch)
         if not isinstance(limit, Tensor) or not limit.dtype.is_floating_point:
             kind = str(limit.dtype) if isinstance(limit, Tensor) else type(limit).__name__
@@ -83,6 +85,7 @@ def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.
         if limit.shape != similarity.shape:
             raise ValueError(f"{name}.threshold: expected shape ({n},), got {tuple(limit.shape)}")
         threshold = limit.detach()
+    if margin.non_target.needs_t:
         # A copy: the state moves on before the backward pass.
         t = _one_per_row(f"{name}.t", getattr(margin, "t", None), similarity, dtype).detach().clone()
     return Evaluated(value, slope, scale, threshold, t, _regularizer(name, margin.regularizer(batch), similarity))

@@ -11,6 +11,7 @@ import marginkernels as mk
 from marginkernels import NonTarget, testing
 from marginkernels.backend import FUSED
 from marginkernels.cli import tune
+from marginkernels.core import nontarget
 from marginkernels.core.types import Reduction, Request
 
 pytest.importorskip("triton")
@@ -250,11 +251,7 @@ def test_no_exponent_exceeds_its_bound(non_target, bias):
     factor = p.w.double().norm(dim=1).reciprocal()
     unit = torch.nn.functional.normalize
     cos = unit(p.x.double()) @ unit(p.w.double()).T
-    t, value = (0.0, cos) if p.t is None else (p.t.double()[:, None], cos)
-    if non_target == NonTarget.HARD_LINEAR:
-        value = torch.where(cos > p.threshold[:, None], (1 + t) * cos + t, cos)
-    elif non_target == NonTarget.HARD_QUADRATIC:
-        value = torch.where(cos > p.threshold[:, None], cos * (t + cos), cos)
+    value = nontarget.value(non_target, cos, p.threshold, p.t)
     logit = p.scale[:, None] * value + (0.0 if p.bias is None else p.bias)
     largest = max(logit.logsumexp(1).max(), -logit.min(), (logit + factor.log()).max(), (-logit - factor.log()).max())
     bound = float(launch._exponent_bound(p, factor.float()))

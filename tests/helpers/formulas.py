@@ -283,6 +283,60 @@ def mv_softmax(kind, s, m, t):
     return lambda x, w, y: assemble(cosines(x, w), y, lambda i, th: s * value(th), other)
 
 
+def filtered(logits, s, above):
+    """A head with logits ``logits``, of which the cosine of a non-target class above ``above`` counts as 0."""
+
+    def found(x, w, y):
+        c, z = cosines(x, w), logits(x, w, y)
+        other = torch.arange(len(w)) != y[:, None]
+        return torch.where(other & (c > above), s * torch.zeros_like(c), z)
+
+    return found
+
+
+def circle(s, m):
+    """gamma a_p (s_p - D_p) and gamma a_n (s_n - D_n); a_p and a_n are constants to the gradient."""
+
+    def target(i, th):
+        c = torch.cos(th)
+        return s * torch.relu(1 + m - c).detach() * (c - (1 - m))
+
+    def other(i, row, cy):
+        return s * torch.relu(row - (-m)).detach() * (row - m)
+
+    return lambda x, w, y: assemble(cosines(x, w), y, target, other)
+
+
+def sphereface_r_target(th, version, m):
+    """Before the scale."""
+    if version == "v0":
+        k = math.floor(float(m * th.detach() / math.pi))
+        return (-1) ** k * torch.cos(m * th) - 2 * k
+    if version == "v1":
+        return torch.cos(m * th) if m * th < math.pi else th * 0 - 1
+    return torch.cos(th)
+
+
+def sphereface_r(version, m, s=None, exact=False):
+    """``s`` is None where the norm of the embedding is the scale."""
+
+    def passed(c, value):
+        return value if exact else c + (value - c).detach()
+
+    def logits(x, w, y):
+        norm = x.norm(dim=1) if s is None else torch.full((len(x),), float(s), dtype=x.dtype)
+
+        def target(i, th):
+            return norm[i] * passed(torch.cos(th), sphereface_r_target(th, version, m))
+
+        def other(i, row, cy):
+            return norm[i] * (passed(row, torch.cos(torch.acos(row) / m)) if version == "v2" else row)
+
+        return assemble(cosines(x, w), y, target, other)
+
+    return logits
+
+
 def curricularface(s, m, t):
     def other(i, row, cy):
         hard = row > torch.cos(torch.acos(cy) + m).detach()

@@ -83,6 +83,17 @@ def longhand(
         value, slope = torch.where(hard, (1 + t) * c + t, c), torch.where(hard, 1 + t, 1)
     elif p.non_target == NonTarget.HARD_QUADRATIC:
         value, slope = torch.where(hard, c * (t + c), c), torch.where(hard, t + 2 * c, 1)
+    elif p.non_target == NonTarget.FILTERED:
+        value, slope = torch.where(hard, 0, c), (~hard).double()
+    elif p.non_target == NonTarget.HINGE:
+        slope = torch.where(c > -t, c + t, 0)
+        value = slope * (c - t)
+    elif p.non_target != NonTarget.IDENTITY:
+        theta = torch.acos(c.clamp(-1, 1 - 1e-12))
+        sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 32), torch.sin(theta))
+        value, slope = torch.cos(t * theta), t * torch.sin(t * theta) / sine
+        if p.non_target == NonTarget.ANGLE_PART_DETACHED:
+            slope = torch.ones_like(c)
     else:
         value, slope = c, torch.ones_like(c)
     scale = p.scale.double()[:, None]

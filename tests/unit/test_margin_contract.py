@@ -161,6 +161,14 @@ OPTIONS = {
         for g in GRADIENTS
         for m in (0.0, 0.5, 1.7, 3.0, torch.linspace(0, 3, 30))
     ],
+    mk.SphereFaceR: [
+        {"version": v, "margin": m, "normalization": n, "gradient": g}
+        for v in ("v0", "v1", "v2")
+        for m in (1.0, 1.5, 4.0)
+        for n in ("hard", "none", "soft")
+        for g in GRADIENTS
+    ],
+    mk.Circle: [{"margin": m} for m in (0.0, 0.25, 1.0)],
     mk.CombinedMargin: [
         {"m1": m1, "m2": m2, "m3": 0.2, "beyond_pi": b, "gradient": g}
         for (m1, m2), b, g in itertools.product(((1.0, 0.3), (0.7, 0.0), (1.35, 1.2), (4.0, 0.1)), BEYOND_PI, GRADIENTS)
@@ -396,6 +404,15 @@ SETTABLE = {
     "mv-am": (lambda margin=0.5: mk.MVSoftmax("am", margin=margin), [(0.1,), (0.2,), (0.3,)], "margin"),
     "sphereface": (lambda margin=4: mk.SphereFace(margin), [(1,), (2,), (5,)], "margin"),
     "lsoftmax": (lambda margin=4: mk.LSoftmax(margin), [(1,), (2,), (5,)], "margin"),
+    "circle": (lambda margin=0.25: mk.Circle(64.0, margin), [(0.0,), (0.1,), (0.4,)], "margin"),
+    **{
+        f"sphereface-r-{v}": (
+            lambda margin=1.5, v=v: mk.SphereFaceR(v, margin=margin, gradient="exact"),
+            [(1.0,), (1.2,), (3.3,)],
+            "margin",
+        )
+        for v in ("v0", "v1", "v2")
+    },
     "adaface": (lambda margin=0.4: mk.AdaFace(margin=margin), [(0.0,), (0.2,), (3.0,)], "margin"),
     "elasticface": (lambda margin=0.5: mk.ElasticFace(margin=margin, plus="paper"), [(0.0,), (0.2,), (3.0,)], "margin"),
     "magface": (

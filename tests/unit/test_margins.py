@@ -102,6 +102,33 @@ FORMULAS = {
         )
         for b, g in (("linear", "exact"), ("easy", "exact"), ("none", "exact"), ("continuous", "exact"), ("clip", "detached"))
     },
+    "cosface-filtered": (lambda: mk.CosFace(20.0, 0.2, filter_above=0.1), lambda: f.filtered(f.cosface(20.0, 0.2), 20.0, 0.1)),
+    "arcface-filtered": (
+        lambda: mk.ArcFace(20.0, 0.3, "easy", filter_above=-0.05),
+        lambda: f.filtered(f.arcface(20.0, 0.3, "easy"), 20.0, -0.05),
+    ),
+    "combined-filtered": (
+        lambda: mk.CombinedMargin(30.0, 1.35, 0.3, 0.2, filter_above=0.2),
+        lambda: f.filtered(f.combined(30.0, 1.35, 0.3, 0.2), 30.0, 0.2),
+    ),
+    **{f"circle-{m}": (lambda m=m: mk.Circle(25.0, m), lambda m=m: f.circle(25.0, m)) for m in (0.0, 0.1, 0.25)},
+    **{
+        f"sphereface-r-{v}-{g}-{m}": (
+            lambda v=v, g=g, m=m: mk.SphereFaceR(v, 20.0, m, gradient=g),
+            lambda v=v, g=g, m=m: f.sphereface_r(v, m, 20.0, g == "exact"),
+        )
+        for v in ("v0", "v1", "v2")
+        for g in ("detached", "exact")
+        for m in (1.0, 1.4, 3.0)
+    },
+    **{
+        f"sphereface-r-{v}-norm-{g}": (
+            lambda v=v, g=g: mk.SphereFaceR(v, margin=1.5, normalization="none", gradient=g),
+            lambda v=v, g=g: f.sphereface_r(v, 1.5, None, g == "exact"),
+        )
+        for v in ("v0", "v1", "v2")
+        for g in ("detached", "exact")
+    },
     "adaface": (lambda: mk.AdaFace(20.0), lambda: stepped(lambda x, w, y: f.adaface(20.0, 0.4, *f.adaface_step(20.0, 100.0, x, y)))),
     "adaface-steep": (
         lambda: mk.AdaFace(20.0, 0.7, h=2.0, momentum=0.0),
@@ -321,9 +348,9 @@ def test_reference_passes_gradcheck():
     x, w, b = (v.clone().requires_grad_() for v in (x[:4, :5], w[:7, :5], b[:7]))
     y = torch.tensor([0, 3, 3, -100])
     for name, make in testing.HEADS.items():
-        if name == "arcface-detached":  # its gradient is not its derivative: that is what it is
-            continue
         margin = make(7).eval()
+        if margin.straight_through or getattr(margin, "gradient", None) == "detached":  # its gradient is by intention another
+            continue
         assert gradcheck(
             lambda x, w, b, margin=margin: mk.margin_cross_entropy(
                 x, w, y, margin=margin, bias=b, reduction="none", label_smoothing=0.1, backend="reference"
@@ -460,7 +487,7 @@ def test_statistics_longhand(backend, bias):
         margin = make(C)
         _, valid, found = mk.head_losses(x, w, y, margin=margin, bias=b, backend=backend)
         assert torch.equal(valid, y >= 0)
-        if name in ("sphereface", "sphereface-annealed"):
+        if name in ("sphereface", "sphereface-annealed", "sphereface-r-soft"):
             scale = x.double().norm(dim=1).tolist()
         else:
             scale = [float(margin.row_scale(mk.BatchInfo(x, y, C)))] * N

@@ -109,6 +109,7 @@ def test_transforms_in_plain_numbers():
         mk.NonTarget.IDENTITY: (lambda c, t: c, lambda c, t: 1.0),
         mk.NonTarget.HARD_LINEAR: (lambda c, t: c + t * c + t, lambda c, t: 1 + t),
         mk.NonTarget.HARD_QUADRATIC: (lambda c, t: t * c + c * c, lambda c, t: t + c + c),
+        mk.NonTarget.FILTERED: (lambda c, t: 0.0, lambda c, t: 0.0),
     }
     for kind, (value, slope) in formulas.items():
         for got, formula, else_ in (
@@ -118,6 +119,36 @@ def test_transforms_in_plain_numbers():
             for i in range(2):
                 want = [formula(c, float(t[i])) if h else else_(c) for c, h in zip(cos[i].tolist(), hard[i], strict=True)]
                 assert got[i].tolist() == pytest.approx(want, rel=1e-12)
+    everywhere = {
+        mk.NonTarget.HINGE: (lambda c, t: (c + t) * (c - t) if c > -t else 0.0, lambda c, t: max(c + t, 0.0)),
+        mk.NonTarget.ANGLE_PART: (
+            lambda c, t: math.cos(t * math.acos(c)),
+            lambda c, t: t * math.sin(t * math.acos(c)) / math.sin(math.acos(c)),
+        ),
+        mk.NonTarget.ANGLE_PART_DETACHED: (lambda c, t: math.cos(t * math.acos(c)), lambda c, t: 1.0),
+    }
+    assert {*formulas, *everywhere} == {*mk.NonTarget}
+    for kind, (value, slope) in everywhere.items():
+        for got, formula in ((nontarget.value(kind, cos, threshold, t), value), (nontarget.slope(kind, cos, threshold, t), slope)):
+            for i in range(2):
+                assert got[i].tolist() == pytest.approx([formula(c, float(t[i])) for c in cos[i].tolist()], rel=1e-12), kind
+
+
+@pytest.mark.parametrize("kind", mk.NonTarget)
+def test_transforms_have_the_slope_that_autograd_gives(kind):
+    """Within [-1, 1] and at the ends; and no value is farther from 0 than is said."""
+    cos = torch.cat([torch.linspace(-1, 1, 2001, dtype=torch.float64), torch.tensor([1 - 1e-9, 1 - 1e-12, 1e-12 - 1, 1e-7 - 1])])
+    cos = cos.repeat(3, 1).requires_grad_()
+    threshold, t = torch.tensor([-0.4, 0.0003, 0.7]), torch.tensor([0.1, 0.7, 1.0])
+    value = nontarget.value(kind, cos, threshold, t)
+    (slope,) = torch.autograd.grad(value.sum(), cos)
+    assert torch.isfinite(slope).all()
+    torch.testing.assert_close(nontarget.slope(kind, cos.detach(), threshold, t), slope, rtol=1e-7, atol=1e-9)
+    assert torch.equal(nontarget.value(kind, cos.detach(), threshold, t), value.detach())
+    reach = nontarget.reach(kind, torch.ones(3), threshold, t).double()
+    assert (value.detach().abs().amax(1) <= reach * (1 + 1e-7)).all()
+    if kind in (mk.NonTarget.HINGE, mk.NonTarget.ANGLE_PART, mk.NonTarget.ANGLE_PART_DETACHED):
+        assert (value.detach().abs().amax(1) >= reach * (1 - 1e-7)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...core import nontarget
 from ...core.nontarget import NonTarget
 from ...core.numerics import TINY
 from ...core.types import ClassPassOutput, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
@@ -331,10 +332,7 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
 def _exponent_bound(p: PassInputs, factor: Tensor | None) -> Tensor:
     """() how far from 0 the exponents of any row's terms, of their sum and, if given, of their products with a class factor can lie."""
     reach: Tensor = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
-    if p.t is not None and p.non_target == NonTarget.HARD_LINEAR:
-        reach = (1 + p.t.abs()) * reach + p.t.abs()
-    elif p.t is not None and p.non_target == NonTarget.HARD_QUADRATIC:
-        reach = reach * torch.clamp_min(p.t.abs() + reach, 1)
+    reach = nontarget.reach(p.non_target, reach, p.threshold, p.t)
     bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
     if factor is not None:
         low, high = torch.aminmax(torch.where(factor > 0, factor, 1.0))

@@ -9,6 +9,7 @@ thread holds a copy of another thread's data. Logits are in units of log 2, so t
 import triton
 import triton.language as tl
 
+from ...core import nontarget
 from . import saved_layout
 
 #: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
@@ -28,6 +29,12 @@ SAVED_STEP = tl.constexpr(saved_layout.STEP)
 IDENTITY = tl.constexpr(0)
 HARD_LINEAR = tl.constexpr(1)
 HARD_QUADRATIC = tl.constexpr(2)
+FILTERED = tl.constexpr(3)
+HINGE = tl.constexpr(4)
+ANGLE_PART = tl.constexpr(5)
+ANGLE_PART_DETACHED = tl.constexpr(6)
+PI = tl.constexpr(3.141592653589793)
+LEAST_SINE = tl.constexpr(nontarget.LEAST_SINE)
 
 
 @triton.jit
@@ -66,12 +73,57 @@ def to_unit_range(a):
 
 
 @triton.jit
+def angle(c, LEAST: tl.constexpr):
+    """theta = acos(c), and its sine, as csrc/scalar.h's Angle, which has more to say."""
+    square = tl.maximum(0.5 - 0.5 * tl.abs(c), LEAST)
+    s = tl.sqrt(square)
+    p = square * 0.113449931 - 0.0966452733
+    p = p * square + 0.0800102577
+    p = p * square + 0.0152228381
+    p = p * square + 0.0467416383
+    p = p * square + 0.0748597309
+    p = p * square + 0.166670203
+    p = p * square + 1.0
+    near = 2.0 * s * p
+    return tl.where(c < 0, PI - near, near), 2.0 * s * tl.sqrt(1.0 - square)
+
+
+@triton.jit
+def sine_of(y):
+    """sin(y) for y in [0, pi/2]."""
+    square = y * y
+    p = square * 2.60190313e-06 - 0.000198074194
+    p = p * square + 0.0083330255
+    p = p * square - 0.166666567
+    return y * (p * square + 1.0)
+
+
+@triton.jit
+def cosine_of(y):
+    """cos(y) for y in [0, pi/2]."""
+    square = y * y
+    p = square * -2.60514952e-07 + 2.4760162e-05
+    p = p * square - 0.00138883619
+    p = p * square + 0.0416666381
+    p = p * square - 0.5
+    return p * square + 1.0
+
+
+@triton.jit
 def nontarget_value(c, threshold, t, NON_TARGET: tl.constexpr):
     """N(c) of a tile of similarities; ``threshold`` and ``t`` broadcast against it."""
     if NON_TARGET == HARD_LINEAR:
         c = tl.where(c > threshold, (1 + t) * c + t, c)
     elif NON_TARGET == HARD_QUADRATIC:
         c = tl.where(c > threshold, c * (t + c), c)
+    elif NON_TARGET == FILTERED:
+        c = tl.where(c > threshold, 0.0, c)
+    elif NON_TARGET == HINGE:
+        c = tl.where(c + t < 0, 0.0, c + t) * (c - t)
+    elif NON_TARGET >= ANGLE_PART:  # detached or not
+        theta, _ = angle(c, 0.0)
+        half = sine_of(0.5 * t * theta)
+        c = 1.0 - 2.0 * half * half
     return c
 
 
@@ -82,6 +134,14 @@ def nontarget_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
         g = tl.where(c > threshold, g * (1 + t), g)
     elif NON_TARGET == HARD_QUADRATIC:
         g = tl.where(c > threshold, g * (t + 2 * c), g)
+    elif NON_TARGET == FILTERED:
+        g = tl.where(c > threshold, 0.0, g)
+    elif NON_TARGET == HINGE:
+        g *= tl.where(c + t < 0, 0.0, c + t)
+    elif NON_TARGET == ANGLE_PART:
+        theta, sine = angle(c, 1e-9)
+        y = 0.5 * t * theta
+        g *= t * 2.0 * sine_of(y) * cosine_of(y) / tl.maximum(sine, tl.where(c < 0, LEAST_SINE, 0.0))
     return g
 
 

@@ -161,6 +161,26 @@ def errors(case: Case, margin: m.Margin, backend: str, **options: Any) -> dict[s
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
+def captured(
+    step: Callable[[], tuple[Tensor, ...]], device: torch.device | str = "cuda", warm_ups: int = 3
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """``step`` captured in a CUDA graph, after it ran ``warm_ups`` times on a stream of its own, which loads all kernels that it needs.
+
+    Returns:
+        The graph, whose ``replay()`` runs the step on what its inputs hold then, and the results, which a replay writes.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 #: Angles at which :func:`check_margin` looks, beside both ends, and the norms of the embeddings that it tries at each.
 CHECK_ANGLES, CHECK_NORMS = 2001, (1e-2, 1.0, 7.0, 30.0, 150.0)
 

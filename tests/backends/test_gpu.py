@@ -151,15 +151,7 @@ def test_a_training_step_in_a_cuda_graph(name, dtype):
         loss = mk.margin_cross_entropy(x, w, case.labels, margin=margin, backend=name)
         return loss, *torch.autograd.grad(loss, (x, w))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = testing.captured(step)
     with torch.no_grad():
         x.copy_(x.roll(1, 0))
     graph.replay()

@@ -137,15 +137,7 @@ class Worker:
             loss = margin_cross_entropy(x, w, case.labels, margin=margin, backend=self.candidate.backend, **options)
             return loss, *torch.autograd.grad(loss, (x, w))
 
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(REPEATS):
-                step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, captured = testing.captured(step, self.device)
         with torch.no_grad():
             x.copy_(x.roll(1, 0))
         graph.replay()

@@ -368,7 +368,8 @@ def _fused_losses(
         batches = [batch.with_center_norm(center_norm[part]) for batch, part in zip(batches, parts, strict=True)]
     first = parts[0]
     if margin.training:
-        _update_state(margin, batches[0], rows.part(first), replace(classes, labels=classes.labels[first]), backend)
+        here = classes if len(batches) == 1 else replace(classes, labels=classes.labels[first])
+        _update_state(margin, batches[0], rows.part(first), here, backend)
     # The first last: what a margin notes of a call is of the rows' first labels.
     last_first = reversed([*zip(batches, parts, strict=True)])
     found = [evaluate(margin, rows.target_similarity[part], batch, torch.float64) for batch, part in last_first]
@@ -500,7 +501,9 @@ def _assemble(
 @torch.no_grad()
 def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: Evaluated) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
-    scale, bias, max_logit = (v[: rows.target_cos.shape[0]] for v in (target.scale, sums.target_bias, sums.max_logit))
+    scale, bias, max_logit = target.scale, sums.target_bias, sums.max_logit
+    if scale.shape != rows.target_cos.shape:  # the rows have second labels too
+        scale, bias, max_logit = (v[: rows.target_cos.shape[0]] for v in (scale, bias, max_logit))
     top1 = (scale * rows.target_similarity + bias > max_logit).to(torch.float64)
     means = batch.mean(torch.stack([rows.target_cos, scale, top1]))
     return dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))

@@ -115,7 +115,10 @@ def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, weight: Tensor 
     if reduction == "none":
         return losses
     total = losses.sum(dtype=torch.float64)
-    if reduction == "mean":
-        rows = valid.sum() if weight is None else torch.where(valid, weight, 0).sum()
+    if reduction == "mean" and weight is None:
+        total = total / valid.sum().clamp_min(1)
+    elif reduction == "mean":
+        assert weight is not None
+        rows = torch.where(valid, weight, 0).sum()
         total = total / torch.where(rows > 0, rows, 1)
     return total.to(losses.dtype)

@@ -1,6 +1,7 @@
 # make demo    train an ArcFace head on rendered glyphs and write a report (runs/demo)
 # make test    lint and all tests that need no GPU, with the share of the package's lines that they run
-# make test-all  the same with the tests that take minutes
+# make quick   the tests of single functions alone, without those that compile, build or start processes: about a minute
+# make test-all  the same as test with the tests that take minutes
 # make mutants     plant each of the known mistakes in a copy and see that its tests notice it
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
 # make kills N=200  kill ranks at random moments of save, step and load; the record is benchmarks/results/kills.json
@@ -11,8 +12,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 # Arguments for the demo, such as ARGS="--head cosface --epochs 4"
 ARGS ?=
-# More words for pytest under test-gpu
+# More words for pytest under quick and test-gpu
 TESTS ?=
+# The tests of tests/unit that compile nothing, build nothing and start no process
+QUICK := tests/unit -k "not compile" $(foreach f,benchmarks cli demo deprecated docs layers setup verify,--ignore=tests/unit/test_$(f).py)
 # Where gpu-report writes, and which of its steps it takes (all that fit into nine minutes)
 OUT ?= runs/gpu-report
 STEPS ?=
@@ -25,13 +28,16 @@ FUZZ ?=
 
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test test-all mutants fuzz kills lint format build test-gpu gpu-report clean
+.PHONY: demo test quick test-all mutants fuzz kills lint format build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
 
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --cov=marginkernels --cov-report=term:skip-covered
+
+quick: $(READY)
+	$(VENV)/bin/python -m pytest $(QUICK) $(TESTS)
 
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 --slow

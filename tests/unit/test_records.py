@@ -299,6 +299,15 @@ def test_the_fastest_that_is_verified(gpu, options, want):
     assert chosen(**options) == want
 
 
+def test_times_of_the_same_dtype_decide(gpu):
+    times = {
+        "bfloat16": {"hopper": Time(3.0, 10.0), "cuda": Time(9.0, 10.0)},
+        "float32": {"hopper": Time(9.0, 10.0), "cuda": Time(3.0, 10.0)},
+    }
+    records.write(replace(record(), times={LARGE: times}))
+    assert [chosen(dtype=dtype) for dtype in (torch.bfloat16, torch.float32)] == ["hopper", "cuda"]
+
+
 def test_size_that_is_not_known_is_large(gpu):
     records.write(record())
     assert resolve("auto", "cuda", torch.bfloat16, torch.float32, 512) == "hopper"

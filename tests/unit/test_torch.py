@@ -402,3 +402,9 @@ def test_center_loss():
     sparse = mk.CenterLoss(C, D, sparse=True)
     sparse(x.detach(), y).backward()
     assert sparse.centers.grad.is_sparse
+    for dtype, by in ((torch.float16, 200.0), (torch.bfloat16, 1.0), (torch.float64, 1.0)):  # squares past what float16 holds
+        near = (by * x.detach()).to(dtype)
+        got = loss(near, y)
+        want = 0.5 * (near[1:].double() - loss.centers.double()[y[1:]]).square().sum(1).mean()
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-6)

@@ -206,8 +206,18 @@ def test_verdicts():
     assert wrong.why.endswith("values, arcface, float16/float16, N=5 D=24 C=19: so")
 
     assert judged(RIGHT, RIGHT, "unequal bits", RIGHT)[0].verdict == "unequal bits"
+    assert judged(RIGHT, "error", "not finite")[0].verdict == "error"  # the first, of which the others may follow
     assert judged(RIGHT, "error", fault=("hang", "silent"))[0].verdict == "hang"
     assert judged()[0].verdict == UNFINISHED
+
+
+def test_the_record_has_the_largest_error_of_each_output():
+    errors = ({"loss": 2e-7, "dw": 1e-7}, {"loss": 1e-3}, {"loss": 1e-7, "dw": 3e-7})
+    found = processes.Outcome(results={number: {"verdict": RIGHT, "errors": one} for number, one in enumerate(errors)})
+    assert processes.verdict(SIZED, found, "cuda").errors == {
+        "float32/float32": {"loss": 2e-7, "dw": 3e-7},
+        "float16/float16": {"loss": 1e-3},
+    }
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------------------

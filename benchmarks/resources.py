@@ -1,6 +1,7 @@
 """``python -m benchmarks resources``: registers, stack and shared memory of every compiled kernel, without a GPU.
 
-A collector is a module of this package with ``unavailable_reason() -> why it cannot run here, or None`` and ``collect(archs) -> records``.
+A collector is a module of this package with ``unavailable_reason() -> why it cannot run here, or None``, ``ARCHS``, its architectures by
+default, and ``collect(archs, processes=) -> records``.
 A record has ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`` per thread and ``shared_bytes`` per program. It may have
 ``shared_limit``, and ``explained``: why its use of the stack is acceptable.
 """
@@ -8,8 +9,11 @@ A record has ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.metadata
 import json
+import os
 
 from marginkernels.cli._text import integer, writable_file
 from marginkernels.cli.tune import architecture
@@ -18,9 +22,8 @@ COLLECTORS = {"triton": "resources_triton", "cuda": "resources_cuda"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arch", nargs="+", type=architecture, default=["sm_80", "sm_90"], metavar="SM", help="architectures, such as sm_80 sm_90 sm_100"
-    )
+    parser.add_argument("--arch", nargs="+", type=architecture, metavar="SM", help="architectures; of each collector its own by default")
+    parser.add_argument("--jobs", type=integer(), default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=sorted(COLLECTORS), help="collectors to run; by default all that can run here")
     parser.add_argument("--dims", nargs="+", type=integer(high=1024), help="embedding dimensions of the Triton kernels; all by default")
     parser.add_argument("--json", type=writable_file, help="write the records here")
@@ -39,14 +42,30 @@ def run(args: argparse.Namespace) -> int:
             if args.only:
                 return 1
             continue
-        records += collector.collect(args.arch, **({"dims": args.dims} if args.dims and name == "triton" else {}))
+        options = {"dims": args.dims} if args.dims and name == "triton" else {}
+        records += collector.collect(args.arch or collector.ARCHS, processes=args.jobs, **options)
     print(table(records))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"schema": "marginkernels.resources/1", "records": records}, indent=1) + "\n")
+        args.json.write_text(document(records))
     found = faults(records)
     print("\n".join(found) if found else f"{len(records)} kernels, no unexplained use of the stack")
     return 1 if found or not records else 0
+
+
+def document(records: list[dict]) -> str:
+    """A record a line, so that changes can be read, with the versions of the compilers."""
+    lines = ",\n".join(json.dumps(r) for r in records)
+    return f'{{"schema": "marginkernels.resources/1",\n"versions": {json.dumps(versions())},\n"records": [\n{lines}\n]}}\n'
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that compile, where they are installed."""
+    found = {}
+    for name in ("triton", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def faults(records: list[dict]) -> list[str]:

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 #: The sources of each architecture: the fused kernels use instructions that exist on 9.0 only.
 FILES = {"sm_80": ("generic.cu",), "sm_90": ("generic.cu", "hopper.cu")}
+ARCHS = tuple(FILES)
 
 
 def unavailable_reason() -> str | None:
@@ -67,18 +69,20 @@ def readable(name: str) -> str:
     )
 
 
-def collect(archs: Iterable[str]) -> list[dict]:
+def collect(archs: Iterable[str] = ARCHS, processes: int = 1) -> list[dict]:
     """Records of :func:`parse` for every kernel and architecture of ``archs`` that there are sources for, each with ``backend`` and
     ``arch``. If the extension is built, the dynamic shared memory of the fused kernels is added."""
     try:
         dynamic = importlib.import_module("marginkernels._cuda").fused_shared_bytes
     except (ImportError, AttributeError):
         dynamic = None
+    work = [(arch, source) for arch in archs for source in FILES.get(arch.removesuffix("a"), ("generic.cu",))]
+    with ThreadPoolExecutor(processes) as pool:
+        reports = list(pool.map(lambda one: compile_source(one[1], one[0].removesuffix("a")), work))
     records = []
-    for arch in archs:
-        for source in FILES.get(arch.removesuffix("a"), ("generic.cu",)):
-            backend = "hopper" if source == "hopper.cu" else "cuda"
-            records += [{"backend": backend, "arch": arch, **r} for r in parse(compile_source(source, arch.removesuffix("a")))]
+    for (arch, source), report in zip(work, reports, strict=True):
+        backend = "hopper" if source == "hopper.cu" else "cuda"
+        records += [{"backend": backend, "arch": arch, **r} for r in parse(report)]
     for record in records:
         if dynamic and record["kernel"].startswith("fused_kernel"):
             record["shared_bytes"] += dynamic(int(record["kernel"].split(", ")[1]))

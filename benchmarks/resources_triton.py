@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
+import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ import torch
 
 from marginkernels import NonTarget
 
-DIMS = (64, 128, 256, 512, 1024)
+#: The architectures that differ in shared memory or in instructions, and dimensions: 500 is no multiple of 8, 768 no power of two.
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+DIMS = (64, 128, 256, 500, 512, 768, 1024)
 #: dtypes of embeddings and weight.
 DTYPES = (
     (torch.bfloat16, torch.bfloat16),
@@ -83,13 +87,66 @@ def cases(dims: Iterable[int] = DIMS, dtypes: Iterable[tuple[torch.dtype, torch.
     return list(itertools.product(dims, dtypes, VARIANTS))
 
 
-def collect(archs: Iterable[str], dims: Iterable[int] = DIMS, processes: int = 2) -> list[dict]:
-    """A record of every distinct kernel of :func:`cases` for each of ``archs``: ``kernel``, ``backend``, ``arch``, ``registers`` and
-    ``stack_bytes`` per thread, ``shared_bytes`` per program, ``shared_limit``, and ``explained`` where the use of the stack is."""
-    work = [(arch, *case) for arch in archs for case in cases(dims)]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # unlike Pool, raises if the compiler dies
-        found = list(pool.map(compile_case, *zip(*work, strict=True)))
-    return list({(r["kernel"], r["arch"]): r for records in found for r in records}.values())
+def kernels(arch: str, dims: Iterable[int] = DIMS) -> dict[str, Any]:
+    """One launch of every distinct kernel of :func:`cases` by a name that says which case takes it first: of the launches of steps of
+    1,024 rows and a million classes, some 6,000 for one architecture, one in twelve is new to the compiler."""
+    from marginkernels.backend.triton import aot
+
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    for dim, dtypes, variant in cases(dims):
+        options = dict(VARIANTS[variant])
+        launch_options = {name: options.pop(name) for name in LAUNCH_OPTIONS if name in options}
+        x, w = (str(d).removeprefix("torch.") for d in dtypes)
+        for one in aot.launches(aot.meta_inputs(1024, dim, 1_000_000, *dtypes, **options), arch, **launch_options):
+            key = aot.variant(one, arch)
+            if key in seen:
+                continue
+            seen.add(key)
+            online = ", running maximum" if one.constants.get("ONLINE") else ""
+            name = f"{one.kernel.__name__}<{x}, {w}, D={dim}{online}{', ' if variant else ''}{variant}>"
+            assert name not in found, name
+            found[name] = one
+    return found
+
+
+#: (arch, name, launch) of every kernel to compile: launches hold functions that cannot be sent to another process, only inherited by it.
+_WORK: list[tuple[str, str, Any]] = []
+
+
+def collect(archs: Iterable[str] = ARCHS, dims: Iterable[int] = DIMS, processes: int = 2) -> list[dict]:
+    """A record of every distinct kernel for each of ``archs``: ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`` per
+    thread, ``shared_bytes`` per program, ``shared_limit``, and ``explained`` where the use of the stack is."""
+    _WORK[:] = [(arch, name, one) for arch in archs for name, one in kernels(arch, dims).items()]
+    found: dict[int, dict] = {}
+    start = time.monotonic()
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:  # unlike Pool, raises if the compiler dies
+        asked = {pool.submit(compile_kernel, i): i for i in range(len(_WORK))}
+        for done in as_completed(asked):
+            found[asked[done]] = done.result()
+            if len(found) % 100 == 0:
+                print(f"{len(found)} of {len(asked)} kernels in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return [found[i] for i in range(len(_WORK))]
+
+
+def compile_kernel(i: int) -> dict:
+    """The record of ``_WORK[i]``."""
+    from marginkernels.backend.triton import aot
+    from marginkernels.backend.triton.heuristics import shared_limit
+
+    arch, name, one = _WORK[i]
+    used = aot.resources(aot.compile(one, arch))
+    explained = explanation(name, arch, used.stack_bytes)
+    record = {
+        "kernel": name,
+        "backend": "triton",
+        "arch": arch,
+        "registers": used.registers,
+        "stack_bytes": used.stack_bytes,
+        "shared_bytes": used.shared_bytes,
+        "shared_limit": shared_limit(arch),
+    }
+    return record | ({"explained": explained} if explained else {})
 
 
 def explanation(name: str, arch: str, stack_bytes: int) -> str | None:
@@ -97,31 +154,3 @@ def explanation(name: str, arch: str, stack_bytes: int) -> str | None:
     if not stack_bytes:
         return None
     return next((e.why for e in EXPLAINED if e.arch == arch and stack_bytes <= e.most and all(w in name for w in e.words)), None)
-
-
-def compile_case(arch: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype], variant: str) -> list[dict]:
-    """The records of one case: every launch of a step of 1,024 rows and a million classes."""
-    from marginkernels.backend.triton import aot
-    from marginkernels.backend.triton.heuristics import shared_limit
-
-    options = dict(VARIANTS[variant])
-    launch_options = {name: options.pop(name) for name in LAUNCH_OPTIONS if name in options}
-    inputs = aot.meta_inputs(1024, dim, 1_000_000, *dtypes, **options)
-    records = []
-    for one in aot.distinct(aot.launches(inputs, arch, **launch_options)):
-        found = aot.resources(aot.compile(one, arch))
-        x, w = (str(d).removeprefix("torch.") for d in dtypes)
-        online = ", running maximum" if one.constants.get("ONLINE") else ""
-        name = f"{one.kernel.__name__}<{x}, {w}, D={dim}{online}{', ' if variant else ''}{variant}>"
-        explained = explanation(name, arch, found.stack_bytes)
-        record = {
-            "kernel": name,
-            "backend": "triton",
-            "arch": arch,
-            "registers": found.registers,
-            "stack_bytes": found.stack_bytes,
-            "shared_bytes": found.shared_bytes,
-            "shared_limit": shared_limit(arch),
-        }
-        records.append(record | ({"explained": explained} if explained else {}))
-    return records

@@ -80,15 +80,39 @@ def test_options(kind, narrow_chunks, ran):
     assert chunks == {0} if x == w == torch.float32 or kind == "bfloat16" else chunks == set(range(0, 600, 256 * 2 // x.itemsize))
 
 
+@pytest.fixture
+def by_registers(monkeypatch):
+    """Key blocks in two parts of columns, which feed both products as they lie, and no TMA: as for tensor cores without operands in shared
+    memory, where a tile spans D."""
+    parts = lambda kernel, dim, tile, dtype, arch: 2 * (dim <= tile.depth and tile.width == tile.depth)  # noqa: E731
+    monkeypatch.setattr(launch, "parts", parts)
+    monkeypatch.setattr(launch, "boxes", lambda *_: None)
+    monkeypatch.setattr(launch, "padded", lambda dim, dtype, arch: -(-dim // 16) * 16)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("head", ["arcface", "curricularface", "l2-softmax-trainable", "softmax"])
+def test_keys_that_feed_both_products(head, kind, by_registers, narrow_chunks, ran):
+    """By every way: with a running maximum and without, saved weights and none, columns that do not fill the last part."""
+    x, w = DTYPES[kind]
+    case = testing.Case.random(9, 40, 300, x, weight_dtype=w, bias=head == "softmax")
+    for options in ({}, workspace(case, 1)):
+        found = testing.errors(case, testing.HEADS[head](300), "triton", **options)
+        assert max(found.values()) <= TOLERANCE[kind], (options, found)
+    assert all(one.constants["PARTS"] == 2 for one in ran if "PARTS" in one.constants)
+
+
 @pytest.mark.parametrize("dim", [1, 33, 96, 200, 201])
-def test_dimensions(dim):
-    """Odd rows, which TMA cannot load, and columns that do not fill a tile."""
+def test_dimensions(dim, ran):
+    """Odd rows, which TMA cannot load until they are padded, and columns that do not fill a tile."""
     for kind in ("float32", "mixed"):
         x, w = DTYPES[kind]
         found = testing.errors(testing.Case.random(19, dim, 150, x, weight_dtype=w), mk.CosFace(scale=16.0), "triton")
         # In one dimension a cosine is 1 or -1 and has no gradient: rounding is all there is.
         found = found if dim > 1 else {"loss": found["loss"]}
         assert max(found.values()) <= TOLERANCE[kind], (kind, found)
+        assert all(one.args["w_box"] for one in ran if one.kernel is launch.row_pass_kernel)
+        assert all(one.args["x_box"] for one in ran if one.kernel is launch.class_pass_kernel)
 
 
 @pytest.mark.parametrize(("shape", "k"), [((1, 8, 1), 1), ((5, 40, 130), 64), ((33, 65, 200), 5), ((70, 130, 65), 33)])

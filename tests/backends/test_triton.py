@@ -61,6 +61,38 @@ def test_the_million_class_kernels_on_hopper():
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize(("arch", "dim"), [("sm_80", 128), ("sm_89", 512)])
+def test_keys_are_fetched_ahead(arch, dim):
+    """One copy of a key block in shared memory feeds both products, and the next is on its way there meanwhile: 16 bytes at a time, which
+    of all that a step loads only the key block is. Nothing of it spills."""
+    from marginkernels.backend.triton import aot, heuristics
+
+    for name, kernel in _compiled(arch, dim, torch.bfloat16, torch.bfloat16).items():
+        used = aot.resources(kernel)
+        assert used.stack_bytes <= 8 * (name == "class_pass_kernel" and dim == 512), name
+        copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
+        key_block = 32 * dim * 2 // (256 * 16)  # copies of 16 bytes that one of 256 threads makes
+        tile = heuristics.default(heuristics.Key.of(name.split("_")[0], dim, torch.bfloat16, arch))
+        assert copies >= key_block * tile.stages, name  # ahead of the loop and in it
+        assert used.shared_bytes <= heuristics.shared_limit(arch), name
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90"])
+def test_rows_that_begin_anywhere_are_loaded_as_wide(arch):
+    """D = 500 in 16 bits: rows of 1,000 bytes, which are padded in the copies that loops read."""
+    from marginkernels.backend.triton import aot
+
+    p = aot.meta_inputs(1024, 500, 1_000_000, torch.bfloat16, torch.bfloat16)
+    row, padded = (
+        next(one for one in aot.launches(replace(p, x=x, w=w), arch) if one.kernel.__name__ == "row_pass_kernel")
+        for x, w in ((p.x, p.w), (p.x.new_empty(1024, 512)[:, :500], p.w.new_empty(1_000_000, 512)[:, :500]))
+    )
+    assert row.args["w"].stride(0) % 8 == row.args["stride_xn"] % 8 == 0
+    assert (row.args["w_box"] is None) == (arch == "sm_89")
+    assert row.args["class_factor"] is None
+    assert padded.constants["PADDED"] == row.constants["PADDED"] == (512 if arch == "sm_89" else 504)
+
+
 @pytest.mark.parametrize(
     ("arch", "dim", "dtype"),
     [

@@ -48,7 +48,8 @@ class TritonBackend(Backend):
 
     @property
     def note(self) -> str:
-        return "fused Triton kernels, tested under Triton's interpreter and compiled for sm_80, sm_90 and sm_100; never run on a GPU so far"
+        archs = "sm_80, sm_89, sm_90, sm_100 and sm_120"
+        return f"fused Triton kernels, tested under Triton's interpreter and compiled for {archs}; never run on a GPU so far"
 
     @property
     def device_types(self) -> tuple[str, ...]:

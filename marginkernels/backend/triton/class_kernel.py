@@ -7,6 +7,8 @@ from .primitives import (
     LOG2E,
     SAVED_STEP,
     SIZES,
+    accumulate,
+    accumulators,
     fold_sum,
     halves,
     load_labels,
@@ -15,7 +17,6 @@ from .primitives import (
     narrow,
     nontarget_slope,
     nontarget_value,
-    product,
     similarities,
     store_tile,
     to_product,
@@ -33,23 +34,24 @@ def unit_centers(w, factor, stride_wc, first, c, first_dim,
 @triton.jit
 def finish(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
            DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
-    """Take some columns of v (WIDTH, BLOCK_C), times ``power_of_two`` like ``along``, through the Jacobian, and write them. Where FACTORED
+    """Take some columns of v (BLOCK_C, WIDTH), times ``power_of_two`` like ``along``, through the Jacobian, and write them. Where FACTORED
     both have the class factor already."""
-    dv = tl.trans(v)
+    dv = v
     if NORMALIZED:
         dv -= along[:, None] * unit_centers(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER)
         if not FACTORED:
             dv *= factor[:, None]
-    store_tile(dw, first, c, first_dim, dv * (1.0 / power_of_two), DIM, BLOCK_C, WIDTH, COVER)
+    store_tile(dw, DIM, first, c, first_dim, dv * (1.0 / power_of_two), DIM, BLOCK_C, WIDTH, COVER)
 
 
 @triton.jit
-def finish_quarters(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
-                    DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """:func:`finish` of (v0, v1, v2, v3), one after the other."""
-    for i in tl.static_range(4):
-        finish(v[i], along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim + i * (WIDTH // 4), NORMALIZED, FACTORED,
-               DIM, BLOCK_C, WIDTH // 4, WIDTH)  # fmt: skip
+def finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
+                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """:func:`finish` of the parts of v, one after the other."""
+    WIDE: tl.constexpr = WIDTH // len(v)
+    for i in tl.static_range(len(v)):
+        finish(v[i], along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim + i * WIDE, NORMALIZED, FACTORED,
+               DIM, BLOCK_C, WIDE, WIDTH)  # fmt: skip
 
 
 @triton.jit
@@ -60,16 +62,26 @@ def quarters(v):
     return v0, v1, v2, v3
 
 
+@triton.jit
+def turned(v):
+    """The transposes of the parts of v."""
+    found = ()
+    for i in tl.static_range(len(v)):
+        found += (tl.trans(v[i]),)
+    return found
+
+
 @triton.jit(do_not_specialize=SIZES)
 def class_pass_kernel(
-    x, w,  # (N, D), (C, D)
+    x, w,  # (N, PADDED), zeros past D; (C, D)
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
     row_factor, scale, threshold, t, labels, lse, d_lse, d_logit_sum, d_target_cos, d_target_bias,  # (N,)
     class_factor, bias,  # (C,)
     pow2,  # (): a power of two that brings the weights of the rows into float16's range, or None
     dw, db,  # (C, D), (C,), out
     n, c, stride_xn, stride_wc,
-    DIM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     NON_TARGET: tl.constexpr, NORMALIZED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of classes against every row; slice ``program_id(1)`` of dw's columns.
@@ -78,6 +90,7 @@ def class_pass_kernel(
     that the product with x takes, so that no reduction over v is left to the end and a large v along w_j cancels to rounding.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
+    WIDE: tl.constexpr = DEPTH // max(PARTS, 1)
     DTYPE: tl.constexpr = x.dtype.element_ty
     first = tl.program_id(0) * BLOCK_C
     col = first + tl.arange(0, BLOCK_C)
@@ -87,7 +100,10 @@ def class_pass_kernel(
         factor = tl.load(class_factor + col, mask=in_c, other=0.0)
     query = None
     if WHOLE:
-        query = tl.trans(to_product(load_tile(w, None, stride_wc, first, c, 0, DIM, BLOCK_C, DEPTH, DEPTH), factor, PRESCALE, DTYPE))
+        query = ()
+        for i in tl.static_range(max(PARTS, 1)):
+            part = load_tile(w, None, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, DEPTH)
+            query += (tl.trans(to_product(part, factor, PRESCALE, DTYPE)),)
     if bias is not None:
         b = (tl.load(bias + col, mask=in_c, other=0.0) * LOG2E)[None, :]
     power_of_two = 1.0
@@ -98,7 +114,7 @@ def class_pass_kernel(
     if db is not None:
         bias_sum = tl.zeros((BLOCK_N // 2, BLOCK_C), tl.float32)
     if dw is not None:
-        v = tl.zeros((WIDTH, BLOCK_C), tl.float32)
+        v = accumulators(PARTS, WIDTH, BLOCK_C)
     for first_row in tl.range(0, n, BLOCK_N):
         row = first_row + tl.arange(0, BLOCK_N)
         in_n = row < n
@@ -109,7 +125,7 @@ def class_pass_kernel(
         own = col[None, :] == load_labels(labels, row, in_n)[:, None]
         hard, param = load_transform(threshold, t, row, in_n, NON_TARGET)
         near, key = similarities(x, x_box, stride_xn, first_row, n, w, w_box, stride_wc, first, c, query, factor, PRESCALE, DTYPE,
-                                 PRECISION, DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
+                                 PRECISION, PADDED, DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
         cos = near * f
@@ -128,22 +144,22 @@ def class_pass_kernel(
             if NORMALIZED:
                 along += fold_sum(g.to(tl.float32) * near)
             if not WHOLE or WIDTH < DEPTH:
-                key = load_tile(x, None, stride_xn, first_row, n, first_dim, DIM, BLOCK_N, WIDTH, WIDTH)
-            v = product(tl.trans(key), g, v, PRECISION)
+                key = (load_tile(x, None, stride_xn, first_row, n, first_dim, PADDED, BLOCK_N, WIDTH, WIDTH),)
+            v = accumulate(key, g, v, PARTS, PRECISION)
     if db is not None and tl.program_id(1) == 0:
         tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
     if dw is not None:
         along = tl.sum(along, 0)
         if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
             factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
-        finish_quarters(
-            quarters(v), along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH
-        )
+        if PARTS == 0:
+            v = turned(quarters(v[0]))
+        finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def saved_pass_kernel(
-    x, w,  # (N, D), (C, D)
+    x, w,  # (N, PADDED), zeros past D; (C, D)
     x_box,  # x as a tensor descriptor with boxes (BLOCK_N, WIDTH), or None
     row_factor, labels, lse, d_lse, d_target_cos,  # (N,)
     class_factor,  # (C,)
@@ -151,7 +167,7 @@ def saved_pass_kernel(
     saved, saved_base,  # (K, saved_stride), (K / SAVED_STEP, saved_stride), of row_pass_kernel
     dw,  # (C, D), out
     n, c, stride_xn, stride_wc, saved_stride,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     NORMALIZED: tl.constexpr, FACTORED: tl.constexpr, SAVED_POW2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of classes, whose weights the row pass saved, against every row, in all of D: one product a step, whatever the head.
@@ -169,7 +185,8 @@ def saved_pass_kernel(
     factor = 1.0
     if FACTORED:
         factor = tl.load(class_factor + col, mask=in_c, other=0.0)
-    v = tl.zeros((WIDTH, BLOCK_C), tl.float32)
+    v = accumulators(PARTS, WIDTH, BLOCK_C)
+    KEY_WIDE: tl.constexpr = WIDTH // max(PARTS, 1)
     for first_row in tl.range(0, n, BLOCK_N):
         row = first_row + tl.arange(0, BLOCK_N)
         in_n = row < n
@@ -185,13 +202,19 @@ def saved_pass_kernel(
         if FACTORED:
             mine = mine * factor[None, :]
         g = tl.where(own, mine, g)
-        key = load_tile(x, x_box, stride_xn, first_row, n, 0, DIM, BLOCK_N, WIDTH, WIDTH)
-        v = product(tl.trans(key), narrow(g, x.dtype.element_ty), v, PRECISION)
-    v = quarters(v)
+        key = ()
+        for i in tl.static_range(max(PARTS, 1)):
+            key += (load_tile(x, x_box, stride_xn, first_row, n, i * KEY_WIDE, PADDED, BLOCK_N, KEY_WIDE, WIDTH),)
+        v = accumulate(key, narrow(g, x.dtype.element_ty), v, PARTS, PRECISION)
+    if PARTS == 0:
+        v = quarters(v[0])
+    WIDE: tl.constexpr = WIDTH // len(v)
     along = tl.zeros((BLOCK_C,), tl.float32)
     if NORMALIZED:
         factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
-        for i in tl.static_range(4):
-            part = unit_centers(w, factor, stride_wc, first, c, i * (WIDTH // 4), DIM, BLOCK_C, WIDTH // 4, WIDTH)
-            along += tl.sum(v[i] * tl.trans(part), 0)
-    finish_quarters(v, along, power_of_two, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH)
+        for i in tl.static_range(len(v)):
+            part = unit_centers(w, factor, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, WIDTH)
+            along += tl.sum(v[i] * part, 1) if PARTS else tl.sum(v[i] * tl.trans(part), 0)
+    if PARTS == 0:
+        v = turned(v)
+    finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH)

@@ -16,6 +16,10 @@ Whatever the loop carries beyond plain logits (a running maximum, a hard transfo
 in the tile, hence the narrower query blocks. On sm_100 the accumulator is in tensor memory, but rescaling it by a running maximum brings
 all of it into registers, which needs narrower blocks still.
 
+Tensor cores that take operands from registers (sm_80 to sm_89, sm_120) have narrower tiles: a thread holds fragments of both blocks beside
+the accumulator. Where shared memory is 99 KB one copy of the key block is all that fits at D = 512, beside the queries; it serves both
+products and is fetched a step ahead.
+
 The class pass on saved weights has one product for each block of rows that it loads, where the other has two. By count it reads as many
 bytes from L2 for half the work. It gains what the similarities and exponentials cost, and no more where L2 is the limit.
 """
@@ -109,6 +113,28 @@ def large(arch: str) -> bool:
     return shared_limit(arch) >= SHARED["sm_90"]
 
 
+def by_registers(arch: str) -> bool:
+    """Whether tensor cores take both operands from registers, as mma.sync does."""
+    return arch.startswith(("sm_8", "sm_12"))
+
+
+def padded(dim: int, dtype: torch.dtype, arch: str) -> int:
+    """Columns of rows that begin where wide loads can: TMA's do at 16 bytes, and of other strides Triton only knows multiples of 16."""
+    step = 16 if by_registers(arch) else 16 // dtype.itemsize
+    return -(-dim // step) * step
+
+
+def parts(kernel: str, dim: int, tile: Tile, dtype: torch.dtype, arch: str) -> int:
+    """In how many parts of columns a key block feeds both products; 0 where it is turned around for the second. See :mod:`.primitives`.
+
+    As many as take the fewest registers: each part has an address of its own, and a wide one more numbers that are read at once.
+    """
+    if dtype.itemsize != 2 or not by_registers(arch) or dim > tile.depth or tile.width != tile.depth:
+        return 0
+    wide = {"row": 64 if tile.depth == 512 else 128, "class": 256, "saved": 128}[kernel]
+    return max(1, tile.depth // wide)
+
+
 def max_saved_tile(arch: str) -> int:
     """Classes that a saved pass's program may take: no more than any row pass's key block, which has one running maximum a row."""
     return 64 if large(arch) or arch == "interpreter" else 32
@@ -148,8 +174,6 @@ def default(key: Key) -> Tile:
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
         return Tile(16 if online and busy else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
     queries, stages = (LARGE if large(arch) else SMALL)[d]
-    if d == 512 and shared_limit(arch) < SHARED["sm_80"]:
-        stages = 1
     narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + (busy or (saves and d <= 128))]
     return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
 

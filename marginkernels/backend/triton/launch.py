@@ -21,7 +21,7 @@ from ...core.numerics import TINY
 from ...core.types import ClassPassOutput, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
 from . import saved_layout
 from .class_kernel import class_pass_kernel, saved_pass_kernel
-from .heuristics import Key, Tile, power_of_two
+from .heuristics import Key, Tile, by_registers, padded, parts, power_of_two
 from .heuristics import tile as tile_for
 from .row_kernel import combine_kernel, prepare_kernel, row_pass_kernel
 from .topk_kernel import topk_kernel
@@ -89,9 +89,25 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def converts(p: PassInputs) -> bool:
-    """Whether the row pass takes a converted copy of the centers: those of another dtype, or that may not fit it (float16)."""
-    return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight)
+def converts(p: PassInputs, device: Device) -> bool:
+    """Whether the row pass takes a converted copy of the centers: those of another dtype, those that may not fit it (float16), and those
+    whose rows begin where wide loads cannot."""
+    return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight) or not begins_wide(p.w, device)
+
+
+def begins_wide(v: Tensor, device: Device) -> bool:
+    """Whether every row of ``v`` begins where wide loads can, and ends so."""
+    return v.data_ptr() % 16 == 0 and all(padded(size, v.dtype, device.arch) == size for size in (v.stride(0), v.shape[1]))
+
+
+def with_wide_rows(p: PassInputs, device: Device) -> PassInputs:
+    """The same, with a padded copy of the embeddings where their rows do not begin so: they are read again and again."""
+    if begins_wide(p.x, device):
+        return p
+    n, d = p.x.shape
+    copy = p.x.new_zeros(n, padded(d, p.x.dtype, device.arch))
+    copy[:, :d] = p.x
+    return replace(p, x=copy[:, :d])
 
 
 def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> RowPassOutput:
@@ -100,7 +116,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     Centers that are not in the product's dtype, or may not fit it (float16), are first converted, and normalized, a chunk at a time into a
     buffer of ``CHUNK_BYTES`` that stays in the cache, and the kernel goes on from chunk to chunk; the others are read where they are.
     """
-    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0]
+    p, (n, d), c = with_wide_rows(inputs, device), inputs.x.shape, inputs.w.shape[0]
 
     def new(*shape: int, fill: float | None = None) -> Tensor:
         v = p.x.new_empty(shape, dtype=torch.float32)
@@ -108,7 +124,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
 
     half = p.x.dtype == torch.float16
     logit_sum = request.reduction == Reduction.LOGIT_SUM
-    convert = converts(p)
+    convert, wide = converts(p, device), padded(d, p.x.dtype, device.arch)
     saved = p.x.new_empty(request.workspace_bytes, dtype=torch.uint8)
     saved_weights, saved_base = saved_layout.parts(saved, n, p.x.dtype)
     saved_count = 0 if logit_sum else saved_weights.shape[0]
@@ -119,9 +135,9 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     asked = {"accumulates": request.need_center, "busy": busy, "saves": saved_count > 0}
     tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
     tile = tiles[0]
-    chunk = max(1, CHUNK_BYTES // (d * p.x.element_size() * saved_layout.GROUP)) * saved_layout.GROUP if convert else c
+    chunk = max(1, CHUNK_BYTES // (wide * p.x.element_size() * saved_layout.GROUP)) * saved_layout.GROUP if convert else c
     chunk = min(chunk, math.ceil(c / tile.keys) * tile.keys)
-    copy = p.x.new_empty(chunk, d) if convert else None
+    copy = p.x.new_empty(chunk, wide) if convert else None
     slices = [math.ceil(d / t.width) if request.need_center else 1 for t in tiles]
     splits = _splits(math.ceil(n / tile.queries) * slices[0], math.ceil(chunk / tile.keys), device.processors)
     start = 0.0 if convert else None
@@ -178,7 +194,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
                 "w_box": boxes(w, t.keys, t.depth, device),
                 "blocks_per_split": math.ceil(math.ceil(count / t.keys) / splits),
             }
-            switch = constants | cut(d, t, t.queries, t.keys) | {"ONLINE": online}
+            switch = constants | cut("row", p, t, device) | {"ONLINE": online}
             run(Launch(row_pass_kernel, grid, chunk_args | tile_args, switch, t.warps, t.stages))
 
     out = {
@@ -208,7 +224,7 @@ def class_pass(
 
     Weights were saved as exp(z) N'(c): enough for dw of the log-sum-exp alone, so all is computed again where more is asked for.
     """
-    p, c, upstream = inputs, inputs.w.shape[0], upstream.rounded(torch.float32)
+    p, c, upstream = with_wide_rows(inputs, device), inputs.w.shape[0], upstream.rounded(torch.float32)
     out = ClassPassOutput.allocate(p, need_weight, need_bias)
     first = 0
     if saved.numel() and need_weight and not need_bias and upstream.d_logit_sum is None:
@@ -243,13 +259,11 @@ def _class_pass_saved(
         "stride_wc": p.w.stride(0),
         "saved_stride": weights.shape[1],
     }
+    shape = cut("saved", p, tile, device)
     constants = {
-        "DIM": d,
-        "WIDTH": tile.width,
-        "BLOCK_N": tile.keys,
-        "BLOCK_C": tile.queries,
+        **{name: value for name, value in shape.items() if name != "DEPTH"},
         "NORMALIZED": p.normalize_weight,
-        "FACTORED": p.normalize_weight and not converts(p),
+        "FACTORED": p.normalize_weight and not converts(p, device),
         "SAVED_POW2": saved_pow2(p.x.dtype),
         "PRECISION": precision(p.x.dtype),
     }
@@ -279,7 +293,7 @@ def _class_pass(
         "stride_wc": p.w.stride(0),
     }
     constants = {
-        **cut(d, tile, tile.keys, tile.queries),
+        **cut("class", p, tile, device),
         "NON_TARGET": int(p.non_target),
         "NORMALIZED": p.normalize_weight,
         "PRESCALE": p.normalize_weight and half,
@@ -302,19 +316,23 @@ def _prepare(p: PassInputs, factor: Tensor, copy: Tensor | None, first: int, cou
         "stride_wc": p.w.stride(0),
         "tiny": TINY,
     }
-    constants = {"DIM": d, "BLOCK_C": block, "WIDTH": power_of_two(d)}
+    row = d if copy is None else copy.shape[1]
+    constants = {"DIM": d, "PADDED": row, "BLOCK_C": block, "WIDTH": power_of_two(row)}
     run(Launch(prepare_kernel, (math.ceil(count / block),), args, constants))
 
 
-def cut(dim: int, tile: Tile, block_n: int, block_c: int) -> dict[str, int]:
-    """A tile as the kernels' compile-time arguments."""
-    return {"DIM": dim, "DEPTH": tile.depth, "WIDTH": tile.width, "BLOCK_N": block_n, "BLOCK_C": block_c}
+def cut(kernel: str, p: PassInputs, tile: Tile, device: Device) -> dict[str, int]:
+    """A tile as the compile-time arguments of a kernel, named as in :class:`Key`."""
+    dim, dtype, arch = p.x.shape[1], p.x.dtype, device.arch
+    block_n, block_c = (tile.queries, tile.keys) if kernel == "row" else (tile.keys, tile.queries)
+    shape = {"DIM": dim, "PADDED": padded(dim, dtype, arch), "DEPTH": tile.depth, "WIDTH": tile.width}
+    return shape | {"PARTS": parts(kernel, dim, tile, dtype, arch), "BLOCK_N": block_n, "BLOCK_C": block_c}
 
 
 def boxes(v: Tensor, rows: int, columns: int, device: Device) -> TensorDescriptor | None:
     """``v`` in boxes of so many rows and columns, for loads and stores by TMA, which takes address arithmetic out
     of the loop; None where there is none, or rows are not 16-byte aligned."""
-    if device.arch.startswith("sm_8") or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
+    if by_registers(device.arch) or v.data_ptr() % 16 or v.stride(0) * v.element_size() % 16 or v.stride(0) < v.shape[1]:
         return None
     return TensorDescriptor(v, list(v.shape), list(v.stride()), [rows, columns])
 

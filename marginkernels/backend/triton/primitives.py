@@ -4,6 +4,11 @@ A *query* block stays with its program; *key* blocks stream past it, and the key
 queries and the centers the keys; in the class pass it is the other way round. Tiles of similarities are (keys, queries) and accumulators
 are (D, queries). So the weights are the second operand of the second product, which Hopper's tensor cores take from shared memory, and no
 thread holds a copy of another thread's data. Logits are in units of log 2, so that ``exp`` is one instruction.
+
+Tensor cores that take their operands from registers (all but sm_90's and sm_100's) want it otherwise, where PARTS > 0: accumulators are
+(queries, D / PARTS), PARTS of them. Then one copy of the key block in shared memory serves both products as it lies, and Triton fetches it
+ahead by cp.async; a block that is turned around for the second product is loaded when it is needed, with nothing to hide that behind. In
+parts, since a product reads all of its operand into registers before it begins.
 """
 
 import triton
@@ -180,23 +185,52 @@ def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
                  PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-                 DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
-    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the key tile where that is whole.
+                 KEY_DIM: tl.constexpr, QUERY_DIM: tl.constexpr, DEPTH: tl.constexpr,
+                 BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the parts of the key tile where that is whole.
 
-    ``held`` is the query tile (DEPTH, BLOCK_Q), or None where D is deeper than DEPTH: then both blocks are read in steps of it.
+    ``held`` is the query tile (DEPTH, BLOCK_Q), in parts of its rows, or None where D is deeper than DEPTH: then both blocks are read in
+    steps of it.
     """
     near = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
     if held is not None:
-        key = load_tile(keys, key_box, stride_k, first_key, key_count, 0, DIM, BLOCK_K, DEPTH, DEPTH)
-        if key_count > 0:  # always; see `product`
-            near = product(key, held, near, PRECISION)
+        key = ()
+        WIDE: tl.constexpr = DEPTH // len(held)
+        for i in tl.static_range(len(held)):
+            part = load_tile(keys, key_box, stride_k, first_key, key_count, i * WIDE, KEY_DIM, BLOCK_K, WIDE, DEPTH)
+            if key_count > 0:  # always; see `product`
+                near = product(part, held[i], near, PRECISION)
+            key += (part,)
     else:
         key = near  # nobody's
-        for d in tl.range(0, DIM, DEPTH):
-            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, DIM, BLOCK_Q, DEPTH, DEPTH)
-            part = load_tile(keys, key_box, stride_k, first_key, key_count, d, DIM, BLOCK_K, DEPTH, DEPTH)
+        for d in tl.range(0, QUERY_DIM, DEPTH):
+            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, QUERY_DIM, BLOCK_Q, DEPTH, DEPTH)
+            part = load_tile(keys, key_box, stride_k, first_key, key_count, d, KEY_DIM, BLOCK_K, DEPTH, DEPTH)
             near = product(part, tl.trans(to_product(query, factor, PRESCALE, DTYPE)), near, PRECISION)
     return near, key
+
+
+@triton.jit
+def accumulators(PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Zeros: ((WIDTH, BLOCK_Q),), or PARTS tiles (BLOCK_Q, WIDTH / PARTS)."""
+    found = ()
+    if PARTS == 0:
+        found += (tl.zeros((WIDTH, BLOCK_Q), tl.float32),)
+    for _ in tl.static_range(PARTS):
+        found += (tl.zeros((BLOCK_Q, WIDTH // PARTS), tl.float32),)
+    return found
+
+
+@triton.jit
+def accumulate(key, g, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc`` plus the products of the parts of a key tile (BLOCK_K, WIDTH) and weights g (BLOCK_K, BLOCK_Q)."""
+    found = ()
+    for i in tl.static_range(len(acc)):
+        if PARTS == 0:
+            found += (product(tl.trans(key[i]), g, acc[i], PRECISION),)
+        else:
+            found += (product(tl.trans(g), key[i], acc[i], PRECISION),)
+    return found
 
 
 @triton.jit
@@ -211,12 +245,12 @@ def load_transform(threshold, t, row, inside, NON_TARGET: tl.constexpr):
 
 
 @triton.jit
-def store_tile(matrix, first, count, first_dim, value,
+def store_tile(matrix, stride, first, count, first_dim, value,
                DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
-    """The reverse of :func:`load_tile` into a contiguous matrix, in its dtype."""
+    """The reverse of :func:`load_tile` through pointers, in the matrix's dtype."""
     row = tl.arange(0, BLOCK)
     dim = first_dim + tl.arange(0, WIDTH)
-    at = matrix + wide(first) * DIM + row[:, None] * DIM + dim[None, :]
+    at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
     inside = row[:, None] < count - first
     if DIM % COVER != 0:
         inside &= dim[None, :] < DIM

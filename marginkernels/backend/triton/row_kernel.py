@@ -9,6 +9,8 @@ from .primitives import (
     LOG2E,
     SAVED_STEP,
     SIZES,
+    accumulate,
+    accumulators,
     fold_max,
     fold_sum,
     halves,
@@ -18,7 +20,6 @@ from .primitives import (
     narrow,
     nontarget_slope,
     nontarget_value,
-    product,
     similarities,
     store_tile,
     to_unit_range,
@@ -30,11 +31,11 @@ from .primitives import (
 def prepare_kernel(
     w,  # (C, D)
     factor,  # (C,) float32, out, or None
-    copy,  # (count, D) in the product's dtype, out, or None
+    copy,  # (count, PADDED) in the product's dtype, out, or None
     first_class, count, stride_wc, tiny,
-    DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """For ``count`` classes from ``first_class``: 1/|w_j|, 0 where |w_j| < tiny, and the centers times that.
+    """For ``count`` classes from ``first_class``: 1/|w_j|, 0 where |w_j| < tiny, and the centers times that, with zeros after them.
 
     Centers are brought to [1, 2) by a power of two first: squares neither overflow nor vanish.
     """
@@ -50,7 +51,7 @@ def prepare_kernel(
         tl.store(factor + first_class + col, tl.where(zero, 0.0, power / length), mask=col < count)
         tile = unit * tl.where(zero, 0.0, 1.0 / length)[:, None]
     if copy is not None:
-        store_tile(copy, first, count, 0, tile, DIM, BLOCK_C, WIDTH, WIDTH)
+        store_tile(copy, PADDED, first, count, 0, tile, PADDED, BLOCK_C, WIDTH, WIDTH)
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def add_to_tile(matrix, first, count, first_dim, value, decay, RESUME: tl.conste
     """Store a tile, plus ``decay`` (BLOCK,) times what stands there where RESUME."""
     if RESUME:
         value += decay[:, None] * load_tile(matrix, None, DIM, first, count, first_dim, DIM, BLOCK, WIDTH, COVER)
-    store_tile(matrix, first, count, first_dim, value, DIM, BLOCK, WIDTH, COVER)
+    store_tile(matrix, DIM, first, count, first_dim, value, DIM, BLOCK, WIDTH, COVER)
 
 
 @triton.jit
@@ -78,6 +79,15 @@ def update_running_max(running_max, logit):
     higher = tl.maximum(running_max, tl.max(logit, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     return higher, base, tl.exp2(running_max - base)
+
+
+@triton.jit
+def rescale(u, decay, PARTS: tl.constexpr):
+    """Accumulators times ``decay`` (BLOCK_N,)."""
+    found = ()
+    for i in tl.static_range(len(u)):
+        found += (u[i] * (decay[None, :] if PARTS == 0 else decay[:, None]),)
+    return found
 
 
 @triton.jit
@@ -114,7 +124,7 @@ def own_running_max(part_running_max, n, row):
 
 @triton.jit(do_not_specialize=SIZES)
 def row_pass_kernel(
-    x, w,  # (N, D), (count, D)
+    x, w,  # (N, PADDED), (count, PADDED): zeros past D
     x_box, w_box,  # the same as tensor descriptors with boxes (BLOCK_N, DEPTH) and (BLOCK_C, DEPTH), or None
     row_factor, scale, threshold, t, labels,  # (N,)
     class_factor,  # (C,), or None where w needs none
@@ -126,7 +136,8 @@ def row_pass_kernel(
     saved, saved_base,  # (saved_count, saved_stride), (saved_count / SAVED_STEP, saved_stride), out; or None
     saved_box,  # saved as a tensor descriptor with boxes (BLOCK_C, BLOCK_N), or None
     n, first_class, count, saved_count, stride_xn, stride_wc, saved_stride, blocks_per_split, limit,
-    DIM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     NON_TARGET: tl.constexpr, LOGIT_SUM: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
     NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr, POW2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -139,6 +150,7 @@ def row_pass_kernel(
     as the product takes them: times the class factor, if given.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
+    WIDE: tl.constexpr = DEPTH // max(PARTS, 1)
     PLAIN: tl.constexpr = NON_TARGET == IDENTITY and not NEED_COS
     DTYPE: tl.constexpr = x.dtype.element_ty
     first_row = tl.program_id(0) * BLOCK_N
@@ -154,7 +166,9 @@ def row_pass_kernel(
     hard, param = load_transform(threshold, t, row, in_n, NON_TARGET)
     query = None
     if WHOLE:
-        query = tl.trans(load_tile(x, None, stride_xn, first_row, n, 0, DIM, BLOCK_N, DEPTH, DEPTH))
+        query = ()
+        for i in tl.static_range(max(PARTS, 1)):
+            query += (tl.trans(load_tile(x, None, stride_xn, first_row, n, i * WIDE, PADDED, BLOCK_N, WIDE, DEPTH)),)
     first_dim = tl.program_id(2) * WIDTH
     total = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
     cos_sum = tl.zeros((BLOCK_C // 2, BLOCK_N), tl.float32)
@@ -166,14 +180,14 @@ def row_pass_kernel(
     if RESUME and ONLINE:
         running_max = tl.load(own_running_max(part_running_max, n, row), mask=in_n, other=float("-inf"))
     if NEED_CENTER:
-        u = tl.zeros((WIDTH, BLOCK_N), tl.float32)
+        u = accumulators(PARTS, WIDTH, BLOCK_N)
     first_block = tl.program_id(1) * blocks_per_split
     for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(count, BLOCK_C))):
         first = block * BLOCK_C
         col = first + tl.arange(0, BLOCK_C)
         in_c = col < count
         cos, key = similarities(w, w_box, stride_wc, first, count, x, x_box, stride_xn, first_row, n, query, 1.0, False, DTYPE, PRECISION,
-                                DIM, DEPTH, BLOCK_C, BLOCK_N)  # fmt: skip
+                                PADDED, PADDED, DEPTH, BLOCK_C, BLOCK_N)  # fmt: skip
         if class_factor is not None:
             factor = tl.load(class_factor + first_class + col, mask=in_c, other=0.0)[:, None]
             cos = cos * factor
@@ -200,7 +214,7 @@ def row_pass_kernel(
                 total *= decay[None, :]
                 cos_sum *= decay[None, :]
                 if NEED_CENTER:
-                    u *= decay[None, :]
+                    u = rescale(u, decay, PARTS)
             g = tl.exp2(logit)
             total += fold_sum(g)
         if NEED_COS:
@@ -213,8 +227,8 @@ def row_pass_kernel(
             save_weights(saved, saved_box, saved_base, saved_stride, g, base, first_class + first, saved_count, first_row)
         if NEED_CENTER:
             if not WHOLE or WIDTH < DEPTH:
-                key = load_tile(w, None, stride_wc, first, count, first_dim, DIM, BLOCK_C, WIDTH, WIDTH)
-            u = product(tl.trans(key), g, u, PRECISION)
+                key = (load_tile(w, None, stride_wc, first, count, first_dim, PADDED, BLOCK_C, WIDTH, WIDTH),)
+            u = accumulate(key, g, u, PARTS, PRECISION)
     if tl.program_id(2) == 0:
         store_row(part_max_logit + out, row, in_n, tl.max(max_logit, 0), None, RESUME)
         store_row(part_sum + out, row, in_n, tl.sum(total, 0), decayed, RESUME)
@@ -223,7 +237,11 @@ def row_pass_kernel(
     if RESUME or tl.program_id(2) == 0:  # without RESUME nobody reads the others
         tl.store(own_running_max(part_running_max, n, row), running_max, mask=in_n)
     if NEED_CENTER:
-        store_halves(part_center + out * DIM, first_row, n, first_dim, u * (1.0 / POW2), decayed, RESUME, DIM, BLOCK_N, WIDTH)
+        if PARTS == 0:
+            store_halves(part_center + out * DIM, first_row, n, first_dim, u[0] * (1.0 / POW2), decayed, RESUME, DIM, BLOCK_N, WIDTH)
+        for i in tl.static_range(PARTS):
+            part = u[i] * (1.0 / POW2)
+            add_to_tile(part_center + out * DIM, first_row, n, first_dim + i * WIDE, part, decayed, RESUME, DIM, BLOCK_N, WIDE, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -270,4 +288,4 @@ def combine_kernel(
         if NEED_COS:
             tl.store(cos + row, mean, mask=in_n)
     if NEED_CENTER:
-        store_tile(center, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH, WIDTH)
+        store_tile(center, DIM, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH, WIDTH)

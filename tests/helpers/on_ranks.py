@@ -20,6 +20,7 @@ from marginkernels.cli import plan
 from marginkernels.distributed import GradScaler
 from marginkernels.distributed import _collectives as collectives
 from marginkernels.distributed._shard import bounds
+from marginkernels.loss import head_losses
 
 TOLERANCE = 5e-5
 D = 16
@@ -153,6 +154,25 @@ def check_class_weights_and_mixed_labels():
     if dist.get_world_size() > 1:
         rank = dist.get_rank()
         _raises(ValueError, "class_weight: expected one value on all ranks", lambda: _head(37, class_weight=torch.full((37,), 1.0 + rank)))
+
+
+def check_statistics():
+    """By value, of rows whose own class is the nearest, or is it in its shard alone, where another shard has a nearer one."""
+    c, own, size = 37, mine(8), dist.get_world_size()
+    whole = case(c)
+    w = nn.functional.normalize(whole.w)
+    y = torch.arange(8 * size) * 5 % c
+    near = torch.where(torch.arange(8 * size) % 2 == 0, 0.4, 2.5)[:, None]
+    x = w[y] + near * w[(y + c // 2) % c]
+    y[3] = -100
+    for margin in (mk.ArcFace(), mk.CurricularFace(), mk.L2Softmax(num_classes=c)):
+        _, _, want = head_losses(x.double(), whole.w.double(), y, margin=copy.deepcopy(margin), backend="reference")
+        head = sharded(whole, margin)
+        head(x[own], y[own])
+        same_everywhere(*head.stats.values())
+        assert head.stats.keys() == want.keys()
+        assert {k: float(v) for k, v in head.stats.items()} == pytest.approx({k: float(v) for k, v in want.items()}, rel=1e-5)
+        assert 0.2 < float(want["top1"]) < 0.8
 
 
 def check_statistics_of_norms():
@@ -544,6 +564,9 @@ def check_clip_grad_norm():
             for p, q in zip(net.parameters(), model.parameters(), strict=True):
                 compare(p, q, "backbone")
             compare(head.weight, whole.weight[: head.shard.stop], "weight")
+        for p in net.parameters():  # replicas that have drifted apart are scaled alike
+            p.grad *= 1 + rank * 2.0**-16
+        same_everywhere(mk.distributed.clip_grad_norm_(parameters, 0.5))
         if size > 1:
             _one_rank_infinite(head, parameters)
 
@@ -787,12 +810,13 @@ def check_received_bytes():
     """The bytes that the collectives count are those that the planner states."""
     size = dist.get_world_size()
     for options, plan_options in (({}, {}), ({"label_smoothing": 0.1}, {"label_smoothing": True})):
-        head = _head(37, batch_size=4, **options)
-        collectives.forget(head.shard.group)
-        x = torch.randn(3, D, requires_grad=True)
-        head(x, torch.tensor([1, 2, 3])).backward()
-        want = plan.exchanged(dim=D, ranks=size, batch=4, embedding_bytes=4, **plan_options)
-        assert collectives.received(head.shard.group) == want
+        for dtype in (torch.float32, torch.bfloat16):  # whose gradients are summed in float32
+            head = _head(37, batch_size=4, **options)
+            collectives.forget(head.shard.group)
+            x = torch.randn(3, D, dtype=dtype, requires_grad=True)
+            head(x, torch.tensor([1, 2, 3])).backward()
+            want = plan.exchanged(dim=D, ranks=size, batch=4, embedding_bytes=dtype.itemsize, **plan_options)
+            assert collectives.received(head.shard.group) == want
 
 
 def train_replicated(wrap) -> None:

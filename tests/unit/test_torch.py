@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 
 import pytest
 import torch
@@ -356,13 +357,15 @@ def test_topk_is_what_the_product_says():
     x, _ = batch()
     for name in ("arcface", "softmax", "w-norm-softmax", "l2-softmax"):
         for dtype in (torch.float32, torch.float64):
-            head = make_head(name, bias=name == "softmax", dtype=dtype)
+            head = make_head(name, bias=name != "arcface" or dtype == torch.float64, dtype=dtype)
             nn.init.normal_(head.weight)
             if head.bias is not None:
-                nn.init.normal_(head.bias)
+                nn.init.normal_(head.bias, std=20)
             side = F.normalize(x.to(dtype)) if head.margin.normalize_embedding else x.to(dtype)
             scores = side @ (F.normalize(head.weight) if head.margin.normalize_weight else head.weight).T.detach()
-            scores = scores + (0 if head.bias is None else head.bias.detach())
+            if head.bias is not None:
+                scale = {"arcface": 64.0, "l2-softmax": math.log(0.9 * (C - 2) / 0.1)}.get(name, 1.0)
+                scores = scale * scores + head.bias.detach()
             want = scores.topk(7, 1)
             got = head.topk(x.to(dtype), k=7)
             assert torch.equal(got[1], want.indices)

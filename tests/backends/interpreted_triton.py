@@ -15,6 +15,7 @@ from marginkernels.core import nontarget
 from marginkernels.core.types import Reduction, Request
 
 pytest.importorskip("triton")
+from helpers import tensor_cores
 from helpers.grids import ORDERS, set_grid_order
 from helpers.passes import compare_passes, pass_inputs
 
@@ -230,6 +231,19 @@ def test_a_large_bias_needs_the_running_maximum(bias, ran):
     assert max(found.values()) <= 2e-5, found
     bound = next(one.args["bound"] for one in ran if one.kernel is launch.row_pass_kernel)
     assert float(bound) > launch.LIMIT
+
+
+@pytest.mark.parametrize(("dim", "scale"), list(itertools.product((128, 512, 1024), (64.0, 1024.0))))
+def test_three_tf32_products_are_as_good_as_float32(dim, scale, monkeypatch):
+    """In both passes, by an emulation of tensor cores that cut every sum towards zero. One such product is not."""
+    monkeypatch.setattr(launch, "tile_for", lambda key: heuristics.Tile(32, 64, key.dim, key.dim, 1, 1))
+    asked = tensor_cores.emulate(monkeypatch)
+    case = testing.Case.random(17, dim, 200)
+    assert max(testing.errors(case, mk.CosFace(scale=scale), "triton").values()) <= testing.TOLERANCE[torch.float32]
+    assert set(asked) == {"tf32x3"}
+    if dim == 128:
+        monkeypatch.setattr(launch, "precision", lambda dtype: "tf32")
+        assert max(testing.errors(case, mk.CosFace(scale=scale), "triton").values()) > 10 * testing.TOLERANCE[torch.float32]
 
 
 #: What takes converted centers by the way that carries a running maximum: dtypes of embeddings and weight, and a head.

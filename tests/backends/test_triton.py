@@ -324,6 +324,7 @@ def matmul_switches():
         ("matmul.fp32_precision = 'ieee'", "ieee"),
         ("torch.backends.fp32_precision = 'tf32'", "tf32"),
         ("matmul.allow_tf32 = True", "tf32"),
+        ("matmul.fp32_precision = 'none'", "tf32x3"),
         ("matmul.allow_tf32 = False", "ieee"),
         ("torch.set_float32_matmul_precision('high')", "tf32"),
     ],
@@ -332,7 +333,7 @@ def test_pytorchs_switch_for_tf32(matmul_switches, setting, wanted):
     """Both the older and the newer switch: reading the older one once raised where the newer was set."""
     from marginkernels.backend.triton import launch
 
-    assert launch.precision(torch.float32) == "ieee"
+    assert launch.precision(torch.float32) == "tf32x3"
     exec(setting, {"torch": torch, "matmul": matmul_switches})
     assert launch.precision(torch.float32) == wanted
     assert launch.precision(torch.bfloat16) == "ieee"

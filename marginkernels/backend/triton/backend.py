@@ -38,8 +38,9 @@ def interpreting() -> bool:
 class TritonBackend(Backend):
     """Triton 3.6 or newer on a GPU from sm_80 on, or on CPU tensors under Triton's interpreter.
 
-    float16 and bfloat16 products accumulate in float32. float32 products are taken at float32's precision, or as one TF32 product where
-    ``torch.backends.cuda.matmul`` says so: ``allow_tf32`` or, the newer switch, ``fp32_precision = "tf32"``.
+    float16 and bfloat16 products accumulate in float32. float32 products are taken as three TF32 products, which are as
+    exact; as one where ``torch.backends.cuda.matmul`` says so, by ``allow_tf32`` or, the newer switch, ``fp32_precision = "tf32"``; and
+    without tensor cores where that is ``"ieee"``.
     """
 
     name = "triton"

@@ -56,6 +56,12 @@ class Explained(NamedTuple):
     why: str
 
 
+#: Whose tensor cores take both operands from registers.
+HELD_BY_REGISTERS = tuple(itertools.product(("row", "class"), (500, 512), ("sm_80", "sm_89", "sm_120")))
+BY_REGISTERS = (
+    "at most 16 registers, since a thread holds fragments of both blocks and addresses of the key block that is fetched ahead; without the "
+    "prefetch, or with half of the queries, there are none, but then the key block is waited for, or serves half as many products"
+)
 EXPLAINED = (
     Explained(
         ("row_pass_kernel", "D=512"),
@@ -65,15 +71,8 @@ EXPLAINED = (
         "and do half the work per byte of class centers read from L2",
     ),
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_90", 8, "two registers, with Triton 3.6 only"),
-    Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_80", 16, "four registers, with Triton 3.6 only"),
-    Explained(
-        ("row_pass_kernel", "D=512", "saved weights", "hard-quadratic"),
-        "sm_80",
-        24,
-        "six registers, since N is not known to be a multiple of 16: a kernel for each batch size would take longer to compile",
-    ),
-    Explained(("saved_pass_kernel", "D=128"), "sm_80", 8, "two registers, since N and C are not known to be multiples of 16"),
     Explained(("prepare_kernel", "D=512"), "sm_80", 8, "two registers, in a kernel without a loop, with Triton 3.6 only"),
+    *(Explained((f"{kernel}_pass_kernel", f"D={dim}"), arch, 64, BY_REGISTERS) for kernel, dim, arch in HELD_BY_REGISTERS),
 )
 
 

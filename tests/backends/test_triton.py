@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: under the interpreter, in processes of its own, and compiled for GPUs that are not there."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -64,12 +65,12 @@ def test_the_million_class_kernels_on_hopper():
 @pytest.mark.parametrize(("arch", "dim"), [("sm_80", 128), ("sm_89", 512)])
 def test_keys_are_fetched_ahead(arch, dim):
     """One copy of a key block in shared memory feeds both products, and the next is on its way there meanwhile: 16 bytes at a time, which
-    of all that a step loads only the key block is. Nothing of it spills."""
+    of all that a step loads only the key block is."""
     from marginkernels.backend.triton import aot, heuristics
 
     for name, kernel in _compiled(arch, dim, torch.bfloat16, torch.bfloat16).items():
         used = aot.resources(kernel)
-        assert used.stack_bytes <= 8 * (name == "class_pass_kernel" and dim == 512), name
+        assert not used.stack_bytes or resources_triton.explanation(f"{name}<D={dim}>", arch, used.stack_bytes), name
         copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
         key_block = 32 * dim * 2 // (256 * 16)  # copies of 16 bytes that one of 256 threads makes
         tile = heuristics.default(heuristics.Key.of(name.split("_")[0], dim, torch.bfloat16, arch))
@@ -369,6 +370,23 @@ def test_stack_is_explained_up_to_what_is_known():
         assert resources_triton.explanation(name, known.arch, known.most + 8) is None
         assert resources_triton.explanation(name, known.arch, 0) is None
         assert resources_triton.explanation("class_pass_kernel<D=64>", known.arch, known.most) is None
+
+
+def test_the_report_compiles_each_kernel_once():
+    from marginkernels.backend.triton import aot
+
+    found = resources_triton.kernels("sm_90", (64, 72))
+    variants = {aot.variant(one, "sm_90") for one in found.values()}
+    assert len(variants) == len(found)
+    p = aot.meta_inputs(1024, 72, 1_000_000, torch.bfloat16, torch.float32, non_target=mk.NonTarget.HARD_LINEAR, bias=True)
+    assert {aot.variant(one, "sm_90") for one in aot.launches(p, "sm_90")} <= variants
+
+
+def test_the_report_can_be_read_again():
+    records = [{"kernel": "k", "arch": "sm_90", "stack_bytes": number} for number in range(2)]
+    read = json.loads(resources.document(records))
+    assert read["records"] == records
+    assert read["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_resource_faults():

@@ -165,7 +165,7 @@ def default(key: Key) -> Tile:
             return Tile(64, 64, d, d, stages=3) if d <= 512 else Tile(32, 32, d, d, stages=3)
         return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
     if dtype == "float32":  # both parts of each operand in registers, or all of it without tensor cores
-        return Tile(32, 64, 32, min(d, 128) if accumulates and large(arch) else 64)
+        return Tile(32, 64 if large(arch) or not online else 32, 32, min(d, 128) if accumulates and large(arch) else 64)
     blackwell = arch in ("sm_100", "sm_103")
     if not accumulates:
         if blackwell:

@@ -84,9 +84,9 @@ def saved_pow2(dtype: torch.dtype) -> float:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products are taken. Those of float32 follow PyTorch's own switch: one TF32 product where that is ``"tf32"``, float32's own, without
-    tensor cores, where it is ``"ieee"``; and as nobody has asked for either, three TF32 products, which are as exact as float32's: what
-    they leave out is below its last place, and long sums are added up in float32 a block at a time."""
+    """How products are taken. Those of float32 follow PyTorch's own switch: one TF32 product where that is ``"tf32"``, and float32's own,
+    without tensor cores, where it is ``"ieee"``. Where nobody has asked for either they are three TF32 products, which are as exact: what
+    those leave out is below float32's last place, and long sums are added up in float32 a block at a time."""
     if dtype != torch.float32:
         return "ieee"
     # Reading allow_tf32 raises once a user has set fp32_precision; the latter follows both.

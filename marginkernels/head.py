@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import backend as backends
 from ._deprecated import BACKENDS
 from .core.labels import checked_ignore_index
-from .core.numerics import best, reduce_losses
+from .core.numerics import best
 from .core.transforms import transforming
 from .core.validation import FLOATS, check_number, check_reduction, positive
 from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
@@ -248,19 +248,19 @@ class MarginHead(nn.Module):
         return self._passes.run(state, lambda: self._loss(embeddings, labels))
 
     def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        losses, valid, self.stats = local_head_losses(
+        loss, _, self.stats = local_head_losses(
             embeddings,
             self.weight,
             labels,
             self.margin,
             self.bias,
-            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes),
+            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes, self.reduction),
             shard=self.shard,
             sampler=self.sampler if self.training else None,
         )
         if self.shard is not None and self.reduction == "none":
-            return self.shard.own_rows(losses, embeddings.shape[0])
-        return reduce_losses(losses, valid, self.reduction)
+            return self.shard.own_rows(loss, embeddings.shape[0])
+        return loss
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:

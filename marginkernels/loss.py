@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import backend as backends
 from . import ops, reference
-from .core.labels import checked_ignore_index, checked_labels
+from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers
 from .core.transforms import transforming
-from .core.types import HeadInputs, PassInputs, PreparedRows, Request
+from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_inputs, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
 from .margins.contract import Evaluated, advance, evaluate, restored_on_error
@@ -65,9 +65,8 @@ def margin_cross_entropy(
             left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
     """
     check_reduction(reduction)
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
-    losses, valid, _ = local_head_losses(embeddings, weight, labels, margin, bias, options)
-    return reduce_losses(losses, valid, reduction)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), reduction)
+    return local_head_losses(embeddings, weight, labels, margin, bias, options)[0]
 
 
 def head_losses(
@@ -102,6 +101,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     backend: str = "auto"
     workspace_bytes: int | None = None
+    reduction: str = "none"
 
 
 def local_head_losses(
@@ -122,7 +122,8 @@ def local_head_losses(
         sampler: draws the classes that take part. The others are as if they were not there, also to the label smoothing.
 
     Returns:
-        As :func:`head_losses`; with a shard, of the rows of all ranks, each rank's padded to one number of rows.
+        As :func:`head_losses`, the losses reduced as the options say; with a shard, of the rows of all ranks, each rank's padded to one
+        number of rows.
     """
     check_margin(margin)
     check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None)
@@ -148,8 +149,12 @@ def local_head_losses(
         if name == "auto":
             name = _backend(name, embeddings, weight, shard, sampler)
     margin.bind(num_classes)
-    labels = checked_labels(labels, num_classes, ignore_index)
-    embeddings = _without_bad_ignored_rows(embeddings, labels)
+    labels = ops.checked_labels(labels, num_classes, ignore_index, embeddings, name)
+    fused = ops.fuses_rows(embeddings, name)
+    if fused:
+        embeddings = ops.without_bad_ignored_rows(embeddings, labels, name)
+    else:
+        embeddings = _without_bad_ignored_rows(embeddings, labels)
     # A compiled step writes its buffers at its end, where nothing raises any more.
     moves = margin.training and margin._moves and not torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
@@ -161,10 +166,13 @@ def local_head_losses(
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
-            losses, stats = _fused_losses(batch, classes, margin, options.label_smoothing, name, workspace)
-    stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
-    losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
-    return losses, labels >= 0, {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()}
+            losses, stats = _fused_losses(batch, classes, margin, replace(options, backend=name, workspace_bytes=workspace), fused)
+    state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
+    valid = labels >= 0 if name == "reference" else batch.valid
+    if losses.ndim:  # else a kernel has reduced them
+        losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
+        losses = reduce_losses(losses, valid, options.reduction)
+    return losses, valid, {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
 
 
 def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None) -> str:
@@ -245,9 +253,10 @@ class LocalClasses:
 
 
 def _fused_losses(
-    batch: BatchInfo, classes: LocalClasses, margin: Margin, label_smoothing: float, backend: str, workspace_bytes: int
+    batch: BatchInfo, classes: LocalClasses, margin: Margin, given: LossOptions, fused: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N,) losses and the statistics of a step, by the two passes of ``backend``."""
+    """(N,) losses and the statistics of a step, by the two passes of a backend; where ``fused``, one kernel may have reduced them."""
+    label_smoothing, backend = given.label_smoothing, given.backend
     inputs = HeadInputs(batch.embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
     rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
     if center_norm is not None:
@@ -255,6 +264,7 @@ def _fused_losses(
     if margin.training:
         _update_state(margin, batch, rows, classes, backend)
     target = evaluate(margin, rows.target_similarity, batch, torch.float64)
+    fused = fused and classes.shard is None and center_norm is None and target.regularizer is None and target.value.dtype == torch.float64
     options = ops.SumOptions(
         non_target=margin.non_target,
         normalize_embedding=margin.normalize_embedding,
@@ -262,11 +272,14 @@ def _fused_losses(
         logit_sum=label_smoothing > 0,
         center_norm=center_norm is not None,
         grad=torch.is_grad_enabled(),
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=given.workspace_bytes or 0,
         backend=backend,
+        fused=fused,
     )
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, target.scale, target.threshold, target.t, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
+    if fused:
+        return _by_kernel(sums, target, batch, rows, classes, given, margin.focal_gamma)
     losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma)
     if target.regularizer is not None:
         losses = losses + target.regularizer
@@ -274,16 +287,19 @@ def _fused_losses(
 
 
 @torch.no_grad()
-def _prepare(inputs: HeadInputs, classes: LocalClasses, backend: str, need_center_norm: bool) -> tuple[PreparedRows, Tensor, Tensor | None]:
-    """The rows as the passes take them, with the target similarity and, beside them, the target bias and the norm of the class center (None
-    where nobody needs it) from the rank that holds it."""
+def _prepare(
+    inputs: HeadInputs, classes: LocalClasses, backend: str, need_center_norm: bool
+) -> tuple[PreparedRows, Tensor | None, Tensor | None]:
+    """The rows as the passes take them, with the target similarity and, beside them, from the rank that holds it the target bias (None
+    without ranks) and the norm of the class center (None where nobody needs it)."""
     detached = HeadInputs(inputs.x.detach(), inputs.w.detach(), inputs.labels, inputs.normalize_embedding, inputs.normalize_weight)
     rows = ops.prepare_inputs(detached, backend)
-    bias, norm = target_biases(classes.bias, classes.labels), None
+    bias, norm = None, None
     if need_center_norm:
         norm = torch.linalg.vector_norm(target_centers(detached.w, classes.labels), dim=1)
     if classes.shard is not None:
-        mine = [rows.target_similarity, rows.target_cos, bias, *([] if norm is None else [norm])]
+        own_bias = target_biases(classes.bias, classes.labels)
+        mine = [rows.target_similarity, rows.target_cos, own_bias, *([] if norm is None else [norm])]
         similarity, cos, bias, *norms = classes.shard.from_owner(*mine)
         rows, norm = PreparedRows(rows.x, rows.row_factor, similarity, cos), norms[0] if norms else None
     return rows, bias, norm
@@ -313,7 +329,7 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
 
 
 def _exchange(
-    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor, classes: LocalClasses, with_logit_sum: bool
+    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor | None, classes: LocalClasses, with_logit_sum: bool
 ) -> tuple[ops.ClassSums, Evaluated]:
     """Sums over the classes here to sums over all, with gradients of O(N) terms on the rank that holds the row's class alone."""
     lse, logit_sum, max_logit, target_bias = sums.lse, sums.logit_sum, sums.max_logit, sums.target_bias
@@ -322,12 +338,43 @@ def _exchange(
     if classes.shard is not None:
         lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
         logit_sum = logit_sum if combined is None else combined
+        assert owner_bias is not None
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
         term = target.regularizer
         value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
         term = None if term is None else classes.shard.grad_on_owner(term, classes.labels)
         target = replace(target, value=value, scale=scale, regularizer=term)
     return replace(sums, lse=lse, target_bias=target_bias, logit_sum=logit_sum, max_logit=max_logit), target
+
+
+def _by_kernel(
+    sums: ops.ClassSums,
+    target: Evaluated,
+    batch: BatchInfo,
+    rows: PreparedRows,
+    classes: LocalClasses,
+    options: LossOptions,
+    focal_gamma: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What :func:`_assemble`, :func:`reduce_losses` and :func:`_statistics` give, by one kernel; the loss is (N,), or () where reduced."""
+    inputs = LossInputs(
+        lse=sums.lse,
+        value=target.value,
+        slope=target.slope.detach().to(torch.float64),
+        scale=target.scale,
+        bias=None if classes.bias is None else sums.target_bias,
+        logit_sum=sums.logit_sum if options.label_smoothing else None,
+        labels=batch.labels,
+        similarity=rows.target_similarity,
+        cos=rows.target_cos,
+        max_logit=sums.max_logit,
+        num_classes=classes.count,
+        label_smoothing=float(options.label_smoothing),
+        focal_gamma=float(focal_gamma),
+        reduction=options.reduction,
+    )
+    loss, stats = ops.fused_loss(inputs, sums.target_similarity, options.backend)
+    return loss, dict(zip(_STATISTICS, stats.unbind(), strict=True))
 
 
 def _assemble(
@@ -358,9 +405,12 @@ def _assemble(
     return losses
 
 
+_STATISTICS = ("target_cosine", "scale", "top1")
+
+
 @torch.no_grad()
 def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: Evaluated) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
     top1 = (target.scale * rows.target_similarity + sums.target_bias > sums.max_logit).to(torch.float64)
     means = batch.mean(torch.stack([rows.target_cos, target.scale, top1]))
-    return dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))
+    return dict(zip(_STATISTICS, means.unbind(), strict=True))

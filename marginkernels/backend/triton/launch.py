@@ -28,7 +28,9 @@ from .topk_kernel import topk_kernel
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
-#: Of converted class centers held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them.
+#: Of converted class centers held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them. One
+#: buffer, converted and read by turns: two of half the size, on two streams, would double the launches of a step that the host bounds, and
+#: share the memory's bandwidth with a pass that needs it; which wins is for a GPU to say.
 CHUNK_BYTES = 40 << 20
 #: A power of two that brings float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
 FLOAT16_POW2 = 256.0

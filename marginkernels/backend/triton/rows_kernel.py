@@ -211,9 +211,10 @@ def softplus(gap):
 @triton.jit
 def load_or_zero(values, row, inside):
     """(BLOCK,) float64, zeros where ``values`` is None."""
-    if values is None:
-        return tl.zeros(row.shape, tl.float64)
-    return tl.load(values + row, mask=inside, other=0.0).to(tl.float64)
+    found = tl.zeros(row.shape, tl.float64)
+    if values is not None:
+        found = tl.load(values + row, mask=inside, other=0.0).to(tl.float64)
+    return found
 
 
 @triton.jit

@@ -268,7 +268,7 @@ class MarginHead(nn.Module):
             labels,
             self.margin,
             self.bias,
-            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes),
+            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes, self.reduction),
             class_weight=self.class_weight,
             mix=mix,
             shard=self.shard,

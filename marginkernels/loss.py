@@ -12,11 +12,11 @@ from torch import Tensor
 
 from . import backend as backends
 from . import ops, reference
-from .core.labels import checked_ignore_index, checked_labels
+from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers
 from .core.transforms import transforming
-from .core.types import HeadInputs, PassInputs, PreparedRows, Request
+from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
 from .margins.contract import Evaluated, advance, evaluate, restored_on_error
@@ -76,7 +76,7 @@ def margin_cross_entropy(
             left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
     """
     check_reduction(reduction)
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), reduction)
     return local_head_losses(embeddings, weight, labels, margin, bias, options, class_weight=class_weight, mix=mix).reduce(reduction)
 
 
@@ -113,6 +113,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     backend: str = "auto"
     workspace_bytes: int | None = None
+    reduction: str = "none"
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,22 @@ class Term:
 
 @dataclass(frozen=True)
 class HeadLosses:
-    """What :func:`local_head_losses` gives: one term, or two where labels are mixed, and the statistics of the first."""
+    """What :func:`local_head_losses` gives.
+
+    Attributes:
+        terms: one, or two where labels are mixed; none where a kernel has reduced the losses.
+        stats: the statistics of the rows at their first labels.
+        reduced: () the loss, by the reduction of the options, where a kernel has reduced it.
+    """
 
     terms: tuple[Term, ...]
     stats: dict[str, Tensor]
+    reduced: Tensor | None
 
     def reduce(self, reduction: str) -> Tensor:
         """The loss: () or, for ``"none"``, (N,)."""
+        if self.reduced is not None:
+            return self.reduced
         first, *more = (term.reduce(reduction) for term in self.terms)
         return first + more[0] if more else first
 
@@ -201,10 +211,15 @@ def local_head_losses(
         if name == "auto":
             name = _backend(name, embeddings, weight, shard, sampler)
     margin.bind(num_classes)
-    labels = checked_labels(labels, num_classes, ignore_index)
+    labels = ops.checked_labels(labels, num_classes, ignore_index, embeddings, name)
     if mixed is not None:  # every row once more, at its second label
-        labels, embeddings = torch.cat([labels, checked_labels(mixed[0], num_classes, ignore_index)]), torch.cat([embeddings, embeddings])
-    embeddings = _without_bad_ignored_rows(embeddings, labels)
+        second = ops.checked_labels(mixed[0], num_classes, ignore_index, embeddings, name)
+        labels, embeddings = torch.cat([labels, second]), torch.cat([embeddings, embeddings])
+    fused = ops.fuses_rows(embeddings, name)
+    if fused:
+        embeddings = ops.without_bad_ignored_rows(embeddings, labels, name)
+    else:
+        embeddings = _without_bad_ignored_rows(embeddings, labels)
     batches = [BatchInfo(embeddings, labels, num_classes, own=own)]
     if mixed is not None:
         halves = zip(embeddings.tensor_split(2), labels.tensor_split(2), strict=True)
@@ -233,9 +248,12 @@ def local_head_losses(
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
-            of_rows = row_weights(class_weight, labels)
-            losses, stats = _fused_losses(embeddings, batches, classes, of_rows, margin, options.label_smoothing, name, workspace)
-    stats |= {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
+            given = replace(options, backend=name, workspace_bytes=workspace)
+            losses, stats = _fused_losses(embeddings, batches, classes, row_weights(class_weight, labels), margin, given, fused)
+    state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
+    stats = {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
+    if not losses.ndim:  # a kernel has reduced them
+        return HeadLosses((), stats, losses)
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     shares: list[float | Tensor | None] = [None] if mixed is None else [mixed[1], 1 - mixed[1]]
     of_batch = (losses,) if mixed is None else losses.tensor_split(2)
@@ -243,7 +261,7 @@ def local_head_losses(
         Term(some, batch.valid, row_weights(class_weight, batch.labels), share)
         for some, batch, share in zip(of_batch, batches, shares, strict=True)
     )
-    return HeadLosses(tuple(terms), {k: v.detach().to(torch.float32, copy=True) for k, v in stats.items()})
+    return HeadLosses(tuple(terms), stats, None)
 
 
 def row_weights(class_weight: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -350,17 +368,18 @@ def _fused_losses(
     classes: LocalClasses,
     row_weight: Tensor | None,
     margin: Margin,
-    label_smoothing: float,
-    backend: str,
-    workspace_bytes: int,
+    given: LossOptions,
+    fused: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of all rows, and the statistics of the first batch's, by the two passes of ``backend``.
+    """The losses of all rows, and the statistics of the first batch's, by the two passes of a backend; where ``fused``, one kernel may have
+    reduced the losses.
 
     Args:
         embeddings: (N, D), the rows of all ``batches``, one batch after the other.
         batches: what the margin sees at a time; its state advances by the first.
         row_weight: (N,) the weight of each row's class, or None.
     """
+    label_smoothing, backend = given.label_smoothing, given.backend
     inputs = HeadInputs(embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
     rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
     parts = _parts(batches)
@@ -374,6 +393,8 @@ def _fused_losses(
     last_first = reversed([*zip(batches, parts, strict=True)])
     found = [evaluate(margin, rows.target_similarity[part], batch, torch.float64) for batch, part in last_first]
     target = Evaluated.joined(found[::-1])
+    fused = fused and classes.shard is None and center_norm is None and target.regularizer is None and target.value.dtype == torch.float64
+    fused = fused and len(batches) == 1 and row_weight is None and margin.loss_factor == 1
     options = ops.SumOptions(
         non_target=margin.non_target,
         normalize_embedding=margin.normalize_embedding,
@@ -381,13 +402,17 @@ def _fused_losses(
         logit_sum=label_smoothing > 0,
         center_norm=center_norm is not None,
         grad=torch.is_grad_enabled(),
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=given.workspace_bytes or 0,
         backend=backend,
+        fused=fused,
     )
     of_rows = (target.scale, target.threshold, target.t)
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
-    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes, row_weight, label_smoothing, margin.focal_gamma)
+    if fused:
+        return _by_kernel(sums, target, batches[0], rows, classes, given, margin.focal_gamma)
+    weights = (row_weight, classes.weight_sum)
+    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma, *weights)
     if margin.loss_factor != 1:
         losses = losses * margin.loss_factor
     if target.regularizer is not None:
@@ -405,16 +430,19 @@ def _parts(batches: list[BatchInfo]) -> list[slice]:
 
 
 @torch.no_grad()
-def _prepare(inputs: HeadInputs, classes: LocalClasses, backend: str, need_center_norm: bool) -> tuple[PreparedRows, Tensor, Tensor | None]:
-    """The rows as the passes take them, with the target similarity and, beside them, the target bias and the norm of the class center (None
-    where nobody needs it) from the rank that holds it."""
+def _prepare(
+    inputs: HeadInputs, classes: LocalClasses, backend: str, need_center_norm: bool
+) -> tuple[PreparedRows, Tensor | None, Tensor | None]:
+    """The rows as the passes take them, with the target similarity and, beside them, from the rank that holds it the target bias (None
+    without ranks) and the norm of the class center (None where nobody needs it)."""
     detached = HeadInputs(inputs.x.detach(), inputs.w.detach(), inputs.labels, inputs.normalize_embedding, inputs.normalize_weight)
     rows = ops.prepare_inputs(detached, backend)
-    bias, norm = target_biases(classes.bias, classes.labels), None
+    bias, norm = None, None
     if need_center_norm:
         norm = torch.linalg.vector_norm(target_centers(detached.w, classes.labels), dim=1)
     if classes.shard is not None:
-        mine = [rows.target_similarity, rows.target_cos, bias, *([] if norm is None else [norm])]
+        own_bias = target_biases(classes.bias, classes.labels)
+        mine = [rows.target_similarity, rows.target_cos, own_bias, *([] if norm is None else [norm])]
         similarity, cos, bias, *norms = classes.shard.from_owner(*mine)
         rows, norm = PreparedRows(rows.x, rows.row_factor, similarity, cos), norms[0] if norms else None
     return rows, bias, norm
@@ -444,7 +472,7 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
 
 
 def _exchange(
-    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor, classes: LocalClasses, with_logit_sum: bool
+    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor | None, classes: LocalClasses, with_logit_sum: bool
 ) -> tuple[ops.ClassSums, Evaluated]:
     """Sums over the classes here to sums over all, with gradients of O(N) terms on the rank that holds the row's class alone."""
     lse, logit_sum, max_logit, target_bias = sums.lse, sums.logit_sum, sums.max_logit, sums.target_bias
@@ -453,6 +481,7 @@ def _exchange(
     if classes.shard is not None:
         lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
         logit_sum = logit_sum if combined is None else combined
+        assert owner_bias is not None
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
         term = target.regularizer
         value, scale = (classes.shard.grad_on_owner(v, classes.labels) for v in (target.value, target.scale))
@@ -461,15 +490,46 @@ def _exchange(
     return replace(sums, lse=lse, target_bias=target_bias, logit_sum=logit_sum, max_logit=max_logit), target
 
 
+def _by_kernel(
+    sums: ops.ClassSums,
+    target: Evaluated,
+    batch: BatchInfo,
+    rows: PreparedRows,
+    classes: LocalClasses,
+    options: LossOptions,
+    focal_gamma: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What :func:`_assemble`, :func:`reduce_losses` and :func:`_statistics` give, by one kernel; the loss is (N,), or () where reduced."""
+    inputs = LossInputs(
+        lse=sums.lse,
+        value=target.value,
+        slope=target.slope.detach().to(torch.float64),
+        scale=target.scale,
+        bias=None if classes.bias is None else sums.target_bias,
+        logit_sum=sums.logit_sum if options.label_smoothing else None,
+        labels=batch.labels,
+        similarity=rows.target_similarity,
+        cos=rows.target_cos,
+        max_logit=sums.max_logit,
+        num_classes=classes.count,
+        label_smoothing=float(options.label_smoothing),
+        focal_gamma=float(focal_gamma),
+        reduction=options.reduction,
+    )
+    loss, stats = ops.fused_loss(inputs, sums.target_similarity, options.backend)
+    return loss, dict(zip(_STATISTICS, stats.unbind(), strict=True))
+
+
 def _assemble(
     sums: ops.ClassSums,
     target: Evaluated,
     similarity: Tensor,
     center_norm: Tensor | None,
-    classes: LocalClasses,
-    row_weight: Tensor | None,
+    num_classes: int,
     label_smoothing: float,
     focal_gamma: float,
+    row_weight: Tensor | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Tensor:
     """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
     # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
@@ -482,20 +542,23 @@ def _assemble(
     gap = sums.lse - target_logit
     zero = torch.zeros_like(gap)
     losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold
-    nll, share = losses, label_smoothing / max(classes.count, 1)
+    nll = losses
     if row_weight is not None:
         losses = row_weight * losses
-    if label_smoothing and classes.weight_sum is not None:
+    if label_smoothing and weight_sum is not None:
         assert row_weight is not None
         weighted_sum = row_weight * target_logit + sums.logit_sum
-        losses = (1 - label_smoothing) * losses + share * (classes.weight_sum * (nll + target_logit) - weighted_sum)
+        losses = (1 - label_smoothing) * losses + label_smoothing / num_classes * (weight_sum * (nll + target_logit) - weighted_sum)
     elif label_smoothing:
-        losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / classes.count)
+        losses = losses + label_smoothing * (target_logit - (target_logit + sums.logit_sum) / num_classes)
     if label_smoothing:
         losses = torch.where(sums.target_bias == -torch.inf, torch.inf, losses)
     if focal_gamma:
         losses = losses * torch.exp(-focal_gamma * torch.logaddexp(-gap, zero))
     return losses
+
+
+_STATISTICS = ("target_cosine", "scale", "top1")
 
 
 @torch.no_grad()
@@ -506,4 +569,4 @@ def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, targe
         scale, bias, max_logit = (v[: rows.target_cos.shape[0]] for v in (scale, bias, max_logit))
     top1 = (scale * rows.target_similarity + bias > max_logit).to(torch.float64)
     means = batch.mean(torch.stack([rows.target_cos, scale, top1]))
-    return dict(zip(("target_cosine", "scale", "top1"), means.unbind(), strict=True))
+    return dict(zip(_STATISTICS, means.unbind(), strict=True))

@@ -9,7 +9,22 @@ from torch import Tensor
 
 from ..core.device import capabilities, capability
 from ..core.numerics import accumulation_dtype, target_centers, unit_rows
-from ..core.types import ClassPassOutput, HeadInputs, PassInputs, PreparedRows, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
+from ..core.types import (
+    ClassPassOutput,
+    HeadInputs,
+    LossInputs,
+    LossOutput,
+    LossUpstream,
+    PassInputs,
+    PreparedRows,
+    Request,
+    RoundedUpstream,
+    RowPassOutput,
+    SumsUpstream,
+    TopkInputs,
+    TopkOutput,
+    Upstream,
+)
 from . import torch_topk
 
 
@@ -68,6 +83,33 @@ class Backend(ABC):
         """How many of ``limit`` bytes the row pass would save for the class pass."""
         return 0
 
+    def fuses_rows(self, x: Tensor) -> bool:
+        """Whether :meth:`mark_labels`, :meth:`replace_rows`, :meth:`loss`, :meth:`loss_backward` and :meth:`upstream` exist for embeddings
+        like ``x``; where they do not, the layers above do the same in PyTorch."""
+        return False
+
+    def mark_labels(self, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """``labels`` (N,) with -1 where they are ignored or out of range, and (blocks, 2) the smallest and the largest label out of range
+        of each of some blocks, or any label in range."""
+        raise NotImplementedError
+
+    def replace_rows(self, x: Tensor, labels: Tensor | None, bad: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:
+        """``x`` (N, D) with ``fill`` in the rows that are ``bad`` (N,) int8, and ``bad``; where that is None, in those with a negative
+        label that hold NaN or infinity."""
+        raise NotImplementedError
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """The loss of a step, reduced, and its statistics."""
+        raise NotImplementedError
+
+    def loss_backward(self, inputs: LossInputs, count: Tensor, upstream: Tensor, need_value: bool, need_scale: bool) -> LossUpstream:
+        """The gradients of :meth:`loss`, whose ``count`` this is, for ``upstream`` float32, of the loss's shape."""
+        raise NotImplementedError
+
+    def upstream(self, inputs: SumsUpstream, need_bias: bool, need_logit_sum: bool) -> RoundedUpstream:
+        """What the two passes' backward takes, also as :meth:`Upstream.rounded` gives it in float32."""
+        raise NotImplementedError
+
     def prepare_inputs(self, inputs: HeadInputs) -> PreparedRows:
         """Prepare the embeddings for the passes and take their similarities to their own class centers, in float64."""
         x, acc_dtype = inputs.x, accumulation_dtype(inputs.x.dtype)
@@ -101,6 +143,14 @@ class Backend(ABC):
             unit, _, inverse = unit_rows(inputs.x)
             d = (d - (d * unit).sum(1, keepdim=True) * unit) * inverse[:, None]
         return d.to(inputs.x.dtype)
+
+    def center_sum(self, w: Tensor, class_factor: Tensor) -> Tensor:
+        """(D,) float64 ``sum_j a_j w_j`` over w (C, D), C >= 1, with a_j = 1 where ``class_factor`` is (0,)."""
+        total = torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
+        for start in range(0, w.shape[0], 8192):
+            chunk = w[start : start + 8192].to(torch.float64)
+            total += chunk.sum(0) if class_factor.numel() == 0 else class_factor[start : start + 8192].to(torch.float64) @ chunk
+        return total
 
     def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
         """The k best classes of each row: see :class:`TopkOutput`. N, C and k are at least 1, and k at most C.

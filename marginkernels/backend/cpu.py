@@ -52,6 +52,10 @@ def _panels() -> Iterator[tuple[tuple[torch.dtype, str], tuple[int, int, int]]]:
 PANELS = {} if _cpu is None else dict(_panels())
 
 
+#: What the class pass takes of the upstream gradient.
+UPSTREAM = ("lse", "d_lse", "d_logit_sum", "d_target_cos", "d_target_bias")
+
+
 class CpuBackend(Backend):
     """Deterministic: the same bits for the same number of threads (``torch.get_num_threads()``), run after run. With another number the
     row pass cuts the classes elsewhere, so that ``lse`` and ``mean_center`` differ in their last bits. The class pass has no such sum.
@@ -139,7 +143,7 @@ class CpuBackend(Backend):
             d_bias=inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype),
         )
         native, _alive = _pass_inputs(inputs)
-        given = _contiguous(**vars(upstream), class_factor=class_factor)
+        given = _contiguous(**{name: getattr(upstream, name) for name in UPSTREAM}, class_factor=class_factor)
         _cpu.class_pass(
             native,
             level=self.level,

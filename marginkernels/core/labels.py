@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import cast
 
@@ -40,16 +41,40 @@ def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tens
         low, high = (int(v) for v in torch.aminmax(labels))
         if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:
             return labels.clone(memory_format=torch.contiguous_format)
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if labels.device.type == "cuda":
-        with on_device_of(labels):  # the stream that is asked, and the one that the event is recorded on, are those of the labels' device
-            if not torch.cuda.is_current_stream_capturing():
-                raise_pending_label_errors(wait=False)
-                _watch(labels, outside, num_classes, ignore_index)
-    elif labels.numel() and bool(outside.any()):
+        return marked_and_watched(labels, num_classes, ignore_index, _mark)
+    outside = _outside(labels, num_classes, ignore_index)
+    if labels.numel() and bool(outside.any()):
         bad = labels[outside]
         raise ValueError(_label_error(int(bad.min()), int(bad.max()), num_classes, ignore_index))
     return torch.where(outside | (labels == ignore_index), -1, labels)
+
+
+def _outside(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+
+
+def _mark(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """``labels`` with -1 for ignored and for wrong ones, and (1, 2) the least and the largest wrong one; what is no error where none is."""
+    outside = _outside(labels, num_classes, ignore_index)
+    bad = torch.where(outside, labels, num_classes // 2)
+    bounds = torch.stack(torch.aminmax(bad))[None] if labels.numel() else labels.new_empty(0, 2)
+    return torch.where(outside | (labels == ignore_index), -1, labels), bounds
+
+
+def marked_and_watched(
+    labels: Tensor, num_classes: int, ignore_index: int, mark: Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """:func:`checked_labels` on a GPU; ``mark`` gives (N,) labels with -1 for ignored and for wrong ones, and bounds (blocks, 2): of each
+    of some blocks the least and the largest label that is wrong, or any that is not."""
+    with on_device_of(labels):  # the stream that is asked, and the one that the event is recorded on, are those of the labels' device
+        watched = not torch.cuda.is_current_stream_capturing()
+        if watched:
+            raise_pending_label_errors(wait=False)
+        marked, bounds = mark(labels, num_classes, ignore_index)
+        if watched:
+            _watch(bounds, num_classes, ignore_index)
+    return marked
 
 
 @_checked_labels.register_fake
@@ -68,13 +93,11 @@ def _label_error(low: int, high: int, num_classes: int, ignore_index: int) -> st
 _pending: list[tuple[torch.cuda.Event, Tensor, int, int]] = []
 
 
-def _watch(labels: Tensor, outside: Tensor, num_classes: int, ignore_index: int) -> None:
-    if len(_pending) >= 64 or not labels.numel():  # a host far ahead of its device still finds the error in one of these
+def _watch(bounds: Tensor, num_classes: int, ignore_index: int) -> None:
+    if len(_pending) >= 64 or not bounds.numel():  # a host far ahead of its device still finds the error in one of these
         return
-    inside = num_classes // 2  # any value that is not an error
-    bad = torch.where(outside, labels, inside)
-    host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-    host.copy_(torch.stack(torch.aminmax(bad)), non_blocking=True)
+    host = torch.empty(bounds.shape, dtype=torch.int64, pin_memory=True)
+    host.copy_(bounds, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
     _pending.append((event, host, num_classes, ignore_index))
@@ -89,8 +112,7 @@ def raise_pending_label_errors(wait: bool = True) -> None:
     while _pending and (wait or _pending[0][0].query()):
         event, host, num_classes, ignore_index = _pending.pop(0)
         event.synchronize()
-        low, high = host.tolist()
-        bad = [v for v in (low, high) if not 0 <= v < num_classes]
+        bad = [v for v in host.flatten().tolist() if not 0 <= v < num_classes]
         if bad:
             _pending.clear()
             raise ValueError(_label_error(min(bad), max(bad), num_classes, ignore_index) + " (in an earlier step on the GPU)")

@@ -223,6 +223,7 @@ class Upstream:
         d_logit_sum: dL/d(sum of logits)_i times s_i, or None.
         d_target_cos: dL/dc_iy.
         d_target_bias: dL/db_y of the row's own target, or None.
+        rounded_lse, rounded_d_lse: (N,) float32, what :meth:`rounded` gives, where that is known already.
     """
 
     lse: Tensor
@@ -230,6 +231,8 @@ class Upstream:
     d_logit_sum: Tensor | None
     d_target_cos: Tensor
     d_target_bias: Tensor | None
+    rounded_lse: Tensor | None = None
+    rounded_d_lse: Tensor | None = None
 
     def rounded(self, dtype: torch.dtype) -> Upstream:
         """The same for a pass that takes ``lse`` in ``dtype``: what rounding adds to it is a factor of ``d_lse``.
@@ -237,9 +240,130 @@ class Upstream:
         A pass whose logits are of that dtype can follow as far as float64 goes: where rounding moves ``lse`` by more than all classes
         together can add to the largest logit, it moves it to that logit.
         """
+        if self.rounded_lse is not None and self.rounded_d_lse is not None and self.rounded_lse.dtype == dtype:
+            return replace(self, lse=self.rounded_lse, d_lse=self.rounded_d_lse)
         lse = self.lse.to(dtype)
         added = torch.where(self.lse.abs() < 2.0**36, lse.to(torch.float64) - self.lse, 0.0)
         return replace(self, lse=lse, d_lse=(self.d_lse * added.clamp(-44.0, 44.0).exp()).to(self.d_lse.dtype))
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a step is made of, where one kernel makes it: (N,) float64 each but for ``labels`` and ``max_logit``.
+
+    Attributes:
+        lse: lambda.
+        value, slope: T(c_y) and its derivative.
+        scale: s_i.
+        bias: b_y, or None.
+        logit_sum: the sum of the non-target logits, or None where ``label_smoothing`` is 0.
+        labels: (N,) int64 over all classes, negative for a row that has no loss.
+        similarity: c_y.
+        cos: the cosine between the row and its own class center.
+        max_logit: (N,) acc_dtype, the highest non-target logit.
+        num_classes: C.
+        label_smoothing, focal_gamma: epsilon and gamma.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that have a loss.
+    """
+
+    lse: Tensor
+    value: Tensor
+    slope: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    logit_sum: Tensor | None
+    labels: Tensor
+    similarity: Tensor
+    cos: Tensor
+    max_logit: Tensor
+    num_classes: int
+    label_smoothing: float
+    focal_gamma: float
+    reduction: str
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a step and its statistics.
+
+    Attributes:
+        loss: (N,) or, reduced, (1,) float32; 0 for a row that has none.
+        stats: (3,) float32, over the rows that have a loss: the means of ``cos`` and of ``scale``, and the share of rows whose target is
+            the top class.
+        count: (1,) float64, how many rows have a loss, at least 1.
+    """
+
+    loss: Tensor
+    stats: Tensor
+    count: Tensor
+
+    @classmethod
+    def allocate(cls, p: LossInputs) -> LossOutput:
+        """Uninitialized tensors of the right shapes and dtypes."""
+        new = p.lse.new_empty
+        return cls(new(p.lse.shape[0] if p.reduction == "none" else 1, dtype=torch.float32), new(3, dtype=torch.float32), new(1))
+
+
+@dataclass(frozen=True)
+class LossUpstream:
+    """The gradients of a loss in the fields of :class:`LossInputs`: (N,) float64 each, or (0,) where one was not asked for;
+    ``d_similarity`` is that in c_y, by way of ``slope``."""
+
+    d_lse: Tensor
+    d_similarity: Tensor
+    d_value: Tensor
+    d_scale: Tensor
+    d_bias: Tensor
+    d_logit_sum: Tensor
+
+    @classmethod
+    def allocate(cls, p: LossInputs, need_value: bool, need_scale: bool) -> LossUpstream:
+        """Uninitialized tensors of the right shapes."""
+        wanted = (True, True, need_value, need_scale, p.bias is not None, p.label_smoothing > 0)
+        return cls(*(p.lse.new_empty(p.lse.shape[0] if one else 0) for one in wanted))
+
+
+@dataclass(frozen=True)
+class SumsUpstream:
+    """What comes back to the sums over the classes, (N,) float64 or, for zeros, None; ``lse`` and ``scale`` are those of the forward pass,
+    float64 and acc_dtype."""
+
+    lse: Tensor
+    scale: Tensor
+    g_lse: Tensor | None
+    g_similarity: Tensor | None
+    g_bias: Tensor | None
+    g_logit_sum: Tensor | None
+
+
+@dataclass(frozen=True)
+class RoundedUpstream:
+    """The fields of :class:`Upstream`, (0,) where one was not asked for."""
+
+    lse: Tensor
+    d_lse: Tensor
+    d_logit_sum: Tensor
+    d_target_cos: Tensor
+    d_target_bias: Tensor
+    rounded_lse: Tensor
+    rounded_d_lse: Tensor
+
+    @classmethod
+    def allocate(cls, p: SumsUpstream, need_bias: bool, need_logit_sum: bool) -> RoundedUpstream:
+        """Uninitialized tensors of the right shapes and dtypes."""
+        wanted = (True, need_logit_sum, True, need_bias, True, True)
+        return cls(torch.empty_like(p.lse), *(p.scale.new_empty(p.lse.shape[0] if one else 0) for one in wanted))
+
+    def upstream(self, need_bias: bool, need_logit_sum: bool) -> Upstream:
+        return Upstream(
+            lse=self.lse,
+            d_lse=self.d_lse,
+            d_logit_sum=self.d_logit_sum if need_logit_sum else None,
+            d_target_cos=self.d_target_cos,
+            d_target_bias=self.d_target_bias if need_bias else None,
+            rounded_lse=self.rounded_lse,
+            rounded_d_lse=self.rounded_d_lse,
+        )
 
 
 @dataclass(frozen=True)

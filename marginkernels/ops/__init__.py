@@ -2,16 +2,21 @@
 
 from .autograd import ClassSums, SumOptions, sum_over_classes
 from .operators import center_sum, class_pass, prepare_inputs, row_gradient, row_pass, scale_gradient, topk
+from .rows import checked_labels, fused_loss, fuses_rows, without_bad_ignored_rows
 
 __all__ = [
     "ClassSums",
     "SumOptions",
     "center_sum",
+    "checked_labels",
     "class_pass",
+    "fused_loss",
+    "fuses_rows",
     "prepare_inputs",
     "row_gradient",
     "row_pass",
     "scale_gradient",
     "sum_over_classes",
     "topk",
+    "without_bad_ignored_rows",
 ]

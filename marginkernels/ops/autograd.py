@@ -13,8 +13,9 @@ from .. import backend as backends
 from ..core.nontarget import NonTarget
 from ..core.numerics import accumulation_dtype, target_biases, target_centers, unit_rows
 from ..core.transforms import looped, transforming
-from ..core.types import HeadInputs, PassInputs, PreparedRows, Request, Upstream
+from ..core.types import HeadInputs, PassInputs, PreparedRows, Request, SumsUpstream, Upstream
 from .operators import center_sum, class_pass, row_gradient, row_pass, scale_gradient
+from .operators import upstream as upstream_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SumOptions:
         grad: whether a backward pass may follow.
         workspace_bytes: what the row pass may save for the class pass.
         backend: its name.
+        fused: the backend has kernels for what comes after (:mod:`.rows`), and what was not asked for is (0,).
     """
 
     non_target: NonTarget
@@ -39,6 +41,7 @@ class SumOptions:
     grad: bool
     workspace_bytes: int
     backend: str
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class _SumOverClasses(torch.autograd.Function):
         ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
         ctx.options = options
         ctx.mark_non_differentiable(sums[-1])
+        ctx.set_materialize_grads(not options.fused)
         return sums
 
     @staticmethod
@@ -231,13 +235,18 @@ class _Narrowed:
         threshold: Tensor | None,
         t: Tensor | None,
         class_weight: Tensor | None,
+        *,
+        fused: bool = False,
     ) -> _Narrowed:
         def narrow(v: Tensor | None) -> Tensor | None:
             return None if v is None else v.detach().to(acc_dtype).contiguous()
 
         # A zero embedding whose norm is its scale has s = 0; the class pass divides by s, and at 1e-20 its logits are as zero.
-        scale = scale.detach().clamp_min(1e-20).to(acc_dtype).contiguous()
-        return cls(narrow(bias), scale, narrow(threshold), narrow(t), narrow(class_weight))
+        if fused:  # in one launch: in float64, rounded as it is written
+            narrowed = torch.add(scale.detach(), 1e-20, out=scale.new_empty(scale.shape, dtype=acc_dtype))
+        else:
+            narrowed = scale.detach().clamp_min(1e-20).to(acc_dtype).contiguous()
+        return cls(narrow(bias), narrowed, narrow(threshold), narrow(t), narrow(class_weight))
 
 
 def _sides(options: SumOptions) -> tuple[bool, bool]:
@@ -259,7 +268,8 @@ def _forward(
     """The row pass, and what the class pass needs of it."""
     x, w, labels = inputs.x, inputs.w, inputs.labels
     need_x, need_w, _, need_scale = needs
-    narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t, class_weight if options.logit_sum else None)
+    weights = class_weight if options.logit_sum else None
+    narrowed = _Narrowed.of(accumulation_dtype(x.dtype), bias, scale, threshold, t, weights, fused=options.fused)
     pass_inputs = PassInputs(
         x=rows.x,
         row_factor=rows.row_factor,
@@ -281,9 +291,12 @@ def _forward(
         workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace)
     request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
     out = row_pass(pass_inputs, request, options.backend)
-    logit_sum, cos_sum, all_centers = torch.zeros_like(rows.target_similarity), None, None
+    zeros = _nothing if options.fused else torch.zeros_like
+    logit_sum, cos_sum, all_centers = out.lse, None, None
+    if not options.logit_sum:
+        logit_sum = zeros(rows.target_similarity)
     if options.logit_sum and identity and class_weight is None:
-        logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor)
+        logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor, options.backend)
     elif options.logit_sum:
         weighted, backend = _weighted(pass_inputs, narrowed.class_weight, options)
         total = row_pass(weighted, Request.logit_sum(need_center=need_center, need_cos=need_cos), backend)
@@ -311,24 +324,56 @@ def _forward(
         class_factor=out.class_factor,
         saved=out.saved,
     )
-    similarity = rows.target_similarity.clone()
-    norm = torch.zeros_like(similarity) if center_norm is None else center_norm.clone()
-    return (out.lse.to(torch.float64, copy=True), similarity, target_biases(bias, labels), logit_sum, norm, out.max_logit), saved
+    own_bias = zeros(rows.target_similarity) if bias is None else target_biases(bias, labels)
+    norm = zeros(rows.target_similarity) if center_norm is None else center_norm.clone()
+    if options.fused:  # tensors of their own for autograd, which nobody writes
+        return (out.lse.view_as(out.lse), rows.target_similarity.view_as(out.lse), own_bias, logit_sum, norm, out.max_logit), saved
+    return (out.lse.to(torch.float64, copy=True), rows.target_similarity.clone(), own_bias, logit_sum, norm, out.max_logit), saved
 
 
-def _backward(
-    s: _Saved, o: SumOptions, needs: _Needs, g_lse: Tensor, g_similarity: Tensor, g_bias: Tensor, g_logit_sum: Tensor, g_norm: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative."""
-    need_x, need_w, need_bias, need_scale = needs
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _upstream(
+    s: _Saved,
+    o: SumOptions,
+    need_bias: bool,
+    g_lse: Tensor | None,
+    g_similarity: Tensor | None,
+    g_bias: Tensor | None,
+    g_logit_sum: Tensor | None,
+) -> Upstream:
+    if o.fused:
+        given = SumsUpstream(s.lse, s.scale, g_lse, g_similarity, g_bias if need_bias else None, g_logit_sum if o.logit_sum else None)
+        return upstream_of(given, need_bias, o.logit_sum, o.backend).upstream(need_bias, o.logit_sum)
+    assert g_lse is not None
+    assert g_similarity is not None
+    assert g_bias is not None
+    assert g_logit_sum is not None
     acc_dtype = accumulation_dtype(s.x.dtype)
-    upstream = Upstream(
+    return Upstream(
         lse=torch.where(s.lse == -torch.inf, torch.inf, s.lse),
         d_lse=(g_lse * s.scale).to(acc_dtype),
         d_logit_sum=(g_logit_sum * s.scale).to(acc_dtype) if o.logit_sum else None,
         d_target_cos=g_similarity.to(acc_dtype),
         d_target_bias=g_bias.to(acc_dtype) if need_bias else None,
     )
+
+
+def _backward(
+    s: _Saved,
+    o: SumOptions,
+    needs: _Needs,
+    g_lse: Tensor | None,
+    g_similarity: Tensor | None,
+    g_bias: Tensor | None,
+    g_logit_sum: Tensor | None,
+    g_norm: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative."""
+    need_x, need_w, need_bias, need_scale = needs
+    upstream = _upstream(s, o, need_bias, g_lse, g_similarity, g_bias, g_logit_sum)
     dx = dw = db = ds = None
     if need_x:
         dx = row_gradient(HeadInputs(s.x, s.w, s.labels, *_sides(o)), upstream, s.mean_center, s.center_sum, o.backend)
@@ -351,16 +396,18 @@ def _backward(
         if s.class_weight is not None:
             weighted, backend = _weighted(pass_inputs, s.class_weight, o)
             zero = torch.zeros_like(upstream.d_lse)
-            of_sum = replace(upstream, d_lse=zero, d_target_cos=zero, d_target_bias=None if upstream.d_target_bias is None else zero)
+            no_bias = None if upstream.d_target_bias is None else zero
+            of_sum = Upstream(upstream.lse, zero, upstream.d_logit_sum, zero, no_bias)
             more = class_pass(weighted, of_sum, s.class_factor, s.saved.new_empty(0), need_w, need_bias, backend)
             dw, db = (a if a is None else a + b for a, b in ((dw, more.d_weight), (db, more.d_bias)))
-        if dw is not None and o.center_norm:
+        if dw is not None and o.center_norm and g_norm is not None:
             dw = _along_own_centers(dw, s.w, s.labels, g_norm)
     if need_scale:
         identity = o.non_target == NonTarget.IDENTITY
         prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)
+        g_lse = torch.zeros_like(s.lse) if g_lse is None else g_lse
         ds = scale_gradient(g_lse, prepared, row_factor, s.mean_cos, s.mean_center)
-        if o.logit_sum:
+        if o.logit_sum and g_logit_sum is not None:
             ds = ds + scale_gradient(g_logit_sum, prepared, row_factor, s.cos_sum, s.center_sum)
     return dx, dw, db, ds
 
@@ -383,12 +430,14 @@ def _along_own_centers(dw: Tensor, w: Tensor, labels: Tensor, g: Tensor) -> Tens
     return dw.index_copy(0, near, own) if transforming() else dw.index_copy_(0, near, own)
 
 
-def _identity_logit_sum(inputs: HeadInputs, bias: Tensor | None, scale: Tensor, class_factor: Tensor) -> tuple[Tensor, Tensor]:
+def _identity_logit_sum(
+    inputs: HeadInputs, bias: Tensor | None, scale: Tensor, class_factor: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     """``sum_{j != y} z_ij`` (N,) and ``sum_{j != y} a_j w_j`` (N, D) for the identity, from one sum over the classes: O(C D)."""
     center = target_centers(inputs.w, inputs.labels)
     if inputs.normalize_weight:  # with the factor that the sum has, so that a lone class leaves nothing
         center = center * target_centers(class_factor[:, None], inputs.labels)
-    rest = center_sum(inputs.w, class_factor) - center
+    rest = center_sum(inputs.w, class_factor, backend) - center
     side = unit_rows(inputs.x)[0] if inputs.normalize_embedding else inputs.x.to(torch.float64)
     total = scale.to(torch.float64) * (side * rest).sum(1)
     if bias is not None:

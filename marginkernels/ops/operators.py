@@ -18,7 +18,9 @@ from ..core.types import (
     PreparedRows,
     Reduction,
     Request,
+    RoundedUpstream,
     RowPassOutput,
+    SumsUpstream,
     TopkInputs,
     TopkOutput,
     Upstream,
@@ -125,18 +127,26 @@ def scale_gradient(
     return upstream * (side * center.to(torch.float64)).sum(1)
 
 
-def _center_sum_fake(w: Tensor, class_factor: Tensor) -> Tensor:
+def _upstream_fake(inputs: SumsUpstream, need_bias: bool, need_logit_sum: bool, backend: str) -> RoundedUpstream:
+    return RoundedUpstream.allocate(inputs, need_bias, need_logit_sum)
+
+
+@operator(_upstream_fake, direct=True)
+def upstream(inputs: SumsUpstream, need_bias: bool, need_logit_sum: bool, backend: str) -> RoundedUpstream:
+    """See :meth:`marginkernels.backend.Backend.upstream`."""
+    return backends.get(backend).upstream(inputs, need_bias, need_logit_sum)
+
+
+def _center_sum_fake(w: Tensor, class_factor: Tensor, backend: str) -> Tensor:
     return w.new_empty(w.shape[1], dtype=torch.float64)
 
 
 @operator(_center_sum_fake)
-def center_sum(w: Tensor, class_factor: Tensor) -> Tensor:
-    """(D,) float64 ``sum_j a_j w_j`` over w (C, D), with a_j = 1 where ``class_factor`` is (0,)."""
-    total = torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
-    for start in range(0, w.shape[0], 8192):
-        chunk = w[start : start + 8192].to(torch.float64)
-        total += chunk.sum(0) if class_factor.numel() == 0 else class_factor[start : start + 8192].to(torch.float64) @ chunk
-    return total
+def center_sum(w: Tensor, class_factor: Tensor, backend: str) -> Tensor:
+    """See :meth:`marginkernels.backend.Backend.center_sum`; here C may be 0."""
+    if w.shape[0] == 0:
+        return w.new_zeros(w.shape[1], dtype=torch.float64)
+    return backends.get(backend).center_sum(w, class_factor)
 
 
 def _topk_fake(inputs: TopkInputs, k: int, backend: str) -> TopkOutput:

@@ -3,23 +3,28 @@ has to be on
 before the kernels are imported; by hand: TRITON_INTERPRET=1 python -m pytest tests/backends/interpreted_triton.py."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 import marginkernels as mk
 from marginkernels import NonTarget, testing
-from marginkernels.backend import FUSED
+from marginkernels import loss as loss_module
+from marginkernels.backend import FUSED, Backend
 from marginkernels.cli import tune
 from marginkernels.core import nontarget
-from marginkernels.core.types import Reduction, Request
+from marginkernels.core.numerics import TINY, reduce_losses
+from marginkernels.core.types import HeadInputs, LossInputs, Reduction, Request, SumsUpstream, Upstream
+from marginkernels.margins.contract import Evaluated
+from marginkernels.ops import ClassSums, fused_loss
 
 pytest.importorskip("triton")
 from helpers import tensor_cores
 from helpers.grids import ORDERS, set_grid_order
 from helpers.passes import compare_passes, pass_inputs
 
-from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, saved_layout, use_tiles
+from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, use_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 
@@ -292,7 +297,7 @@ def test_no_exponent_exceeds_its_bound(non_target, bias):
     value = nontarget.value(non_target, cos, p.threshold, p.t)
     logit = p.scale[:, None] * value + (0.0 if p.bias is None else p.bias)
     largest = max(logit.logsumexp(1).max(), -logit.min(), (logit + factor.log()).max(), (-logit - factor.log()).max())
-    bound = float(launch._exponent_bound(p, factor.float()))
+    bound = float(launch._exponent_bound(p, factor.float(), launch.Launch.run))
     assert float(largest) <= bound
     assert bound <= 2.5 * float(largest) + 20  # and is not so far above that it says nothing
 
@@ -517,3 +522,172 @@ def test_splits_fill_the_device_and_stay_few():
         assert splits == 1 or programs * splits <= 2 * 132
     assert launch._splits(8, 10_000, 132) * 8 >= 128
     assert launch._splits(64, 10_000, 132) * 64 == 128
+
+
+def _head_inputs(n, d, c, x_dtype, w_dtype, normalize):
+    """Rows and centers with norms from 1e-30 to 1e38 as far as their dtype goes, zero ones, and labels that are not here."""
+    torch.manual_seed(0)
+    most = {torch.float16: 3, torch.float32: 37, torch.bfloat16: 37}
+    x = torch.randn(n, d) * torch.logspace(-30, most[x_dtype] - math.log10(d), n)[:, None]
+    w = torch.randn(c, d) * torch.logspace(-30, most[w_dtype] - math.log10(d), c)[:, None]
+    x[n // 2 :][:1], w[c // 2] = 0.0, 0.0
+    labels = torch.arange(n) * 7 % (c + 2) - 1  # -1, every class, and C
+    return HeadInputs(x.to(x_dtype), w.to(w_dtype), labels, *normalize)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("normalize", list(itertools.product((True, False), repeat=2)))
+def test_rows_against_pytorch(kind, normalize, ran):
+    """:class:`Backend`'s own float64 code, for no row and one, ragged blocks, and rows longer than a tile."""
+    x_dtype, w_dtype = DTYPES[kind]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[x_dtype]
+    for n, d, c in ((0, 8, 3), (1, 5, 1), (37, 40, 11), (5, 1500, 7)):
+        inputs = _head_inputs(n, d, c, x_dtype, w_dtype, normalize)
+        got, want = TRITON.prepare_inputs(inputs), Backend.prepare_inputs(TRITON, inputs)
+        assert torch.equal(got.x, want.x)
+        torch.testing.assert_close(got.row_factor, want.row_factor, rtol=2.0**-23, atol=0)
+        torch.testing.assert_close(got.target_cos, want.target_cos, rtol=1e-12, atol=1e-15)
+        size = want.target_similarity.abs().clamp_min(1e-15 if all(normalize) else 0)
+        assert ((got.target_similarity - want.target_similarity).abs() <= 1e-11 * size).all()
+        torch.manual_seed(1)
+        f, mean_center = torch.randn(3, n), torch.randn(n, d)
+        up = Upstream(f[0].double(), f[0], f[1], f[2], None)
+        for total in (None, torch.randn(n, d), torch.randn(n, d, dtype=torch.float64)):
+            got_dx, want_dx = (one.row_gradient(*(TRITON,) * (one is Backend), inputs, up, mean_center, total) for one in (TRITON, Backend))
+            assert got_dx.dtype == x_dtype
+            scale = want_dx.double().abs().amax(1, keepdim=True)
+            finite = torch.isfinite(scale)
+            step = torch.finfo(x_dtype).tiny * torch.finfo(x_dtype).eps  # the smallest number there is
+            assert ((got_dx.double() - want_dx.double()).abs() <= tolerance * scale + step)[finite.expand(n, d)].all()
+            assert torch.equal(got_dx.isnan(), want_dx.isnan())
+    assert {one.kernel.__name__ for one in ran} == {"prepare_rows_kernel", "row_gradient_kernel"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_the_sum_of_centers_is_exact_to_float64(kind, monkeypatch):
+    monkeypatch.setattr(rows, "SUM_PROGRAMS", 2)
+    w_dtype = DTYPES[kind][1]
+    for c, d in ((1, 1), (17, 40), (3001, 130)):
+        w = _head_inputs(1, d, c, w_dtype, w_dtype, (True, True)).w
+        for factor in (torch.rand(c) + 0.5, torch.empty(0)):
+            each = w.double() * (factor.double()[:, None] if factor.numel() else 1)
+            got = TRITON.center_sum(w, factor)
+            assert got.dtype == torch.float64
+            assert ((got - each.sum(0)).abs() <= 1e-14 * each.abs().sum(0)).all()
+            assert torch.equal(got, TRITON.center_sum(w, factor))
+        assert torch.equal(TRITON.center_sum(w.T.contiguous().T, factor), got)
+
+
+@pytest.mark.parametrize("n", [0, 1, 1024, 1025])
+def test_labels_are_marked(n):
+    labels = torch.arange(n) % 14 - 3
+    labels[-1:] = 2**40
+    for ignored in (-100, -2, 4, 2**40):
+        got, bounds = rows.mark_labels(labels, 10, ignored)
+        wrong = ((labels < 0) | (labels >= 10)) & (labels != ignored)
+        assert torch.equal(got, torch.where(wrong | (labels == ignored), -1, labels))
+        bad = [v for v in bounds.flatten().tolist() if not 0 <= v < 10]
+        assert bad == [] or (min(bad), max(bad)) == (int(labels[wrong].min()), int(labels[wrong].max()))
+        assert bool(bad) == bool(wrong.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ignored_rows_that_hold_no_numbers_are_replaced(dtype):
+    x, labels = torch.randn(40, 1500).to(dtype), torch.arange(40) % 2 - 1
+    x[2, 1499], x[4, 0], x[5, 7], x[6] = torch.nan, torch.inf, torch.nan, 0.0
+    got, bad = TRITON.replace_rows(x, labels, None, 1.0)
+    replaced = torch.zeros(40, dtype=torch.bool)
+    replaced[[2, 4]] = True  # 5 has a label
+    assert torch.equal(bad != 0, replaced)
+    assert (got[replaced] == 1).all()
+    assert torch.equal(got[~replaced].view(torch.int8), x[~replaced].view(torch.int8))
+    assert torch.equal(TRITON.replace_rows(got, None, bad, 0.0)[0], got.masked_fill(replaced[:, None], 0.0))
+
+
+def _loss_of_pytorch(p, own):
+    """The assembly of the loss as it is where no kernel makes it."""
+    sums = ClassSums(p.lse, own, own * 0 if p.bias is None else p.bias, own * 0 if p.logit_sum is None else p.logit_sum, own, p.max_logit)
+    target = Evaluated(p.value, p.slope, p.scale, None, None, None)
+    losses = loss_module._assemble(sums, target, p.similarity, None, p.num_classes, p.label_smoothing, p.focal_gamma)
+    valid = p.labels >= 0
+    return reduce_losses(torch.where(valid, losses, 0), valid, p.reduction)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize(("smoothing", "gamma", "bias"), [(0.0, 0.0, False), (0.1, 0.0, True), (0.0, 2.0, True), (0.3, 0.7, False)])
+def test_the_loss_and_its_gradients(reduction, smoothing, gamma, bias):
+    """Against the PyTorch code and its autograd: sure rows, hopeless ones, empty sums, ignored rows, no row and more than a block."""
+    for n in (0, 1, 300):
+        torch.manual_seed(2)
+        lse, value = torch.randn(n).double() * 30 + 20, torch.rand(n).double() * 2 - 1
+        lse[3:4], lse[4:5] = -torch.inf, 400.0
+        leaves = {"lse": lse, "value": value, "scale": torch.rand(n).double() * 64 + 1, "own": value.clone()}
+        leaves |= {"bias": torch.randn(n).double()} if bias else {}
+        leaves |= {"logit_sum": torch.randn(n).double() * 100} if smoothing else {}
+        labels = torch.arange(n) % 5 - 1
+        rest = {"slope": torch.rand(n).double(), "similarity": value, "cos": value / 2, "max_logit": torch.randn(n), "labels": labels}
+        found = []
+        for by_kernel in (False, True):
+            at = {name: v.clone().requires_grad_() for name, v in leaves.items()}
+            own = at.pop("own")
+            p = LossInputs(**{"bias": None, "logit_sum": None} | at | rest, num_classes=1000, label_smoothing=smoothing,
+                           focal_gamma=gamma, reduction=reduction)  # fmt: skip
+            if by_kernel:
+                got, stats = fused_loss(p, own, "triton")
+            else:
+                got = _loss_of_pytorch(p, own)
+            weight = torch.linspace(0.5, 2, n) if reduction == "none" else torch.tensor(3.0)
+            (got * weight).sum().backward()
+            found.append([got.detach().double(), *(v.grad for v in (own, *at.values()))])
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want.double(), rtol=3e-7 if got is found[1][0] else 2e-6, atol=1e-12)
+        valid = labels >= 0
+        top = (p.scale * value + (p.bias if bias else 0) > p.max_logit).double()
+        means = [v[valid].mean() if valid.any() else torch.tensor(0.0) for v in (value / 2, p.scale, top)]
+        torch.testing.assert_close(stats, torch.stack(means).detach().float(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_masked_target_has_no_gradient_under_smoothing():
+    f = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    p = LossInputs(f(1.0, 2.0), f(0.5, 0.5), f(1.0, 1.0), f(8.0, 8.0), f(-torch.inf, 0.0), f(0.0, 0.0), torch.tensor([0, 1]), f(0.5, 0.5),
+                   f(0.5, 0.5), torch.zeros(2), 10, 0.1, 0.0, "none")  # fmt: skip
+    out = rows.loss(p)
+    assert out.loss[0] == torch.inf
+    found = rows.loss_backward(p, out.count, torch.ones(2), True, True)
+    assert all(v[0] == 0 and v[1] != 0 for v in vars(found).values())
+
+
+@pytest.mark.parametrize("with_all", [True, False])
+def test_upstream_and_its_rounding(with_all):
+    torch.manual_seed(3)
+    n = 131
+    lse = torch.randn(n).double() * torch.logspace(-3, 12, n).double()
+    lse[5] = -torch.inf
+    scale = torch.rand(n) * 64
+    g = [torch.randn(n).double() for _ in range(4)] if with_all else [torch.randn(n).double(), None, None, None]
+    got = rows.upstream(SumsUpstream(lse, scale, *g), with_all, with_all).upstream(with_all, with_all)
+    zero = torch.zeros(n)
+    assert torch.equal(got.lse, torch.where(lse == -torch.inf, torch.inf, lse))
+    assert torch.equal(got.d_lse, (g[0] * scale).float())
+    assert torch.equal(got.d_target_cos, g[1].float() if with_all else zero)
+    assert (got.d_target_bias is None) != with_all
+    if with_all:
+        assert torch.equal(got.d_target_bias, g[2].float())
+        assert torch.equal(got.d_logit_sum, (g[3] * scale).float())
+    plain = Upstream(got.lse, got.d_lse, got.d_logit_sum, got.d_target_cos, got.d_target_bias).rounded(torch.float32)
+    rounded = got.rounded(torch.float32)
+    assert torch.equal(rounded.lse, plain.lse)
+    torch.testing.assert_close(rounded.d_lse, plain.d_lse, rtol=2.0**-23, atol=0)
+
+
+def test_the_numbers_of_the_row_kernels_are_those_of_the_package():
+    assert rows.kernels.TINY.value == TINY
+
+
+def test_a_second_derivative_is_refused():
+    case = testing.Case.random(5, 16, 20, torch.float32)
+    x, w = case.x.requires_grad_(), case.w.requires_grad_()
+    loss = mk.margin_cross_entropy(x, w, case.labels, margin=mk.ArcFace(), backend="triton")
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dx.sum().backward()

@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +15,8 @@ EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 
 class Launches(TorchDispatchMode):
-    """Within it, every operator that writes numbers is counted; views and empty tensors are not.
+    """Within it, every operator that writes numbers is counted; views and empty tensors are not. Operators made of Python code, which would
+    hide what they call, are entered, and those that are made of other operators are taken apart.
 
     Attributes:
         written: (name, numbers written) of each call, in order.
@@ -31,10 +33,18 @@ class Launches(TorchDispatchMode):
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        custom = OPDEFS.get(func._schema.name)
+        with self:
+            if custom is not None:
+                return custom._init_fn(*args, **(kwargs or {}))
+            inner = func.decompose(*args, **(kwargs or {}))
+        if inner is not NotImplemented:
+            return inner
         out = func(*args, **(kwargs or {}))
         aliases = [r.alias_info for r in func._schema.returns]
         name = func._schema.name.partition("::")[2]
-        if not any(a is not None and not a.is_write for a in aliases) and name not in EMPTY:
+        view = any(a is not None and not a.is_write for a in aliases)
+        if not view and name not in EMPTY and any(isinstance(v, Tensor) for v in tree_leaves(out)):
             self.written.append((name, max((v.numel() for v in tree_leaves(out) if isinstance(v, Tensor)), default=0)))
         for v in tree_leaves(out):
             if isinstance(v, Tensor):

@@ -34,8 +34,11 @@ LAYERS: dict[str, set[str]] = {
     "backend._extension": {"core"},
     "backend.chunked": {"core", "backend.base", "backend.online_softmax"},
     "backend.cpu": {"core", "backend.base", "backend._extension"},
-    "backend.cuda": {"core", "backend.base", "backend.online_softmax", "backend._extension"},
-    "backend.triton": {"core", "backend.base"},
+    "backend.cuda": {"core", "backend.base", "backend.gpu_rows", "backend.online_softmax", "backend._extension"},
+    "backend.triton": {"core", "backend.base", "backend.gpu_rows"},
+    "backend.triton.rows": {"core", "backend.triton"},
+    # The row arithmetic that all backends of a GPU share.
+    "backend.gpu_rows": {"core", "backend.base", "backend.triton.rows"},
     "backend.records": {"backend.cpu"},
     "backend.registry": {"core", "backend.base", "backend.records", "backend.chunked", "backend.cpu", "backend.cuda", "backend.triton"},
     "backend": {"backend.base", "backend.registry"},

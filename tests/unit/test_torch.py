@@ -114,7 +114,7 @@ def sample_inputs(backend, dtype=torch.float32):
         upstream = Upstream(lse=out.lse, d_lse=ones, d_logit_sum=ones, d_target_cos=-ones, d_target_bias=ones)
         for need_weight, need_bias in ((True, True), (True, False), (False, True)):
             yield ops.class_pass, (inputs, upstream, out.class_factor, out.saved, need_weight, need_bias, backend)
-        yield ops.center_sum, (w, out.class_factor)
+        yield ops.center_sum, (w, out.class_factor, backend)
         yield ops.row_gradient, (head_inputs, upstream, out.mean_center, out.mean_center, backend)
         yield ops.topk, (TopkInputs(x, w, b, None if b is None else ones, non_target == 0, normalized), 3, backend)
 

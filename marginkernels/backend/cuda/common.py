@@ -24,7 +24,7 @@ from ...core.nontarget import NonTarget
 from ...core.types import ClassPassOutput, PassInputs, Reduction, Request, RowPassOutput, Upstream
 from .. import _extension
 from .._extension import DTYPES, address
-from ..base import Backend
+from ..gpu_rows import GpuRows
 from ..online_softmax import OnlineSoftmax
 
 _cuda, _missing = _extension.load("_cuda")
@@ -45,7 +45,7 @@ def chunk_width(n: int, c: int) -> int:
     return max(GROUP, min(MAX_WIDTH, CHUNK_ELEMENTS // max(n, 1) // GROUP * GROUP, -(-c // GROUP) * GROUP))
 
 
-class ExtensionBackend(Backend):
+class ExtensionBackend(GpuRows):
     """A backend whose kernels are in ``marginkernels._cuda``."""
 
     device_types = ("cuda",)

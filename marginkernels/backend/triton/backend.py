@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.device import on_device_of
 from ...core.types import ClassPassOutput, HeadInputs, PassInputs, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
-from ..base import Backend
+from ..gpu_rows import GpuRows
 from . import saved_layout
 from .heuristics import MAX_DIM
 
@@ -35,7 +35,7 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-class TritonBackend(Backend):
+class TritonBackend(GpuRows):
     """Triton 3.6 or newer on a GPU from sm_80 on, or on CPU tensors under Triton's interpreter.
 
     float16 and bfloat16 products accumulate in float32. float32 products are taken as three TF32 products, which are as
@@ -74,6 +74,9 @@ class TritonBackend(Backend):
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
         group = saved_layout.group_bytes(n, dtype)
         return min(limit // max(group, 1), -(-c // saved_layout.GROUP)) * group
+
+    def fuses_rows(self, x: Tensor) -> bool:
+        return x.dtype in self.dtypes and (x.device.type == "cuda" or interpreting())
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         from . import launch

@@ -24,14 +24,19 @@ from .class_kernel import class_pass_kernel, saved_pass_kernel
 from .heuristics import Key, Tile, by_registers, padded, parts, power_of_two
 from .heuristics import tile as tile_for
 from .row_kernel import combine_kernel, prepare_kernel, row_pass_kernel
+from .rows_kernel import reach_kernel
 from .topk_kernel import topk_kernel
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
 LIMIT = 85.0
-#: Of converted class centers held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them.
+#: Of converted class centers held at once: some stay in the cache of any GPU that is worth it, and a million classes take 25 of them. One
+#: buffer, converted and read by turns: two of half the size, on two streams, would double the launches of a step that the host bounds, and
+#: share the memory's bandwidth with a pass that needs it; which wins is for a GPU to say.
 CHUNK_BYTES = 40 << 20
 #: A power of two that brings float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
 FLOAT16_POW2 = 256.0
+#: Numbers of a tile of the kernel that bounds the exponents.
+REACH_TILE = 2048
 Run = Callable[["Launch"], None]
 
 
@@ -145,14 +150,17 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     copy = p.x.new_empty(chunk, wide) if convert else None
     slices = [math.ceil(d / t.width) if request.need_center else 1 for t in tiles]
     splits = _splits(math.ceil(n / tile.queries) * slices[0], math.ceil(chunk / tile.keys), device.processors)
-    start = 0.0 if convert else None
-    lowest = None if start is None else -math.inf
+    # Two tensors in all, since chunks of converted centers add to what stands there.
+    peaks = max(slices) if convert else 1
+    lowest = new((peaks + 1) * splits, n, fill=-math.inf if convert else None)
+    sums = new(splits * n * (2 + (d if request.need_center else 0)), fill=0.0 if convert else None)
+    centers = splits * n * d if request.need_center else 0
     parts = {
-        "part_sum": new(splits, n, fill=start),
-        "part_cos": new(splits, n, fill=start),
-        "part_running_max": new(max(slices) if convert else 1, splits, n, fill=lowest),
-        "part_max_logit": new(splits, n, fill=lowest),
-        "part_center": new(splits, n, d, fill=start) if request.need_center else None,
+        "part_sum": sums[centers : centers + splits * n].view(splits, n),
+        "part_cos": sums[centers + splits * n :].view(splits, n),
+        "part_running_max": lowest[:-splits].view(peaks, splits, n),
+        "part_max_logit": lowest[-splits:],
+        "part_center": sums[:centers].view(splits, n, d) if request.need_center else None,
     }
     rows = {name: getattr(p, name) for name in ("x", "row_factor", "scale", "threshold", "t", "labels", "bias")}
     args = {
@@ -177,7 +185,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
         if convert or p.normalize_weight:
             _prepare(p, factor, copy, first, count, device, run)
         if first == 0 and bounded:
-            bound = _exponent_bound(p, None if convert else factor)
+            bound = _exponent_bound(p, None if convert else factor, run)
         w = copy[:count] if copy is not None else p.w
         saves = first < saved_count
         chunk_args = args | {
@@ -203,7 +211,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
             run(Launch(row_pass_kernel, grid, chunk_args | tile_args, switch, t.warps, t.stages))
 
     out = {
-        "value": new(n),
+        "value": p.x.new_empty(n, dtype=torch.float64),
         "max_logit": new(n),
         "cos": new(n if request.need_cos else 0),
         "center": new(n if request.need_center else 0, d),
@@ -352,15 +360,29 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
     return max(range(1, max(1, min(blocks, 2 * processors // programs)) + 1), key=lambda s: (round(busy(s), 2), -s))
 
 
-def _exponent_bound(p: PassInputs, factor: Tensor | None) -> Tensor:
+def _exponent_bound(p: PassInputs, factor: Tensor | None, run: Run) -> Tensor:
     """() how far from 0 the exponents of any row's terms, of their sum and, if given, of their products with a class factor can lie."""
-    reach: Tensor = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
-    reach = nontarget.reach(p.non_target, reach, p.threshold, p.t)
-    bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
+    if p.non_target == NonTarget.IDENTITY:
+        bound = _reach(p, run).amax()
+    else:
+        reach = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
+        reach = nontarget.reach(p.non_target, reach, p.threshold, p.t)
+        bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
     if factor is not None:
         low, high = torch.aminmax(torch.where(factor > 0, factor, 1.0))
         bound = bound + torch.maximum(high.log(), -low.log())
     return bound if p.bias is None else bound + p.bias.abs().amax()
+
+
+def _reach(p: PassInputs, run: Run) -> Tensor:
+    """(N,) ``s_i max_j |c_ij| + log C`` at most, by one kernel."""
+    (n, d), width = p.x.shape, min(power_of_two(p.x.shape[1]), REACH_TILE)
+    reach = p.scale.new_empty(n)
+    args: dict[str, Any] = {"x": p.x, "row_factor": p.row_factor, "scale": p.scale, "out": reach}
+    args |= {"n": n, "stride_xn": p.x.stride(0), "added": math.log(p.w.shape[0])}
+    constants = {"DIM": d, "WIDTH": width, "BLOCK_N": max(1, REACH_TILE // width)}
+    run(Launch(reach_kernel, (math.ceil(n / constants["BLOCK_N"]),), args, constants))
+    return reach
 
 
 def _pow2(p: PassInputs, upstream: Upstream) -> Tensor:

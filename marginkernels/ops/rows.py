@@ -5,7 +5,7 @@ Only in plain eager calls: a compiler fuses PyTorch code itself, and transforms 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -90,16 +90,21 @@ def loss_backward(inputs: LossInputs, count: Tensor, upstream: Tensor, need_valu
 _GIVEN = ("lse", "value", "slope", "scale", "bias", "logit_sum", "labels", "similarity", "cos", "max_logit")
 
 
+def _with(p: LossInputs, given: Iterable[Any]) -> LossInputs:
+    fields: dict[str, Any] = dict(zip(_GIVEN, given, strict=True))
+    return replace(p, **fields)
+
+
 class _Loss(torch.autograd.Function):
     """``given`` are the tensors of :class:`LossInputs`, by which ``p`` is otherwise known; ``own`` is the similarity that the sums gave
     back, equal to ``similarity``, whose gradient goes by way of the slope."""
 
     @staticmethod
     def forward(ctx: Any, p: LossInputs, backend: str, own: Tensor, *given: Tensor | None) -> tuple[Tensor, Tensor]:
-        p = replace(p, **dict(zip(_GIVEN, given, strict=True)))
+        p = _with(p, given)
         out = loss(p, backend)
         ctx.save_for_backward(out.count, *given)
-        ctx.p, ctx.backend = replace(p, **dict.fromkeys(_GIVEN)), backend
+        ctx.p, ctx.backend = _with(p, [None] * len(_GIVEN)), backend  # autograd keeps the tensors
         ctx.mark_non_differentiable(out.stats)
         ctx.set_materialize_grads(False)
         return out.loss if p.reduction == "none" else out.loss.view(()), out.stats
@@ -109,7 +114,7 @@ class _Loss(torch.autograd.Function):
         if g is None:
             return (None,) * (3 + len(_GIVEN))
         count, *given = ctx.saved_tensors
-        p: LossInputs = replace(ctx.p, **dict(zip(_GIVEN, given, strict=True)))
+        p = _with(ctx.p, given)
         need = dict(zip(_GIVEN, ctx.needs_input_grad[3:], strict=True))
         found = loss_backward(p, count, g, need["value"], need["scale"], ctx.backend)
         gradients = {"lse": found.d_lse, "value": found.d_value, "scale": found.d_scale}

@@ -106,10 +106,11 @@ def replace_rows(
     tile = _tile(x, device)
     mark = bad is None
     bad = x.new_empty(n, dtype=torch.int8) if bad is None else bad
-    args = {"x": x, "labels": labels, "bad": bad, "out": x.new_empty((n, d)), "n": n, "stride_xn": x.stride(0), "stride_xd": x.stride(1)}
+    out = x.new_empty((n, d))
+    args = {"x": x, "labels": labels, "bad": bad, "out": out, "n": n, "stride_xn": x.stride(0), "stride_xd": x.stride(1)}
     if n:
         run(Launch(kernels.replace_rows_kernel, _over_rows(n, tile), args | {"fill": fill}, {"MARK": mark, **tile}))
-    return args["out"], bad
+    return out, bad
 
 
 def _numbers(p: LossInputs) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -58,7 +58,7 @@ def _mark(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, 
     """``labels`` with -1 for ignored and for wrong ones, and (1, 2) the least and the largest wrong one; what is no error where none is."""
     outside = _outside(labels, num_classes, ignore_index)
     bad = torch.where(outside, labels, num_classes // 2)
-    bounds = torch.stack(torch.aminmax(bad))[None] if labels.numel() else labels.new_empty(0, 2)
+    bounds = torch.stack(torch.aminmax(bad)).unsqueeze(0) if labels.numel() else labels.new_empty(0, 2)
     return torch.where(outside | (labels == ignore_index), -1, labels), bounds
 
 

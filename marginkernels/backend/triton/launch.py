@@ -150,16 +150,17 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     copy = p.x.new_empty(chunk, wide) if convert else None
     slices = [math.ceil(d / t.width) if request.need_center else 1 for t in tiles]
     splits = _splits(math.ceil(n / tile.queries) * slices[0], math.ceil(chunk / tile.keys), device.processors)
-    # Two tensors in all, since chunks of converted centers add to what stands there.
-    peaks = max(slices) if convert else 1
-    lowest = new((peaks + 1) * splits, n, fill=-math.inf if convert else None)
-    sums = new(splits * n * (2 + (d if request.need_center else 0)), fill=0.0 if convert else None)
-    centers = splits * n * d if request.need_center else 0
+    # Two tensors in all, since chunks of converted centers add to what stands there; each part on 16 bytes, or it were a variant.
+    peaks, size = max(slices) if convert else 1, splits * n
+    centers, spaced = size * d if request.need_center else 0, -(-size // 4) * 4
+    first_sum, first_logit = -(-centers // 4) * 4, -(-peaks * size // 4) * 4
+    sums = new(first_sum + spaced + size, fill=0.0 if convert else None)
+    lowest = new(first_logit + size, fill=-math.inf if convert else None)
     parts = {
-        "part_sum": sums[centers : centers + splits * n].view(splits, n),
-        "part_cos": sums[centers + splits * n :].view(splits, n),
-        "part_running_max": lowest[:-splits].view(peaks, splits, n),
-        "part_max_logit": lowest[-splits:],
+        "part_sum": sums[first_sum : first_sum + size].view(splits, n),
+        "part_cos": sums[first_sum + spaced :].view(splits, n),
+        "part_running_max": lowest[: peaks * size].view(peaks, splits, n),
+        "part_max_logit": lowest[first_logit:].view(splits, n),
         "part_center": sums[:centers].view(splits, n, d) if request.need_center else None,
     }
     rows = {name: getattr(p, name) for name in ("x", "row_factor", "scale", "threshold", "t", "labels", "bias")}

@@ -17,7 +17,7 @@ from .heuristics import power_of_two
 from .launch import Device, Launch, Run
 
 #: Rows of a block in kernels of O(N) numbers, and numbers of a tile in those of O(N D).
-BLOCK_N, TILE = 128, 1024
+BLOCK_N, TILE = 128, 512
 #: Rows that the one program of the loss takes at a time, and labels of a block.
 LOSS_BLOCK, LABEL_BLOCK = 256, 1024
 #: A tile of the sum over the class centers, and programs for each multiprocessor.

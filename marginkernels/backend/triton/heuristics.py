@@ -16,6 +16,11 @@ Whatever the loop carries beyond plain logits (a running maximum, a hard transfo
 in the tile, hence the narrower query blocks. On sm_100 the accumulator is in tensor memory, but rescaling it by a running maximum brings
 all of it into registers, which needs narrower blocks still.
 
+A shift per row, fixed before the loop, could spare the running maximum up to twice the exponents, with the other way as what the device
+falls back to where a sum underflows. It is left out as long as nothing has been timed: float16 has too few exponents for a shift that does
+not know the row's maximum to within 13, the fallback would convert all centers again, chunk by chunk, and it costs a whole pass where it is
+taken.
+
 Tensor cores that take operands from registers (sm_80 to sm_89, sm_120) have narrower tiles: a thread holds fragments of both blocks beside
 the accumulator. Where shared memory is 99 KB one copy of the key block is all that fits at D = 512, beside the queries; it serves both
 products and is fetched a step ahead.

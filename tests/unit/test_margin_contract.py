@@ -378,6 +378,8 @@ def test_bound_to_another_number_of_classes():
             mk.MarginHead(D, C, margin)
         with pytest.raises(ValueError, match=f"num_classes: expected {C} .*got 5000"):
             mk.margin_cross_entropy(x, w, y, margin=margin)
+        with pytest.raises(ValueError, match=f"num_classes: expected {C} .*got 5000"):
+            mk.topk(x, w, 1, margin)
     for shared in (mk.L2Softmax(), mk.L2Softmax(trainable=True)):
         mk.MarginHead(D, C, shared)
         mk.MarginHead(D, C, shared)

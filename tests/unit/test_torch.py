@@ -180,6 +180,29 @@ def test_only_what_is_asked_for(backend, monkeypatch):
     assert asked == [("row", False)]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_alone_is_that_among_all(backend, smoothing):
+    """Of embeddings, class centers, biases and a trained scale, where everything else is frozen."""
+    x, y = batch()
+    for name in ("l2-softmax-trainable", "curricularface"):
+
+        def found(wanted=None, name=name):
+            head = make_head(name, backend, bias=True, label_smoothing=smoothing)
+            leaves = {"x": x.clone(), **dict(head.named_parameters())}
+            for key, p in leaves.items():
+                p.requires_grad_(wanted in (None, key))
+            head(leaves["x"], y).backward()
+            return {key: p.grad for key, p in leaves.items() if p.grad is not None}
+
+        every = found()
+        assert len(every) == (4 if name == "l2-softmax-trainable" else 3)
+        for key, g in every.items():
+            assert bool(g.any())
+            (alone,) = found(key).values()
+            assert testing.relative_error(alone, g) < 2e-6, (name, key)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_twice_over_one_graph(backend):
     for name in HEADS:

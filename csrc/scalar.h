@@ -48,7 +48,7 @@ MK_HOST_DEVICE T square_root(T v) {
 
 constexpr float PI = 3.14159265358979323846f;
 // See marginkernels/core/nontarget.py.
-constexpr float LEAST_SINE = 0x1p-5f;
+constexpr float LEAST_SINE = 0x1p-4f;
 
 // theta = acos(c), and its sine; |c| may exceed 1 by rounding. `least` is what sin(theta/2)^2, at the nearer end, is taken for at least.
 // asin(s)/s is a polynomial in s^2 up to 1/2, to 2e-8.

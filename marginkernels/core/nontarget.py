@@ -29,9 +29,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-#: What ``ANGLE_PART`` takes sin(theta) for where c < 0 and it is smaller, within 1.8 degrees of the opposite of a class center: there the
+#: What ``ANGLE_PART`` takes sin(theta) for where c < 0 and it is smaller, within 3.6 degrees of the opposite of a class center: there the
 #: slope ``t sin(t theta) / sin(theta)`` goes to infinity. The gradient that reaches an embedding is this slope times sin(theta).
-LEAST_SINE = 2.0**-5
+LEAST_SINE = 2.0**-4
 
 
 class NonTarget(IntEnum):

@@ -35,7 +35,7 @@ class SphereFaceR(Margin):
             published code has 50. The term of ``"soft"`` is not multiplied.
         t: >= 0, see ``normalization``.
         gradient: ``"detached"``: margins change values and not slopes, which are 1, as in the published code (it calls that
-            characteristic gradient detachment); ``"exact"``: the derivative. That of ``"v2"`` is held back within 1.8 degrees of theta_j =
+            characteristic gradient detachment); ``"exact"``: the derivative. That of ``"v2"`` is held back within 3.6 degrees of theta_j =
             pi, where it goes to infinity.
         focal_gamma: see :class:`Margin`.
     """

@@ -90,7 +90,7 @@ def longhand(
         value = slope * (c - t)
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
-        sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 32), torch.sin(theta))
+        sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))
         value, slope = torch.cos(t * theta), t * torch.sin(t * theta) / sine
         if p.non_target == NonTarget.ANGLE_PART_DETACHED:
             slope = torch.ones_like(c)

@@ -341,7 +341,7 @@ def _exponent_bound(p: PassInputs, factor: Tensor | None, run: Run) -> Tensor:
     """() how far from 0 the exponents of any row's terms, of their sum and, if given, of their products with a class factor can lie."""
     (n, d), width = p.x.shape, min(power_of_two(p.x.shape[1]), REACH_TILE)
     reach = p.scale.new_empty(n)
-    args = {"x": p.x, "row_factor": p.row_factor, "scale": p.scale, "t": p.t, "out": reach}
+    args: dict[str, Any] = {"x": p.x, "row_factor": p.row_factor, "scale": p.scale, "t": p.t, "out": reach}
     args |= {"n": n, "stride_xn": p.x.stride(0), "added": math.log(p.w.shape[0])}
     constants = {"NON_TARGET": int(p.non_target), "DIM": d, "WIDTH": width, "BLOCK_N": max(1, REACH_TILE // width)}
     run(Launch(reach_kernel, (math.ceil(n / constants["BLOCK_N"]),), args, constants))

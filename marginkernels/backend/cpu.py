@@ -32,6 +32,8 @@ from .base import Backend
 
 _cpu, _missing = _extension.load("_cpu")
 
+#: What the class pass takes of :class:`Upstream`.
+UPSTREAM = ("lse", "d_lse", "d_logit_sum", "d_target_cos", "d_target_bias")
 #: Bytes from which on a buffer comes from the extension's pool.
 POOLED_BYTES = 4 << 20
 
@@ -139,7 +141,7 @@ class CpuBackend(Backend):
             d_bias=inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype),
         )
         native, _alive = _pass_inputs(inputs)
-        given = _contiguous(**vars(upstream), class_factor=class_factor)
+        given = _contiguous(**{name: getattr(upstream, name) for name in UPSTREAM}, class_factor=class_factor)
         _cpu.class_pass(
             native,
             level=self.level,

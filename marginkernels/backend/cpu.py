@@ -32,6 +32,8 @@ from .base import Backend
 
 _cpu, _missing = _extension.load("_cpu")
 
+#: What the class pass takes of :class:`Upstream`.
+UPSTREAM = ("lse", "d_lse", "d_logit_sum", "d_target_cos", "d_target_bias")
 #: Bytes from which on a buffer comes from the extension's pool.
 POOLED_BYTES = 4 << 20
 
@@ -50,10 +52,6 @@ def _panels() -> Iterator[tuple[tuple[torch.dtype, str], tuple[int, int, int]]]:
 
 #: dtype and level -> the bytes that a panel saves for the class pass, its rows and its classes. Asked here, since a traced call cannot.
 PANELS = {} if _cpu is None else dict(_panels())
-
-
-#: What the class pass takes of the upstream gradient.
-UPSTREAM = ("lse", "d_lse", "d_logit_sum", "d_target_cos", "d_target_bias")
 
 
 class CpuBackend(Backend):

@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
         *("", "core", "margins", "optim", "sampling", "loss", "head", "distributed", "testing"),
         *("backend", "backend.triton", "backend.cpu", "backend.records", "backend.registry", "backend.torch_topk"),
     },
-    "compat": {"margins", "loss"},
+    "compat": {"margins", "loss", "sampling", "distributed._shard"},
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},
     "__main__": set(),
     "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval"},

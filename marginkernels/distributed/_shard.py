@@ -95,7 +95,7 @@ class Shard:
             raise ValueError("process_group: expected a group that this process belongs to, got another group")
         self.num_classes = num_classes
         self.batch_size = None if batch_size is None else positive("batch_size", batch_size)
-        self.start, self.stop = bounds(num_classes, self.size, self.rank)
+        self.start, self.stop = self.bounds(self.rank)
         self.agreed: dict[str, tuple[bool, tuple[str, ...]]] = {}
         self.group = collectives.register(group)
 
@@ -109,7 +109,11 @@ class Shard:
 
     def widths(self) -> list[int]:
         """The number of classes of each rank."""
-        return [stop - start for start, stop in (bounds(self.num_classes, self.size, r) for r in range(self.size))]
+        return [stop - start for start, stop in map(self.bounds, range(self.size))]
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """The classes [start, stop) of a rank: :func:`bounds`, unless a subclass divides them in another way."""
+        return bounds(self.num_classes, self.size, rank)
 
     def of_all_ranks(self, mine: T) -> list[T]:
         """What each rank gives, in rank order. Every rank calls it."""

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 import marginkernels as mk
+from helpers import insightface as recorded
 from marginkernels import optim, testing
 from marginkernels.backend import FUSED, records, registry, resolve
 from marginkernels.backend.chunked import ChunkedBackend
 from marginkernels.backend.records import BAD, Reading, Record, Verdict
 from marginkernels.cli import plan
+from marginkernels.compat import insightface
 from marginkernels.distributed import GradScaler
 from marginkernels.distributed import _collectives as collectives
 from marginkernels.distributed._shard import bounds
@@ -860,6 +862,35 @@ def check_fsdp2_around_a_whole_model():
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     train_replicated(lambda net: fully_shard(net, mesh=mesh))
+
+
+def check_insightface() -> None:
+    """The division, the loss and the gradients of insightface's head, as they were recorded on as many ranks."""
+    for name in recorded.NAMES:
+        recorded.check(name, dist.get_world_size())
+    for classes in (10, 2):
+        head = insightface.PartialFC_V2(insightface.CosFace(16.0, 0.4), D, classes)
+        assert list(head.state_dict()) == ["weight"]
+        found: list = [None] * head.world_size
+        dist.all_gather_object(found, (head.class_start, head.num_local, head.weight.shape[0]))
+        assert found == {10: [(0, 4, 4), (4, 3, 3), (7, 3, 3)], 2: [(0, 1, 1), (1, 1, 1), (2, 0, 0)]}[classes]
+        # Ranks may bring any number of rows, which insightface's may not.
+        x, y = torch.randn(ROWS[head.rank], D), torch.randint(classes, (ROWS[head.rank],))
+        loss = head(x, y)
+        loss.backward()
+        same_everywhere(loss)
+        assert head.weight.grad.isfinite().all()
+    head = insightface.PartialFC_V2(insightface.CosFace(16.0, 0.4), D, 40, sample_rate=0.6)
+    loss = head(torch.randn(2, D), torch.tensor([39, head.rank]))
+    loss.backward()
+    same_everywhere(loss)
+    drawn = torch.zeros(head.num_local, dtype=torch.bool).index_fill(0, head.weight_index, True)
+    assert int(drawn.sum()) == round(0.6 * head.num_local)
+    assert (head.weight.grad[drawn].norm(dim=1) > 0).all()
+    assert not head.weight.grad[~drawn].any()
+
+
+check_insightface.sizes = (3,)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

@@ -55,6 +55,7 @@ LAYERS: dict[str, set[str]] = {
         *("", "core", "margins", "optim", "sampling", "loss", "head", "distributed", "testing"),
         *("backend", "backend.triton", "backend.cpu", "backend.records", "backend.registry", "backend.torch_topk"),
     },
+    "compat": {"margins", "loss", "sampling", "distributed._shard"},
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},
     "__main__": set(),
     "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval"},
@@ -68,6 +69,7 @@ THIRD_PARTY = {
     "matplotlib": ("demo",),
     "PIL": ("demo",),
     "fontTools": ("demo",),
+    "pytorch_metric_learning": ("compat.metric_learning",),
 }
 
 
@@ -164,8 +166,9 @@ def test_what_the_import_loads():
     code = (
         "import sys, marginkernels as mk\n"
         "mk.backends()\n"
-        "lazy = ('testing', 'distributed', 'cli', 'demo', 'backend.triton.launch', 'backend.triton.row_kernel', 'backend.triton.aot')\n"
-        "lazy = tuple(f'marginkernels.{name}' for name in lazy) + ('matplotlib', 'PIL')\n"
+        "lazy = ('testing', 'distributed', 'cli', 'demo', 'compat', 'backend.triton.launch', 'backend.triton.row_kernel')\n"
+        "lazy += ('backend.triton.aot',)\n"
+        "lazy = tuple(f'marginkernels.{name}' for name in lazy) + ('matplotlib', 'PIL', 'pytorch_metric_learning')\n"
         "loaded = [name for name in sys.modules if name in lazy or name.startswith(tuple(f'{x}.' for x in lazy))]\n"
         "assert not loaded, loaded\n"
         "mk.distributed.save, mk.testing.Case\n"

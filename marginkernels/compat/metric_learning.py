@@ -1,0 +1,210 @@
+"""pytorch-metric-learning's classification losses, computed without the N x C logits.
+
+Each class here is a subclass of the library's class of the same name (2.8 and later) and replaces ``compute_loss`` alone. Arguments, the
+parameter ``W`` (D, C), ``state_dict``, miners' weights, reducers, regularizers, distances, statistics and ``get_logits`` are the library's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import margin_cross_entropy
+from ..margins import ArcFace, CosFace, LSoftmax, Margin, NormFace, Softmax, SphereFace
+
+try:
+    from pytorch_metric_learning import losses as theirs
+    from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
+    from pytorch_metric_learning.utils import common_functions as c_f
+    from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_weights
+except ImportError as error:
+    raise ImportError(
+        "marginkernels.compat.metric_learning subclasses pytorch-metric-learning's losses: pip install pytorch-metric-learning"
+    ) from error
+
+__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss"]
+
+
+class _Fused:
+    """What all five have in common; comes before the library's class among the bases.
+
+    Attributes:
+        fuse: False computes as the library does, for instance for a second derivative, which the fused losses do not have.
+        backend: see :func:`margin_cross_entropy`.
+        workspace_mb: see :func:`margin_cross_entropy`.
+    """
+
+    fuse: bool = True
+    backend: str = "auto"
+    workspace_mb: float | None = None
+
+    #: The library's class, and those of its methods for which the fused loss stands: a subclass that overrides one is not fused.
+    _library: type[nn.Module]
+    _replaced: tuple[str, ...] = ()
+    _distances: tuple[type, ...] = (CosineSimilarity,)
+    #: Attributes that make the margin.
+    _settings: tuple[str, ...] = ("scale", "margin")
+
+    def __init__(self: Any, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Drawn by the library, so that a seed gives its numbers; then laid out so that W.t(), the centers (C, D), is contiguous.
+        self.W.data = self.W.data.t().contiguous().t()
+
+    @property
+    def fused(self) -> bool:
+        """Whether the next call is computed without the N x C logits; where not, :attr:`unfused_reason` says why."""
+        return self.unfused_reason is None
+
+    @property
+    def unfused_reason(self: Any) -> str | None:
+        """Why the next call is computed by the library's own code, or None where it is fused."""
+        if not self.fuse:
+            return "fuse is False"
+        for name in self._replaced:
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(self._library, name):
+                return f"{name} is not {self._library.__name__}'s own"
+        distance, entropy = self.distance, self.cross_entropy
+        if type(distance) not in self._distances or not distance.is_inverted or (distance.p, distance.power) != (2, 1):
+            return f"distance is {distance!r} with p={distance.p}, power={distance.power}, is_inverted={distance.is_inverted}"
+        plain = (entropy.reduction, entropy.ignore_index, entropy.label_smoothing) == ("none", -100, 0.0) if _is_entropy(entropy) else False
+        if not plain or entropy.weight is not None:
+            return f"cross_entropy is {entropy!r}"
+        try:
+            self._margin()
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _margin(self: Any) -> Margin:
+        """The margin for the attributes as they are now; made anew where one has changed. In no module's list: it has no state."""
+        values = tuple(getattr(self, name) for name in self._settings)
+        for name, value in zip(self._settings, values, strict=True):
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a number, got a tensor")
+        held = self.__dict__.get("_held_margin")
+        if held is None or held[0] != (values, self._kind()):
+            held = (values, self._kind()), self._made(*(float(value) for value in values))
+            self.__dict__["_held_margin"] = held
+        return held[1]  # type: ignore[no-any-return]
+
+    def _kind(self) -> object:
+        """What else decides which margin it is."""
+        return None
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        raise NotImplementedError
+
+    def _taken(self, embeddings: Tensor) -> Tensor:
+        """The embeddings as the margin takes them."""
+        return embeddings
+
+    def _collect(self: Any, embeddings: Tensor, labels: Tensor) -> None:
+        """The statistics that the library takes while it computes, where they are asked for."""
+        with torch.no_grad():
+            if self.distance.collect_stats:
+                self.distance.reset_stats()
+                pair = embeddings, self.W.t()
+                self.distance.set_default_stats(*pair, *(self.distance.maybe_normalize(x) for x in pair))
+            if self.collect_stats and hasattr(self, "get_angles"):
+                centers = self.distance.normalize(self.W.t()[labels])
+                self.get_angles((self.distance.normalize(embeddings) * centers).sum(1))
+
+    def compute_loss(
+        self: Any, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor | None, ref_labels: Tensor | None
+    ) -> dict[str, dict[str, Any]]:
+        """Overrides the library's; ``embeddings`` (N, D), ``labels`` (N,) int64."""
+        if not self.fused:
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)  # type: ignore[misc,no-any-return]
+        c_f.labels_required(labels)
+        c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        self._collect(embeddings, labels)
+        losses = margin_cross_entropy(
+            self._taken(embeddings),
+            self.W.t(),
+            labels,
+            margin=self._margin(),
+            reduction="none",
+            backend=self.backend,
+            workspace_mb=self.workspace_mb,
+        )
+        if not torch.is_autocast_enabled(embeddings.device.type):
+            losses = losses.to(embeddings.dtype)
+        found = {
+            "loss": {
+                "losses": losses * convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype),
+                "indices": c_f.torch_arange_from_size(embeddings),
+                "reduction_type": "element",
+            }
+        }
+        self.add_weight_regularization_to_loss_dict(found, self.W.t())
+        return found
+
+
+def _is_entropy(module: object) -> bool:
+    return type(module) is nn.CrossEntropyLoss
+
+
+class _FusedMargin(_Fused):
+    _replaced = ("get_cosine", "get_target_mask", "modify_cosine_of_target_classes", "get_cos_with_margin", "get_angles", "scale_logits")
+
+
+class ArcFaceLoss(_FusedMargin, theirs.ArcFaceLoss):
+    """``pytorch_metric_learning.losses.ArcFaceLoss``, fused: ``margin`` in degrees when it is made, an attribute in radians then."""
+
+    _library = theirs.ArcFaceLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        return ArcFace(scale, margin, beyond_pi="linear")
+
+
+class CosFaceLoss(_FusedMargin, theirs.CosFaceLoss):
+    """``pytorch_metric_learning.losses.CosFaceLoss``, fused."""
+
+    _library = theirs.CosFaceLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        return CosFace(scale, margin)
+
+
+class LargeMarginSoftmaxLoss(_FusedMargin, theirs.LargeMarginSoftmaxLoss):
+    """``pytorch_metric_learning.losses.LargeMarginSoftmaxLoss``, fused."""
+
+    _library = theirs.LargeMarginSoftmaxLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        return LSoftmax(int(margin), scale)
+
+
+class SphereFaceLoss(_FusedMargin, theirs.SphereFaceLoss):
+    """``pytorch_metric_learning.losses.SphereFaceLoss``, fused."""
+
+    _library = theirs.SphereFaceLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        LSoftmax(int(margin), scale)  # its checks of the scale, which is the embeddings' here
+        return SphereFace(int(margin))
+
+    def _taken(self: Any, embeddings: Tensor) -> Tensor:
+        return embeddings if self.scale == 1 else embeddings * self.scale  # |s x| = s |x|, and the angle stays
+
+
+class NormalizedSoftmaxLoss(_Fused, theirs.NormalizedSoftmaxLoss):
+    """``pytorch_metric_learning.losses.NormalizedSoftmaxLoss``, fused for cosine and dot-product similarities."""
+
+    _library = theirs.NormalizedSoftmaxLoss
+    _replaced = ("get_logits",)
+    _distances = (DotProductSimilarity, CosineSimilarity)
+    _settings = ("temperature",)
+
+    def _kind(self: Any) -> object:
+        return self.distance.normalize_embeddings
+
+    def _made(self: Any, temperature: float) -> Margin:  # type: ignore[override]
+        cosine = NormFace(1 / temperature)
+        return cosine if self.distance.normalize_embeddings else Softmax(normalize_weight=True)
+
+    def _taken(self: Any, embeddings: Tensor) -> Tensor:
+        return embeddings if self.distance.normalize_embeddings else embeddings / self.temperature

@@ -28,6 +28,14 @@ from .sampling import Sampler
 INIT_STD = 0.01
 
 
+class _Flag(property):
+    """A property that is false where it is looked up on the class: TorchDynamo (since 2.15) asks with ``inspect.getattr_static`` whether a
+    module is FSDP's, and would take any property for a yes."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class MarginHead(nn.Module):
     """A classification head: class centers ``weight`` (C, D), a margin, and the loss of both, never holding the N x C logits.
 
@@ -192,13 +200,11 @@ class MarginHead(nn.Module):
         self._rejoin(before)  # to_empty() of a head on the meta device makes new parameters
         return self
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
+    def _is_managed_by_fsdp(self) -> bool:
         """What both FSDPs set on each module whose parameters they take."""
         return bool(self.__dict__.get("_fsdp_managed", False))
 
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, value: bool) -> None:
+    def _manage_by_fsdp(self, value: bool) -> None:
         # FSDP1 sets it before it touches the parameters, FSDP2 when it has made DTensor of them, and also where it ignores them.
         taken = sys._getframe(2).f_code.co_name == "_annotate_modules_for_dynamo" or type(self.weight) is not nn.Parameter
         if value and taken and self.shard is not None and self.shard.size > 1:
@@ -208,6 +214,8 @@ class MarginHead(nn.Module):
                 "ignored_params=set(head.parameters())"
             )
         self.__dict__["_fsdp_managed"] = value
+
+    _is_fsdp_managed_module = _Flag(_is_managed_by_fsdp, _manage_by_fsdp)
 
     @property
     def workspace_mb(self) -> float | None:

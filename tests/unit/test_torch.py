@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import io
 import math
 
@@ -117,6 +118,15 @@ def sample_inputs(backend, dtype=torch.float32):
         yield ops.center_sum, (w, out.class_factor, backend)
         yield ops.row_gradient, (head_inputs, upstream, out.mean_center, out.mean_center, backend)
         yield ops.topk, (TopkInputs(x, w, b, None if b is None else ones, non_target == 0, normalized), 3, backend)
+
+
+def test_a_head_is_none_of_fsdp_until_it_is():
+    """As TorchDynamo asks, which refuses to trace a module of FSDP without original parameters."""
+    head = make_head()
+    assert not inspect.getattr_static(head, "_is_fsdp_managed_module", False)
+    assert not head._is_fsdp_managed_module
+    head._is_fsdp_managed_module = True
+    assert head._is_fsdp_managed_module
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -531,12 +531,16 @@ def test_no_margin_to_set(margin):
         margin.set_margin(0.3)
 
 
-@pytest.mark.parametrize("backend", QUICK)
-def test_a_margin_may_change_before_the_backward_pass(backend):
-    x, w, y = batch()
-    margin, grads = mk.ArcFace(margin=0.3), []
-    for change in (0.3, 0.6):
-        margin.set_margin(0.3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", *(name for name in QUICK if name != "reference")])
+def test_a_margin_may_change_before_the_backward_pass(backend, dtype):
+    """In float64, in which the numbers of a margin are held, and with a factor of the angle, which autograd keeps for the backward pass."""
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("no float64")
+    x, w, y = (v.to(dtype) if v.is_floating_point() else v for v in batch())
+    margin, grads = mk.CombinedMargin(m1=1.2, m2=0.3, m3=0.1), []
+    for change in ((1.2, 0.3, 0.1), (1.5, 0.6, 0.2)):
+        margin.set_margin((1.2, 0.3, 0.1))
         leaf = w.clone().requires_grad_()
         loss = mk.margin_cross_entropy(x, leaf, y, margin=margin, backend=backend)
         margin.set_margin(change)

@@ -390,6 +390,9 @@ def _backward(
             non_target=o.non_target,
             normalize_weight=o.normalize_weight,
         )
+        if o.center_norm and s.w.dtype != pass_inputs.acc_dtype:
+            # Two parts of the gradient may nearly cancel: both in acc_dtype, and the sum is rounded once.
+            pass_inputs = replace(pass_inputs, w=s.w.to(pass_inputs.acc_dtype))
         of_lse = upstream if s.class_weight is None else replace(upstream, d_logit_sum=None)
         grads = class_pass(pass_inputs, of_lse, s.class_factor, s.saved, need_w, need_bias, o.backend)
         dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
@@ -402,6 +405,7 @@ def _backward(
             dw, db = (a if a is None else a + b for a, b in ((dw, more.d_weight), (db, more.d_bias)))
         if dw is not None and o.center_norm and g_norm is not None:
             dw = _along_own_centers(dw, s.w, s.labels, g_norm)
+        dw = None if dw is None else dw.to(s.w.dtype)
     if need_scale:
         identity = o.non_target == NonTarget.IDENTITY
         prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)

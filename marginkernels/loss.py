@@ -224,6 +224,7 @@ def local_head_losses(
     if mixed is not None:
         halves = zip(embeddings.tensor_split(2), labels.tensor_split(2), strict=True)
         batches = [BatchInfo(x, y, num_classes, own=own) for x, y in halves]
+    of_rows = row_weights(class_weight, labels)
     # A compiled step writes its buffers at its end, where nothing raises any more.
     moves = margin.training and margin._moves and not torch.compiler.is_compiling()
     with torch.autocast(device, enabled=False), restored_on_error(margin) if moves else contextlib.nullcontext():
@@ -249,7 +250,7 @@ def local_head_losses(
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
             given = replace(options, backend=name, workspace_bytes=workspace)
-            losses, stats = _fused_losses(embeddings, batches, classes, row_weights(class_weight, labels), margin, given, fused)
+            losses, stats = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused)
     state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     stats = {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
     if not losses.ndim:  # a kernel has reduced them
@@ -257,9 +258,10 @@ def local_head_losses(
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     shares: list[float | Tensor | None] = [None] if mixed is None else [mixed[1], 1 - mixed[1]]
     of_batch = (losses,) if mixed is None else losses.tensor_split(2)
+    weights = [of_rows] * len(shares) if mixed is None or of_rows is None else of_rows.tensor_split(2)
     terms = (
-        Term(some, batch.valid, row_weights(class_weight, batch.labels), share)
-        for some, batch, share in zip(of_batch, batches, shares, strict=True)
+        Term(some, batch.valid, weight_of_rows, share)
+        for some, batch, weight_of_rows, share in zip(of_batch, batches, weights, shares, strict=True)
     )
     return HeadLosses(tuple(terms), stats, None)
 

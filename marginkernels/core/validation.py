@@ -137,7 +137,7 @@ def _check_values(name: str, v: Tensor, high: float | None) -> None:
     """All values in [0, high], ``high`` None for any finite number; read where nothing traces the call."""
     if torch.compiler.is_compiling() or transforming() or v.numel() == 0:
         return
-    least, most = (float(end) for end in v.detach().double().aminmax())
+    least, most = (float(end) for end in v.detach().aminmax())
     if not (least >= 0 and most <= (sys.float_info.max if high is None else high)):  # NaN is neither
         bound = "finite numbers >= 0" if high is None else f"numbers in [0, {high:g}]"
         raise ValueError(f"{name}: expected {bound}, got values from {least:g} to {most:g}")

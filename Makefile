@@ -8,6 +8,7 @@
 # All make a virtual environment first, in .venv, with the versions of requirements.lock.
 
 PYTHON ?= python3
+space := $(subst ,, )
 VENV := .venv
 READY := $(VENV)/.ready
 # Arguments for the demo, such as ARGS="--head cosface --epochs 4"
@@ -15,7 +16,9 @@ ARGS ?=
 # More words for pytest under quick and test-gpu
 TESTS ?=
 # The tests of tests/unit that compile nothing, build nothing and start no process
-QUICK := tests/unit -k "not compile" $(foreach f,benchmarks cli demo deprecated docs layers setup verify,--ignore=tests/unit/test_$(f).py)
+LONG := compile opcheck interrupt memory_is_what without_the_library break_the_graph
+QUICK := tests/unit -n 2 -k "not ($(subst $(space), or ,$(LONG)))" \
+    $(foreach f,benchmarks cli demo deprecated docs layers setup verify,--ignore=tests/unit/test_$(f).py)
 # Where gpu-report writes, and which of its steps it takes (all that fit into nine minutes)
 OUT ?= runs/gpu-report
 STEPS ?=

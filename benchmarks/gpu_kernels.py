@@ -132,6 +132,11 @@ def launches(arch: str, wanted: Iterable[Problem]) -> list:
             for size in (None, 1):  # in one chunk of classes, and in several, of which the last are not saved
                 with chunks_of(size):
                     testing.run(case, testing.HEADS[p.head](300), "triton", label_smoothing=p.label_smoothing, workspace_mb=mb)
+        margin = testing.HEADS[p.head](300)
+        options = {"bias": p.bias, "label_smoothing": p.label_smoothing, "focal_gamma": margin.focal_gamma}
+        options |= {name: getattr(margin, name) for name in ("normalize_embedding", "normalize_weight")}
+        for reduction in ("mean", "none"):
+            found += aot.row_launches(3, p.dim, 300, p.dtype, p.weight_dtype, arch, reduction=reduction, **options)
         for one in found:
             kernels.setdefault(aot.variant(one, arch), one)
     return list(kernels.values())

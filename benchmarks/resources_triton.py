@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -26,17 +26,32 @@ DTYPES = (
     (torch.float32, torch.float32),
 )
 #: Variants of the kernels by name, as arguments of ``aot.meta_inputs`` and ``aot.launches``: the common case; a hard transform and a bias;
-#: no gradients; centers that are not normalized, with the logit sum of label smoothing; softmax weights saved between the passes.
+#: no gradients; centers that are not normalized; the logit sum of label smoothing, which only a transform asks of the passes; softmax
+#: weights saved between the passes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "hard-linear, bias": {"non_target": NonTarget.HARD_LINEAR, "bias": True},
     "hard-quadratic": {"non_target": NonTarget.HARD_QUADRATIC},
     "no gradient": {"need_center": False, "need_weight": False},
-    "raw centers, logit sum": {"normalize_weight": False, "logit_sum": True},
+    "raw centers": {"normalize_weight": False},
+    "hard-linear, logit sum": {"non_target": NonTarget.HARD_LINEAR, "logit_sum": True},
     "saved weights": {"saved": 1.0},
     "saved weights, hard-quadratic": {"saved": 1.0, "non_target": NonTarget.HARD_QUADRATIC},
 }
-#: Those of them that ``aot.launches`` takes.
+#: Variants of what a step does per row, as arguments of ``aot.row_launches``.
+ROW_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "label smoothing, focal, bias": {"label_smoothing": 0.1, "focal_gamma": 2.0, "bias": True},
+    "nothing normalized, no reduction": {
+        "normalize_embedding": False,
+        "normalize_weight": False,
+        "label_smoothing": 0.1,
+        "reduction": "none",
+    },
+}
+#: How many nearest class centers are searched for.
+NEAREST = (1, 5, 64)
+#: Those of the variants' options that ``aot.launches`` takes.
 LAUNCH_OPTIONS = ("need_center", "need_weight", "logit_sum", "saved")
 
 
@@ -93,20 +108,39 @@ def kernels(arch: str, dims: Iterable[int] = DIMS) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     seen: set[str] = set()
-    for dim, dtypes, variant in cases(dims):
-        options = dict(VARIANTS[variant])
-        launch_options = {name: options.pop(name) for name in LAUNCH_OPTIONS if name in options}
-        x, w = (str(d).removeprefix("torch.") for d in dtypes)
-        for one in aot.launches(aot.meta_inputs(1024, dim, 1_000_000, *dtypes, **options), arch, **launch_options):
-            key = aot.variant(one, arch)
-            if key in seen:
-                continue
+    for one, about in _launches(arch, dims):
+        key = aot.variant(one, arch)
+        if key not in seen:
             seen.add(key)
-            online = ", running maximum" if one.constants.get("ONLINE") else ""
-            name = f"{one.kernel.__name__}<{x}, {w}, D={dim}{online}{', ' if variant else ''}{variant}>"
+            name = f"{one.kernel.__name__}<{about}>"
             assert name not in found, name
             found[name] = one
     return found
+
+
+def _launches(arch: str, dims: Iterable[int]) -> Iterator[tuple[Any, str]]:
+    """Every launch, and the words for its case."""
+    from marginkernels.backend.triton import aot
+
+    n, c = 1024, 1_000_000
+    for dim, dtypes, variant in cases(dims):
+        options = dict(VARIANTS[variant])
+        launch_options = {name: options.pop(name) for name in LAUNCH_OPTIONS if name in options}
+        for one in aot.launches(aot.meta_inputs(n, dim, c, *dtypes, **options), arch, **launch_options):
+            online = "running maximum" if one.constants.get("ONLINE") else ""
+            yield one, _words(dim, dtypes, online, variant)
+    for dim, dtypes in itertools.product(dims, DTYPES):
+        for variant, options in ROW_VARIANTS.items():
+            for one in aot.row_launches(n, dim, c, *dtypes, arch, **options):
+                # Rows with NaN are marked on the way in, and their gradients replaced on the way out.
+                marks = "marks" if one.constants.get("MARK") else ""
+                yield one, _words(dim, dtypes, marks, variant)
+        for k in NEAREST:
+            yield aot.topk_launch(n, dim, c, *dtypes, k, arch), _words(dim, dtypes, f"k={k}")
+
+
+def _words(dim: int, dtypes: tuple[torch.dtype, torch.dtype], *more: str) -> str:
+    return ", ".join([*(str(d).removeprefix("torch.") for d in dtypes), f"D={dim}", *filter(None, more)])
 
 
 #: (arch, name, launch) of every kernel to compile: launches hold functions that cannot be sent to another process, only inherited by it.

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,12 +112,21 @@ def test_compiles_ahead_of_time(arch, dim, dtype):
         assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch), name
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float32), ("sm_90", torch.bfloat16), ("sm_100", torch.float16)])
-def test_topk_compiles_ahead_of_time(arch, dtype):
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype", "k"),
+    [
+        ("sm_80", 512, torch.float32, 5),
+        ("sm_90", 512, torch.bfloat16, 64),
+        ("sm_100", 512, torch.float16, 5),
+        ("sm_120", 500, torch.float16, 64),
+    ],
+)
+def test_topk_compiles_ahead_of_time(arch, dim, dtype, k):
     from marginkernels.backend.triton import aot, heuristics
 
-    kernel = aot.compile(aot.topk_launch(1024, 512, 1_000_000, dtype, torch.float32, 5, arch), arch)
-    assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch)
+    used = aot.resources(aot.compile(aot.topk_launch(1024, dim, 1_000_000, dtype, torch.float32, k, arch), arch))
+    assert used.shared_bytes <= heuristics.shared_limit(arch)
+    assert not used.stack_bytes
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
@@ -380,6 +390,15 @@ def test_the_report_compiles_each_kernel_once():
     assert len(variants) == len(found)
     p = aot.meta_inputs(1024, 72, 1_000_000, torch.bfloat16, torch.float32, non_target=mk.NonTarget.HARD_LINEAR, bias=True)
     assert {aot.variant(one, "sm_90") for one in aot.launches(p, "sm_90")} <= variants
+
+
+def test_the_report_lists_every_kernel():
+    from marginkernels.backend import triton
+
+    sources = [path.read_text() for path in Path(triton.__file__).parent.glob("*.py")]
+    kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
+    assert {"row_pass_kernel", "topk_kernel", "loss_kernel"} <= kernels
+    assert {name.split("<")[0] for name in resources_triton.kernels("sm_90", (64,))} == kernels
 
 
 def test_the_report_can_be_read_again():

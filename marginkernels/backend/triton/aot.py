@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ...core.nontarget import NonTarget
-from ...core.types import PassInputs, PreparedRows, Request, TopkInputs, Upstream
-from . import launch, saved_layout
+from ...core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request, SumsUpstream, TopkInputs, Upstream
+from . import launch, rows, saved_layout
 from .launch import Device, Launch
 
 
@@ -99,6 +99,72 @@ def launches(
             d_target_bias=like if need_bias else None,
         )
         launch.class_pass(inputs, upstream, out.class_factor, out.saved, need_weight, need_bias, device, found.append)
+    return found
+
+
+def row_launches(
+    n: int,
+    dim: int,
+    c: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    arch: str,
+    *,
+    normalize_embedding: bool = True,
+    normalize_weight: bool = True,
+    bias: bool = False,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    reduction: str = "mean",
+    processors: int = 132,
+) -> list[Launch]:
+    """Every launch of what a step does per row beside its two passes, as :func:`launches`."""
+    found: list[Launch] = []
+    device, run, smooth = Device(arch, processors), found.append, label_smoothing > 0
+    p = meta_inputs(n, dim, c, dtype, weight_dtype, bias=bias, normalize_weight=normalize_weight)
+    each, one = p.scale.double(), p.scale.new_empty(1, dtype=torch.float64)
+    labels, _ = rows.mark_labels(p.labels, c, -100, run)
+    x, bad = rows.replace_rows(p.x, labels, None, 0.0, device, run)
+    inputs = HeadInputs(x, p.w, labels, normalize_embedding, normalize_weight)
+    prepared = rows.prepare_inputs(inputs, device, run)
+    of_loss = LossInputs(
+        lse=each,
+        value=each,
+        slope=each,
+        scale=one.expand(n),
+        bias=each if bias else None,
+        logit_sum=each if smooth else None,
+        labels=labels,
+        similarity=prepared.target_similarity,
+        cos=prepared.target_cos,
+        max_logit=p.scale,
+        num_classes=c,
+        label_smoothing=label_smoothing,
+        focal_gamma=focal_gamma,
+        reduction=reduction,
+    )
+    rows.loss(of_loss, run)
+    rows.loss_backward(of_loss, one, each if reduction == "none" else one, True, True, run)
+    sums = SumsUpstream(
+        lse=each,
+        scale=p.scale,
+        g_lse=each,
+        g_similarity=each,
+        g_bias=each if bias else None,
+        g_logit_sum=each if smooth else None,
+    )
+    rounded = rows.upstream(sums, bias, smooth, run)
+    of_sums = Upstream(
+        lse=rounded.lse,
+        d_lse=rounded.d_lse,
+        d_logit_sum=rounded.d_logit_sum if smooth else None,
+        d_target_cos=rounded.d_target_cos,
+        d_target_bias=rounded.d_target_bias if bias else None,
+    )
+    factor = p.scale.new_empty(c if normalize_weight else 0)
+    total = rows.center_sum(p.w, factor, device, run) if smooth else None
+    dx = rows.row_gradient(inputs, of_sums, p.scale.new_empty((n, dim)), total, device, run)
+    rows.replace_rows(dx, None, bad, 0.0, device, run)
     return found
 
 

@@ -124,8 +124,10 @@ def by_registers(arch: str) -> bool:
 
 
 def padded(dim: int, dtype: torch.dtype, arch: str) -> int:
-    """Columns of rows that begin where wide loads can: TMA's do at 16 bytes, and of other strides Triton only knows multiples of 16."""
-    step = 16 if by_registers(arch) else 16 // dtype.itemsize
+    """Columns of rows that begin where wide loads can: TMA's do at 16 bytes, and of other strides Triton only knows multiples of 16.
+
+    TMA brings whole rows of 16-bit numbers; slices of longer or wider ones are read without it."""
+    step = 8 if dtype.itemsize == 2 and dim <= 512 and not by_registers(arch) else 16
     return -(-dim // step) * step
 
 
@@ -170,7 +172,11 @@ def default(key: Key) -> Tile:
             return Tile(64, 64, d, d, stages=3) if d <= 512 else Tile(32, 32, d, d, stages=3)
         return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
     if dtype == "float32":  # both parts of each operand in registers, or all of it without tensor cores
-        return Tile(32, 64 if large(arch) or not online else 32, 32, min(d, 128) if accumulates and large(arch) else 64)
+        row = kernel == "row" and accumulates
+        narrow = accumulates and (online or busy) and (row or d <= 64)
+        keys = 64 if large(arch) or row or not online else 32
+        depth = 64 if row and d <= 64 and not by_registers(arch) else 32
+        return Tile(16 if narrow else 32, keys, depth, min(d, 128) if row or (accumulates and large(arch)) else 64)
     blackwell = arch in ("sm_100", "sm_103")
     if not accumulates:
         if blackwell:

@@ -402,6 +402,8 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
     per_split = math.ceil(blocks / _splits(programs, blocks, device.processors))
     splits = math.ceil(blocks / per_split)
     keys = p.x.new_empty((splits, n, k), dtype=torch.int64)
+    # Rows that begin anywhere are read number by number, and each number's address takes registers.
+    scattered = d % 16 > 0 or p.w.stride(0) % 16 > 0
     args = {
         "x": rows.x,
         "w": p.w,
@@ -417,7 +419,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
     }
     constants = {
         "DIM": d,
-        "DEPTH": min(128 // p.x.element_size(), power_of_two(d)),
+        "DEPTH": 16 if scattered else min(128 // p.x.element_size(), power_of_two(d)),
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
         "K": k,
@@ -425,7 +427,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
         "NORMALIZED": p.normalize_weight,
         "PRECISION": precision(p.x.dtype),
     }
-    run(Launch(topk_kernel, (programs, splits), args, constants))
+    run(Launch(topk_kernel, (programs, splits), args, constants, warps=8 if scattered else 4))
     # The reverse of topk_kernel's keys_of.
     best = keys.transpose(0, 1).flatten(1).topk(k, 1).values
     classes = -best & 0xFFFFFFFF

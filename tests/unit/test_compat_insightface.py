@@ -111,3 +111,11 @@ def test_what_differs_label_minus_1_and_batches_of_any_size():
     loss = head(x, y)
     assert y.shape == (4, 1)  # insightface squeezes it in place
     torch.testing.assert_close(loss, head(x[kept], y[kept]))
+
+
+def test_what_differs_the_means_of_the_computation():
+    head = insightface.PartialFC_V2(insightface.CosFace(), embedding_size=8, num_classes=11, sample_rate=0.5)
+    absent = ("sample", "is_updated", "init_weight_update", "last_batch_size", "dist_cross_entropy")
+    assert not any(hasattr(head, name) for name in absent)
+    head(torch.randn(2, 8), torch.tensor([3, 4]))
+    assert {3, 4} <= set(head.weight_index.tolist()) < set(range(11))

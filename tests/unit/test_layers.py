@@ -37,6 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "backend.cuda": {"core", "backend.base", "backend.gpu_rows", "backend.online_softmax", "backend._extension"},
     "backend.triton": {"core", "backend.base", "backend.gpu_rows"},
     "backend.triton.rows": {"core", "backend.triton"},
+    # Compiles all of a step's launches without a GPU.
+    "backend.triton.aot": {"core", "backend.triton", "backend.triton.rows"},
     # The row arithmetic that all backends of a GPU share.
     "backend.gpu_rows": {"core", "backend.base", "backend.triton.rows"},
     "backend.records": {"backend.cpu"},
@@ -53,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "testing": {"core", "margins", "reference", "loss", "head"},
     "cli": {
         *("", "core", "margins", "optim", "sampling", "loss", "head", "distributed", "testing"),
-        *("backend", "backend.triton", "backend.cpu", "backend.records", "backend.registry", "backend.torch_topk"),
+        *("backend", "backend.triton", "backend.triton.aot", "backend.cpu", "backend.records", "backend.registry", "backend.torch_topk"),
     },
     "compat": {"margins", "loss", "sampling", "distributed._shard"},
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},

@@ -564,6 +564,16 @@ def test_rows_against_pytorch(kind, normalize, ran):
     assert {one.kernel.__name__ for one in ran} == {"prepare_rows_kernel", "row_gradient_kernel"}
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_beyond_the_largest_power(normalize):
+    """A norm of 2^127 and more: 2^128 is no float32."""
+    inputs = HeadInputs(torch.tensor([[3e38, -1e38, 2e38], [2.0**126, 0.0, 0.0]]), torch.eye(3), torch.tensor([0, 1]), normalize, True)
+    got, want = TRITON.prepare_inputs(inputs), Backend.prepare_inputs(TRITON, inputs)
+    assert torch.equal(got.x, want.x)
+    assert torch.isfinite(got.row_factor).all()
+    torch.testing.assert_close(got.row_factor, want.row_factor, rtol=2.0**-23, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
 def test_the_sum_of_centers_is_exact_to_float64(kind, monkeypatch):
     monkeypatch.setattr(rows, "SUM_PROGRAMS", 2)

@@ -112,6 +112,29 @@ def test_param_groups(tmp_path, monkeypatch, lr, old):
         assert torch.equal(other.state[b.weight][name], v)
 
 
+def test_state_keeps_its_own_dtype(tmp_path):
+    """Counts of steps, which a weight's bfloat16 could not hold."""
+
+    def half():
+        return mk.MarginHead(D, C, mk.ArcFace(), dtype=torch.bfloat16, sample_rate=0.5)
+
+    a, b = half(), half()
+    optimizer, other = (mk.optim.AdamW(one.parameters(), lr=0.1) for one in (a, b))
+    a(torch.randn(4, D), torch.arange(4)).backward()
+    optimizer.step()
+    state = optimizer.state[a.weight]
+    counts = [name for name, v in state.items() if torch.is_tensor(v) and v.dtype != torch.bfloat16 and v.ndim]
+    assert counts
+    for name in counts:
+        state[name].fill_(1001)
+    save(tmp_path / "a", a, optimizer)
+    load(tmp_path / "a", b, other)
+    for name, v in state.items():
+        got = other.state[b.weight][name]
+        assert got.dtype == v.dtype
+        assert torch.equal(got, v)
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path

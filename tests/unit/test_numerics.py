@@ -151,6 +151,18 @@ def test_transforms_have_the_slope_that_autograd_gives(kind):
         assert (value.detach().abs().amax(1) >= reach * (1 - 1e-7)).all()
 
 
+def test_the_slope_is_held_back_beside_the_opposite_of_a_center():
+    """Of the part of an angle: it would be infinite there. Beside the center itself it is t^2, and not held back."""
+    t = torch.tensor([0.7], dtype=torch.float64)
+    least = math.asin(nontarget.LEAST_SINE)
+    for off in (0.0, 1e-9, 1e-3, 0.99 * least, 1.01 * least, 0.5):
+        theta = math.pi - off
+        slope = nontarget.slope(mk.NonTarget.ANGLE_PART, torch.tensor([[math.cos(theta)]], dtype=torch.float64), t, t)
+        assert slope.item() == pytest.approx(0.7 * math.sin(0.7 * theta) / max(math.sin(off), nontarget.LEAST_SINE), rel=1e-6)
+    near = nontarget.slope(mk.NonTarget.ANGLE_PART, torch.tensor([[math.cos(0.01)]], dtype=torch.float64), t, t)
+    assert near.item() == pytest.approx(0.49, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("c", [1, 8192, 8193, 20_000])
 def test_sum_of_centers_over_chunks(c, dtype):

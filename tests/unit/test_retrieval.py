@@ -258,7 +258,9 @@ def test_backends():
             call()
     with torch.autocast("cpu", torch.bfloat16):
         scores = mk.topk(x, w, 3)[0]
+        wide = mk.topk(x.double(), w, 3)[0]
     assert torch.equal(scores, mk.topk(x.bfloat16(), w, 3)[0])
+    assert torch.equal(wide, mk.topk(x.double(), w, 3)[0])
 
 
 def test_as_the_head():

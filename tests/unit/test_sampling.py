@@ -165,6 +165,21 @@ def test_draws_of_a_seed_stay_what_they_are():
         key = keyed(step, keyed(seed % word, 0))
         order = sorted(range(200), key=lambda c, key=key: keyed(c, key))
         assert drawn(seed, step, 200, 15).tolist() == sorted(order[:15])
+    head = mk.MarginHead(D, 200, mk.CosFace(), sample_rate=0.1, sample_seed=7)
+    for step in range(2):  # the count of draws begins at 0
+        head(torch.randn(3, D), torch.tensor([-100, -100, -100]))
+        assert torch.equal(head.sampler.index, drawn(7, step, 200, 20))
+
+
+def test_only_the_rows_of_the_last_draw_are_marked():
+    """A gradient of as many other rows may not be in order."""
+    head = mk.MarginHead(D, 100, mk.CosFace(), sample_rate=0.1)
+    head(torch.randn(3, D), torch.tensor([1, 2, 3]))
+    index = head.sampler.index
+    for rows, marked in ((index, True), (index.flip(0), False), (index.clone(), False)):
+        head.weight.grad = torch.sparse_coo_tensor(rows[None], torch.ones(10, D), (100, D), is_coalesced=False, check_invariants=False)
+        head.sampler.mark(head.weight)
+        assert head.weight.grad.is_coalesced() == marked
 
 
 OPTIMIZERS = {

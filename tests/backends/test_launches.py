@@ -50,7 +50,13 @@ def step(monkeypatch):
         x, w = torch.randn(n, dim, dtype=dtype, requires_grad=True), torch.randn(c, dim, dtype=weight_dtype, requires_grad=True)
         y, margin = torch.randint(c, (n,)), margin or mk.ArcFace()
         with Launches() as seen:
-            monkeypatch.setattr(launch.Launch, "run", lambda one: seen.written.append((aot.variant(one, "sm_90").split()[0], 0)))
+
+            def note(one):
+                if "SMOOTH" in one.constants:  # the loss kernels read the sum of the logits for label smoothing alone
+                    assert one.constants["SMOOTH"] == ("label_smoothing" in options) == (one.args["logit_sum"] is not None)
+                seen.written.append((aot.variant(one, "sm_90").split()[0], 0))
+
+            monkeypatch.setattr(launch.Launch, "run", note)
             loss = mk.margin_cross_entropy(x, w, y, margin=margin, backend="triton", **options)
             forward = len(seen.written)
             loss.backward()

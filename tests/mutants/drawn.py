@@ -31,6 +31,7 @@ FILES = {
         "tests/unit/test_margins.py -k 'not compile'",
         "tests/unit/test_properties.py",
         "tests/unit/test_torch.py -k 'not compile and not opcheck'",
+        "tests/backends/test_launches.py",
     ),
     "marginkernels/optim.py": ("tests/unit/test_optim.py", "tests/unit/test_sampling.py -k 'rows or optimizers or accumulated'"),
     "marginkernels/sampling.py": ("tests/unit/test_sampling.py",),

@@ -398,6 +398,11 @@ def test_adacos_follows_the_paper_for_steps(backend):
     assert float(fixed.s) == f.adacos_fixed(C)
 
 
+def test_annealing_by_a_flag():
+    assert mk.SphereFace(annealing=False).annealing is mk.SphereFace().annealing is None
+    assert mk.SphereFace(annealing=True).annealing == mk.Annealing()
+
+
 @pytest.mark.parametrize("backend", ["reference", *PREPARED])
 def test_curricularface_and_annealing_for_steps(backend):
     """t and lambda over several steps and the losses that they give, with ignored rows; in eval mode they are used, not moved."""

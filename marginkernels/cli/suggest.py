@@ -49,13 +49,15 @@ def least_loss(classes: int, scale: float) -> float:
     return math.log1p((classes - 1) * math.exp(-scale * classes / (classes - 1)))
 
 
+def _cap(angle: float, dim: int) -> float:
+    """The integral of ``sin^(dim - 2)`` from 0 to ``angle`` radians."""
+    angles = torch.linspace(0.0, angle, STEPS, dtype=torch.float64)
+    return float(torch.trapezoid(angles.sin().clamp_min(1e-300).log().mul(dim - 2).exp(), angles))
+
+
 def cap_share(angle: float, dim: int) -> float:
-    """The share of the unit sphere in ``dim`` dimensions within ``angle`` radians of a point: the integral of ``sin^(dim - 2)``."""
-    angles = torch.linspace(0.0, math.pi, STEPS, dtype=torch.float64)
-    density = angles.sin().clamp_min(1e-300).log().mul(dim - 2).exp()
-    whole = torch.trapezoid(density, angles)
-    part = torch.linspace(0.0, angle, STEPS, dtype=torch.float64)
-    return float(torch.trapezoid(part.sin().clamp_min(1e-300).log().mul(dim - 2).exp(), part) / whole)
+    """The share of the unit sphere in ``dim`` dimensions within ``angle`` radians of a point."""
+    return _cap(angle, dim) / _cap(math.pi, dim)
 
 
 def widest_angle(classes: int, dim: int) -> float:
@@ -71,12 +73,13 @@ def widest_angle(classes: int, dim: int) -> float:
         return math.acos(-1 / (classes - 1))
     if dim == 2:
         return 2 * math.pi / classes
-    if classes <= 2 * dim or cap_share(math.pi / 4, dim) * classes <= 1:
+    room = _cap(math.pi, dim) / classes
+    if classes <= 2 * dim or _cap(math.pi / 4, dim) <= room:
         return math.pi / 2
     low, high = 0.0, math.pi / 4
     for _ in range(40):
         half = (low + high) / 2
-        low, high = (half, high) if cap_share(half, dim) * classes <= 1 else (low, half)
+        low, high = (half, high) if _cap(half, dim) <= room else (low, half)
     return 2 * high
 
 

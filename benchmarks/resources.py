@@ -3,7 +3,8 @@
 A collector is a module of this package with ``unavailable_reason() -> why it cannot run here, or None``, ``ARCHS``, its architectures by
 default, and ``collect(archs, processes=) -> records``.
 A record has ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`` per thread and ``shared_bytes`` per program. It may have
-``shared_limit``, and ``explained``: why its use of the stack is acceptable.
+``shared_limit``, and ``explained``: why its use of the stack is acceptable. One that the compiler refuses has ``failed`` in place of
+numbers.
 """
 
 from __future__ import annotations
@@ -69,10 +70,13 @@ def versions() -> dict[str, str]:
 
 
 def faults(records: list[dict]) -> list[str]:
-    """Kernels that use the stack without an explanation, or more shared memory than there is."""
+    """Kernels that do not compile, use the stack without an explanation, or use more shared memory than there is."""
     found = []
     for r in records:
         name = f"{r['backend']} {r['arch']} {r['kernel']}"
+        if "failed" in r:
+            found.append(f"{name}: {r['failed']}")
+            continue
         if r["stack_bytes"] > 0 and not r.get("explained"):
             found.append(f"{name}: {r['stack_bytes']} bytes of stack, unexplained")
         if r["shared_bytes"] > r.get("shared_limit", r["shared_bytes"]):
@@ -83,6 +87,8 @@ def faults(records: list[dict]) -> list[str]:
 def table(records: list[dict]) -> str:
     lines = [f"{'backend':8} {'arch':7} {'registers':>9} {'stack':>6} {'shared':>7}  kernel"]
     for r in records:
+        if "failed" in r:
+            continue
         note = f"  ({r['explained']})" if r.get("explained") else ""
         lines.append(f"{r['backend']:8} {r['arch']:7} {r['registers']:9} {r['stack_bytes']:6} {r['shared_bytes']:7}  {r['kernel']}{note}")
     return "\n".join(lines)

@@ -149,7 +149,8 @@ _WORK: list[tuple[str, str, Any]] = []
 
 def collect(archs: Iterable[str] = ARCHS, dims: Iterable[int] = DIMS, processes: int = 2) -> list[dict]:
     """A record of every distinct kernel for each of ``archs``: ``kernel``, ``backend``, ``arch``, ``registers`` and ``stack_bytes`` per
-    thread, ``shared_bytes`` per program, ``shared_limit``, and ``explained`` where the use of the stack is."""
+    thread, ``shared_bytes`` per program, ``shared_limit``, and ``explained`` where the use of the stack is; of one that the compiler
+    refuses, the first three and ``failed``."""
     _WORK[:] = [(arch, name, one) for arch in archs for name, one in kernels(arch, dims).items()]
     found: dict[int, dict] = {}
     start = time.monotonic()
@@ -168,7 +169,10 @@ def compile_kernel(i: int) -> dict:
     from marginkernels.backend.triton.heuristics import shared_limit
 
     arch, name, one = _WORK[i]
-    used = aot.resources(aot.compile(one, arch))
+    try:
+        used = aot.resources(aot.compile(one, arch))
+    except Exception as refused:  # whatever the compiler raises; the others are worth a report
+        return {"kernel": name, "backend": "triton", "arch": arch, "failed": f"{type(refused).__name__}: {refused}"}
     explained = explanation(name, arch, used.stack_bytes)
     record = {
         "kernel": name,

@@ -373,6 +373,23 @@ def test_the_package_does_not_import_the_kernels():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[2])
 
 
+def test_kernels_over_rows_compile_beyond_one_step_of_columns():
+    """float32 rows of more than 512 columns: Triton's compiler ended at a sum of one row in the loop over its columns."""
+    from marginkernels.backend.triton import aot
+
+    launches = aot.distinct(aot.row_launches(1024, 520, 1_000_000, torch.float32, torch.float32, "sm_90"))
+    over_columns = [one for one in launches if one.constants.get("WIDTH") == 512]
+    assert {one.kernel.__name__ for one in over_columns} >= {"replace_rows_kernel", "prepare_rows_kernel", "row_gradient_kernel"}
+    assert not any(aot.resources(aot.compile(one, "sm_90")).stack_bytes for one in over_columns)
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault():
+    refused = {"kernel": "k", "backend": "triton", "arch": "sm_90", "failed": "RuntimeError: PassManager::run failed"}
+    fine = {"kernel": "l", "backend": "triton", "arch": "sm_90", "registers": 9, "stack_bytes": 0, "shared_bytes": 0}
+    assert resources.faults([refused, fine]) == ["triton sm_90 k: RuntimeError: PassManager::run failed"]
+    assert "k" not in resources.table([refused, fine]).split("\n", 1)[1].split()
+
+
 def test_stack_is_explained_up_to_what_is_known():
     for known in resources_triton.EXPLAINED:
         name = ", ".join(known.words)

@@ -185,9 +185,11 @@ def replace_rows_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < n
     if MARK:
-        total = tl.zeros((BLOCK_N,), tl.float32)
+        # Added up after the loop: a sum of one float32 row inside it is more than Triton 3.7's compiler can place.
+        each = tl.zeros((BLOCK_N, WIDTH), tl.float32)
         for d in tl.range(0, DIM, WIDTH):
-            total += tl.sum(load_rows(x, row, inside, stride_xn, stride_xd, d, DIM, WIDTH).to(tl.float32), 1)
+            each += load_rows(x, row, inside, stride_xn, stride_xd, d, DIM, WIDTH).to(tl.float32)
+        total = tl.sum(each, 1)
         ignored = tl.load(labels + row, mask=inside, other=0) < 0
         replaced = ignored & (total - total != 0.0)  # infinity and NaN
         tl.store(bad + row, replaced.to(tl.int8), mask=inside)

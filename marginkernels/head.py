@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from . import backend as backends
 from ._deprecated import BACKENDS
 from .core.device import digest
-from .core.labels import checked_ignore_index
+from .core.labels import checked_ignore_index, checked_labels
 from .core.numerics import best
 from .core.transforms import transforming
-from .core.validation import FLOATS, check_class_weight, check_number, check_reduction, positive
+from .core.validation import FLOATS, check_class_weight, check_inputs, check_number, check_reduction, positive
 from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
 from .retrieval import nearest
 from .sampling import Sampler
+from .sub_centers import FAR, Outliers, angles, counted
 
 #: Standard deviation of the class centers at the start, as in insightface.
 INIT_STD = 0.01
@@ -45,6 +47,8 @@ class MarginHead(nn.Module):
         margin: a :class:`Margin`.
         bias: learn one bias per class (C,), starting at 0.
         reduction, ignore_index, label_smoothing, backend, workspace_mb: see :func:`margin_cross_entropy`.
+        sub_centers: K rows of ``weight`` for each class, of which each row of the batch takes the nearest; see
+            :func:`margin_cross_entropy`. :meth:`outliers` and :meth:`prune` are for what training has left.
         class_weight: (C,) of all classes, also with a process group; see :func:`margin_cross_entropy`. A copy is the float32 buffer
             ``class_weight`` (float64 where it was), part of ``state_dict()``, or None.
         process_group: a torch.distributed group over whose ranks the classes are divided; all of them make the head alike, and call it,
@@ -66,7 +70,7 @@ class MarginHead(nn.Module):
         every rank mixes or none, and each may have a ``lam`` of its own.
 
     With a process group of R ranks:
-        - ``weight`` and ``bias`` are this rank's rows, ceil(C/R) of them from class ``class_start`` on; the last ranks hold fewer or none.
+        - ``weight`` and ``bias`` are this rank's classes, ceil(C/R) of them from ``class_start`` on; the last ranks hold fewer or none.
         - The loss is that of all ranks' rows, with the same bits on every rank, and so are ``stats`` and the margin's state; with
           ``reduction="none"`` it is that of this rank's own rows (N,). Scale or divide it alike on all ranks.
         - The gradients of ``weight`` and ``bias`` are those of that loss. The gradient of the embeddings is R times theirs, because DDP
@@ -84,7 +88,7 @@ class MarginHead(nn.Module):
     a margin with state.
 
     Attributes:
-        weight: (C, D) Parameter, drawn from N(0, 0.01^2).
+        weight: (C, D) Parameter, drawn from N(0, 0.01^2); (C K, D) with K sub-centers, class c in its rows c K to c K + K - 1.
         bias: (C,) Parameter or None.
         class_start: the class that the first row of ``weight`` stands for.
         stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
@@ -109,6 +113,7 @@ class MarginHead(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
+        sub_centers: int = 1,
         backend: str = "auto",
         workspace_mb: float | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -123,6 +128,7 @@ class MarginHead(nn.Module):
         super().__init__()
         self.embedding_dim = positive("embedding_dim", embedding_dim)
         self.num_classes = positive("num_classes", num_classes)
+        self.sub_centers = positive("sub_centers", sub_centers)
         check_margin(margin)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
@@ -152,6 +158,7 @@ class MarginHead(nn.Module):
             facts = {
                 "embedding_dim": embedding_dim,
                 "num_classes": num_classes,
+                "sub_centers": sub_centers,
                 "margin": fingerprint,
                 "bias": bool(bias),
                 "dtype": str(dtype or torch.get_default_dtype()),
@@ -164,7 +171,7 @@ class MarginHead(nn.Module):
         elif batch_size is not None:
             raise ValueError(f"batch_size: expected None without a process_group, got {batch_size!r}")
         held = self.num_classes if self.shard is None else self.shard.stop - self.shard.start
-        self.weight = nn.Parameter(torch.empty(held, self.embedding_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(held * self.sub_centers, self.embedding_dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(held, device=device, dtype=dtype)) if bias else None
         held_weight = self._class_weight
         self.register_buffer("class_weight", None if held_weight is None else held_weight.to(device, copy=True))
@@ -249,7 +256,7 @@ class MarginHead(nn.Module):
         if self.shard is None:
             nn.init.normal_(self.weight, std=INIT_STD)
         else:
-            self.shard.draw_normal(self.weight, INIT_STD)
+            self.shard.draw_normal(self.weight, INIT_STD, self.sub_centers)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -276,7 +283,7 @@ class MarginHead(nn.Module):
             labels,
             self.margin,
             self.bias,
-            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes, self.reduction),
+            LossOptions(self.ignore_index, self.label_smoothing, self.backend, self._workspace_bytes, self.reduction, self.sub_centers),
             class_weight=self.class_weight,
             mix=mix,
             shard=self.shard,
@@ -304,19 +311,97 @@ class MarginHead(nn.Module):
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
         if self.shard is None:
-            return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend)
+            return nearest(embeddings, self.weight, self.bias, self.margin, k, backend=self.backend, sub_centers=self.sub_centers)
         rows = self.shard.gather(embeddings, _no_labels(embeddings), -1, dtypes=(embeddings.dtype, self.weight.dtype), ask=True)[0]
         agreed = agreed_by(self.shard, str(rows.device)) if self.backend == "auto" else None
-        widest = max(self.shard.widths())
-        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, self.num_classes, self.backend, widest, agreed)
+        given = (self.num_classes, self.backend, max(self.shard.widths()), agreed, self.sub_centers)
+        scores, classes = nearest(rows, self.weight, self.bias, self.margin, k, *given)
         return best(*self.shard.own_candidates(scores, classes + self.class_start, k, embeddings.shape[0]), k)
+
+    @torch.no_grad()
+    def sub_center_counts(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """How many rows are nearest to each sub-center of their class; add up what batches give.
+
+        Args:
+            embeddings, labels: as the head takes them; with a process group each rank brings its own.
+
+        Returns:
+            (C, K) int64, with a process group of this rank's classes, and of the rows of all ranks.
+        """
+        rows, labels, _ = self._rows_here(embeddings, labels)
+        return counted(rows, self.weight, labels, self.sub_centers, self.margin.normalize_weight)
+
+    @torch.no_grad()
+    def outliers(self, embeddings: Tensor, labels: Tensor, *, angle: float = FAR, counts: Tensor | None = None) -> Outliers:
+        """The rows that lie far from the dominant sub-center of their class, the one that most rows of the class are nearest to: once the
+        head has learned, such rows are likely mislabeled (Deng et al., ECCV 2020).
+
+        Args:
+            embeddings, labels: as the head takes them; with a process group each rank brings its own.
+            angle: how far is far, in radians; 75 degrees by default.
+            counts: (C, K), those of all rows that there are, as :meth:`sub_center_counts` gives them; None: of these rows.
+
+        Returns:
+            :class:`marginkernels.sub_centers.Outliers`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        check_number("angle", angle, 0.0, math.pi)
+        rows, local, valid = self._rows_here(embeddings, labels)
+        if counts is None:
+            counts = counted(rows, self.weight, local, self.sub_centers, self.margin.normalize_weight)
+        dominant = self._dominant(counts)
+        found = angles(rows, self.weight, local, dominant)
+        if self.shard is not None:
+            own = self.shard.own_part(found.shape[0], embeddings.shape[0])
+            found, valid = self.shard.from_owner(found)[0][own], valid[own]
+        share = counts.amax(1) / counts.sum(1).to(torch.float64)
+        return Outliers(valid & (found > angle), torch.where(valid, found, torch.nan), dominant, share)
+
+    @torch.no_grad()
+    def prune(self, counts: Tensor) -> None:
+        """Keep the dominant sub-center of each class alone, in place: ``weight`` becomes a new parameter (C, D), and ``sub_centers`` 1. An
+        optimizer must be made anew.
+
+        Args:
+            counts: (C, K), as :meth:`sub_center_counts` gives them. A class without rows keeps its first sub-center.
+
+        Raises:
+            ValueError: ``counts`` has another shape.
+        """
+        first = torch.arange(counts.shape[0], device=self.weight.device) * self.sub_centers
+        kept = self.weight.detach().index_select(0, first + self._dominant(counts))
+        self.weight = nn.Parameter(kept, self.weight.requires_grad)
+        self.sub_centers = 1
+        if self.sampler is not None:
+            self.sampler.index = self.sampler.rows = None
+        self._passes = _Passes()
+        self._join([self.weight])
+
+    def _dominant(self, counts: Tensor) -> Tensor:
+        """(C,) the sub-center of each class here that has most of ``counts`` (C, K), the first of equals."""
+        shape = (self.weight.shape[0] // self.sub_centers, self.sub_centers)
+        if not isinstance(counts, Tensor) or tuple(counts.shape) != shape:
+            came = tuple(counts.shape) if isinstance(counts, Tensor) else type(counts).__name__
+            raise ValueError(f"counts: expected shape {shape}, the rows of each sub-center, got {came}")
+        return counts.to(self.weight.device).argmax(1)
+
+    def _rows_here(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of all ranks, their classes among those of this rank (-1 elsewhere), and which of them have a label (N,)."""
+        check_inputs(embeddings, self.weight, labels, None, 0.0, shard=self.shard is not None, sub_centers=self.sub_centers)
+        if self.shard is not None:
+            dtypes = (embeddings.dtype, self.weight.dtype)
+            embeddings, labels = self.shard.gather(embeddings, labels, self.ignore_index, dtypes=dtypes, ask=True)
+        labels = checked_labels(labels, self.num_classes, self.ignore_index)
+        return embeddings, labels if self.shard is None else self.shard.local(labels), labels >= 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.shard is not None:  # a plain state dict of the whole head: take this rank's rows
-            for name in ("weight", "bias"):
+            for name, each in (("weight", self.sub_centers), ("bias", 1)):
                 whole = state_dict.get(prefix + name)
-                if whole is not None and whole.shape[0] == self.num_classes != getattr(self, name).shape[0]:
-                    state_dict[prefix + name] = whole[self.shard.start : self.shard.stop]
+                if whole is not None and whole.shape[0] == self.num_classes * each != getattr(self, name).shape[0]:
+                    state_dict[prefix + name] = whole[self.shard.start * each : self.shard.stop * each]
         before = [p for p in (self.weight, self.bias) if p is not None]
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._join([p for p in (self.weight, self.bias) if p is not None and all(p is not q for q in before)])  # assign=True makes new ones
@@ -324,7 +409,7 @@ class MarginHead(nn.Module):
     def extra_repr(self) -> str:
         shown: dict[str, object] = {"embedding_dim": self.embedding_dim, "num_classes": self.num_classes, "bias": self.bias is not None}
         given: dict[str, object] = {"reduction": self.reduction, "ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
-        given |= {"workspace_mb": self.workspace_mb}
+        given |= {"sub_centers": self.sub_centers, "workspace_mb": self.workspace_mb}
         if self.sampler is not None:
             drawn = self.sampler
             given |= {"sample_rate": drawn.rate, "sample_seed": drawn.first_seed, "log_q": drawn.log_q, "sparse_grad": drawn.sparse_grad}
@@ -342,6 +427,7 @@ _DEFAULTS: dict[str, object] = {
     "reduction": "mean",
     "ignore_index": -100,
     "label_smoothing": 0.0,
+    "sub_centers": 1,
     "workspace_mb": None,
     "sample_rate": 1.0,
     "sample_seed": 0,

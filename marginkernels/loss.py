@@ -14,7 +14,7 @@ from . import backend as backends
 from . import ops, reference
 from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
-from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers
+from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers, target_rows
 from .core.transforms import transforming
 from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request
 from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
@@ -38,6 +38,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     mix: tuple[Tensor, float | Tensor] | None = None,
+    sub_centers: int = 1,
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> Tensor:
@@ -63,6 +64,9 @@ def margin_cross_entropy(
             own margin at its own label and its own mean, from one pass over the classes. ``labels_b`` is (N,) int64 as ``labels``;
             ``lam`` in [0, 1] is a number or a tensor of shape () or (N,), then multiplied row by row before the reduction. A margin's state
             advances once, on ``labels``, of which the statistics are too. A row with an ignored label lacks that label's term alone.
+        sub_centers: K: ``weight`` is (C K, D), and class c has its rows c K to c K + K - 1. Its similarity is the highest of the K
+            (Deng et al., ECCV 2020, equation 3), for the target as for the other classes, and the first row that has it gets the whole
+            gradient. ``bias`` and ``class_weight`` stay (C,). Nothing is saved for the backward pass then, whatever ``workspace_mb``.
         backend: ``"auto"``, or one of :func:`backends`; an explicit backend never falls back: it raises and lists the reasons.
         workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
             as fit, for which the backward pass then needs one matrix product instead of two. 0 saves nothing, infinity all; None is the
@@ -76,7 +80,7 @@ def margin_cross_entropy(
             left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
     """
     check_reduction(reduction)
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), reduction)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), reduction, sub_centers)
     return local_head_losses(embeddings, weight, labels, margin, bias, options, class_weight=class_weight, mix=mix).reduce(reduction)
 
 
@@ -89,6 +93,7 @@ def head_losses(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    sub_centers: int = 1,
     backend: str = "auto",
     workspace_mb: float | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -99,7 +104,7 @@ def head_losses(
         (mean), ``scale`` (mean over rows), ``top1`` (share of rows whose target is the top class, margin apart) and the margin's own
         state.
     """
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb))
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), sub_centers=sub_centers)
     found = local_head_losses(embeddings, weight, labels, margin, bias, options)
     return found.terms[0].losses, found.terms[0].valid, found.stats
 
@@ -114,6 +119,7 @@ class LossOptions:
     backend: str = "auto"
     workspace_bytes: int | None = None
     reduction: str = "none"
+    sub_centers: int = 1
 
 
 @dataclass(frozen=True)
@@ -183,20 +189,21 @@ def local_head_losses(
         With a shard, the losses of the rows of all ranks, each rank's padded to one number of rows.
     """
     check_margin(margin)
-    check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None)
+    k = options.sub_centers
+    check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None, sub_centers=k)
     check_holds_values(margin)
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
     if shard is None or options.backend != "auto":
-        name = _backend(options.backend, embeddings, weight, None, sampler)
+        name = _backend(options.backend, embeddings, weight, None, sampler, k)
     else:
         name = "auto"  # until it is known how many rows the ranks have together
     if name == "reference" and (shard is not None or sampler is not None):
         raise ValueError("backend: expected a fused backend for a head that is sharded or samples its classes, got 'reference'")
     if shard is not None and transforming():
         raise RuntimeError("process_group: expected None under the transforms of torch.func (grad, vmap, ...), got a sharded head")
-    num_classes = weight.shape[0] if shard is None else shard.num_classes
+    num_classes = weight.shape[0] // k if shard is None else shard.num_classes
     if class_weight is not None:
         check_class_weight(class_weight, num_classes, embeddings.device)
     mixed = None if mix is None else check_mix(mix, embeddings)
@@ -209,7 +216,7 @@ def local_head_losses(
         if mixed is not None:
             mixed = shard.gather_mix(*mixed, labels.shape[0], ignore_index)
         if name == "auto":
-            name = _backend(name, embeddings, weight, shard, sampler)
+            name = _backend(name, embeddings, weight, shard, sampler, k)
     margin.bind(num_classes)
     labels = ops.checked_labels(labels, num_classes, ignore_index, embeddings, name)
     if mixed is not None:  # every row once more, at its second label
@@ -239,13 +246,14 @@ def local_head_losses(
                     options.label_smoothing,
                     class_weight=class_weight,
                     advances=batch is batches[0],
+                    sub_centers=k,
                 )
                 for batch in batches
             ]
             losses, stats = torch.cat([each for each, _ in found]), found[0][1]
         else:
             smoothed = class_weight if options.label_smoothing > 0 else None
-            classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler)
+            classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k)
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
@@ -271,15 +279,16 @@ def row_weights(class_weight: Tensor | None, labels: Tensor) -> Tensor | None:
     return None if class_weight is None else class_weight.index_select(0, labels.clamp_min(0)).to(torch.float64)
 
 
-def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None) -> str:
+def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None, sub_centers: int) -> str:
     """The backend that serves: of all that decides, every rank of a shard sees the same."""
-    rows, classes = embeddings.shape[0], weight.shape[0]
+    rows, classes = embeddings.shape[0], weight.shape[0] // sub_centers
     if shard is not None:
         classes = max(shard.widths())
     if sampler is not None:
         classes = sampler.count(rows, classes)
     agreed = None if shard is None else agreed_by(shard, str(embeddings.device))
-    return backends.resolve(name, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], rows, classes, agreed)
+    given = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], rows, classes * sub_centers)
+    return backends.resolve(name, *given, agreed, sub_centers)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -320,7 +329,7 @@ class LocalClasses:
     """The classes that the passes of this process run over: all C of them, a shard's, or those drawn from either.
 
     Attributes:
-        w: (K, D).
+        w: (K, D), or ``sub_centers`` rows of each of the K classes.
         bias: (K,) or None, with what sampling adds to it.
         labels: (N,) within K, -1 where the row's class is not here.
         class_weight: (K,) the weights of the classes in the label smoothing, or None for 1.
@@ -328,6 +337,7 @@ class LocalClasses:
         log_q_sum: () what sampling has added to the biases in all, times the class weights, or None.
         count: how many classes take part on all ranks.
         shard: None where all of them are here.
+        sub_centers: rows of ``w`` that a class has.
     """
 
     w: Tensor
@@ -338,13 +348,21 @@ class LocalClasses:
     log_q_sum: Tensor | None
     count: int
     shard: Shard | None
+    sub_centers: int
 
     @classmethod
     def of(
-        cls, w: Tensor, bias: Tensor | None, labels: Tensor, class_weight: Tensor | None, shard: Shard | None, sampler: Sampler | None
+        cls,
+        w: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        shard: Shard | None,
+        sampler: Sampler | None,
+        sub_centers: int = 1,
     ) -> LocalClasses:
         """``class_weight``: (C,) of the classes of all ranks, where the label smoothing wants it."""
-        widths = [w.shape[0]] if shard is None else shard.widths()
+        widths = [w.shape[0] // sub_centers] if shard is None else shard.widths()
         labels = labels if shard is None else shard.local(labels)
         log_q_sum = weight_sum = None
         if class_weight is not None:
@@ -352,7 +370,7 @@ class LocalClasses:
             class_weight = class_weight if shard is None else class_weight[shard.start : shard.stop]
         if sampler is not None:
             widths = [sampler.count(labels.shape[0], c) for c in widths]
-            w, bias, labels, correction = sampler(w, bias, labels, 0 if shard is None else shard.start)
+            w, bias, labels, correction = sampler(w, bias, labels, 0 if shard is None else shard.start, sub_centers)
             if class_weight is not None:
                 assert sampler.index is not None
                 class_weight = class_weight.index_select(0, sampler.index)
@@ -361,7 +379,7 @@ class LocalClasses:
             if correction is not None:
                 added = correction if class_weight is None else correction * class_weight
                 bias, log_q_sum = correction if bias is None else bias + correction, added.sum(dtype=torch.float64)
-        return cls(w, bias, labels, class_weight, weight_sum, log_q_sum, sum(widths), shard)
+        return cls(w, bias, labels, class_weight, weight_sum, log_q_sum, sum(widths), shard, sub_centers)
 
 
 def _fused_losses(
@@ -382,15 +400,15 @@ def _fused_losses(
         row_weight: (N,) the weight of each row's class, or None.
     """
     label_smoothing, backend = given.label_smoothing, given.backend
-    inputs = HeadInputs(embeddings, classes.w, classes.labels, margin.normalize_embedding, margin.normalize_weight)
+    own = target_rows(embeddings, classes.w, classes.labels, classes.sub_centers, margin.normalize_weight)
+    inputs = HeadInputs(embeddings, classes.w, own, margin.normalize_embedding, margin.normalize_weight)
     rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
     parts = _parts(batches)
     if center_norm is not None:
         batches = [batch.with_center_norm(center_norm[part]) for batch, part in zip(batches, parts, strict=True)]
     first = parts[0]
     if margin.training:
-        here = classes if len(batches) == 1 else replace(classes, labels=classes.labels[first])
-        _update_state(margin, batches[0], rows.part(first), here, backend)
+        _update_state(margin, batches[0], rows.part(first), classes, own[first], backend)
     # The first last: what a margin notes of a call is of the rows' first labels.
     last_first = reversed([*zip(batches, parts, strict=True)])
     found = [evaluate(margin, rows.target_similarity[part], batch, torch.float64) for batch, part in last_first]
@@ -407,6 +425,7 @@ def _fused_losses(
         workspace_bytes=given.workspace_bytes or 0,
         backend=backend,
         fused=fused,
+        sub_centers=classes.sub_centers,
     )
     of_rows = (target.scale, target.threshold, target.t)
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
@@ -441,7 +460,7 @@ def _prepare(
     rows = ops.prepare_inputs(detached, backend)
     bias, norm = None, None
     if need_center_norm:
-        norm = torch.linalg.vector_norm(target_centers(detached.w, classes.labels), dim=1)
+        norm = torch.linalg.vector_norm(target_centers(detached.w, inputs.labels), dim=1)
     if classes.shard is not None:
         own_bias = target_biases(classes.bias, classes.labels)
         mine = [rows.target_similarity, rows.target_cos, own_bias, *([] if norm is None else [norm])]
@@ -451,8 +470,8 @@ def _prepare(
 
 
 @torch.no_grad()
-def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes: LocalClasses, backend: str) -> None:
-    """Advance the margin's state by one step; it may ask for a pass over the classes."""
+def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes: LocalClasses, own: Tensor, backend: str) -> None:
+    """Advance the margin's state by one step; it may ask for a pass over the classes, of which ``own`` (N,) are the targets' rows."""
 
     def non_target_lse(scale: Tensor) -> Tensor:
         inputs = PassInputs(
@@ -460,12 +479,13 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
             row_factor=rows.row_factor,
             w=classes.w,
             bias=None,
-            labels=classes.labels,
+            labels=own,
             scale=scale.to(accumulation_dtype(rows.x.dtype)).expand(rows.x.shape[0]).contiguous(),
             threshold=None,
             t=None,
             non_target=NonTarget.IDENTITY,
             normalize_weight=margin.normalize_weight,
+            sub_centers=classes.sub_centers,
         )
         out = ops.row_pass(inputs, Request.log_sum_exp(), backend)
         return out.lse if classes.shard is None else classes.shard.combine(out.lse, None, out.max_logit)[0]

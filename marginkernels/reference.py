@@ -36,19 +36,25 @@ def losses(
     dtype: torch.dtype | None = None,
     class_weight: Tensor | None = None,
     advances: bool = True,
+    sub_centers: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`.
 
     Computed in ``dtype``; by default the inputs' own, but at least float32. In training mode the margin's state moves, if it ``advances``.
+    With ``sub_centers`` rows of ``weight`` for each class, a class has the highest of their similarities, the first of equals.
     """
     dtype = dtype or torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
     x, w = embeddings.to(dtype), weight.to(dtype)
     b = 0 if bias is None else bias.to(dtype)
-    c = w.shape[0]
+    c = w.shape[0] // sub_centers
     cos = (normalize(x) if margin.normalize_embedding else x) @ (normalize(w) if margin.normalize_weight else w).T
     own = labels[:, None] == torch.arange(c, device=labels.device)
     column = labels.clamp_min(0)[:, None]
-    center_norm = torch.linalg.vector_norm(w, dim=1)[column[:, 0]] if margin.needs_center_norm else None
+    row = column[:, 0]
+    if sub_centers > 1:
+        cos, nearest = cos.unflatten(1, (c, sub_centers)).max(2)
+        row = (column * sub_centers + nearest.gather(1, column))[:, 0]
+    center_norm = torch.linalg.vector_norm(w, dim=1)[row] if margin.needs_center_norm else None
     batch = BatchInfo(x, labels, c, center_norm=center_norm)
     target = cos.gather(1, column)[:, 0]
     if margin.normalize_embedding and margin.normalize_weight:  # rounding may leave [-1, 1]
@@ -80,7 +86,7 @@ def losses(
         raw = scale * cos + b
         best = raw.masked_fill(own, -torch.inf).amax(1)
         length = torch.linalg.vector_norm(x, dim=1) if not margin.normalize_embedding else 1
-        width = torch.linalg.vector_norm(w, dim=1)[column[:, 0]] if not margin.normalize_weight else 1
+        width = torch.linalg.vector_norm(w, dim=1)[row] if not margin.normalize_weight else 1
         unit = length * width
         stats = {
             "target_cosine": batch.mean(torch.where(torch.as_tensor(unit > 0, device=x.device), target / unit, 0)),

@@ -22,6 +22,7 @@ def topk(
     margin: Margin | None = None,
     bias: Tensor | None = None,
     *,
+    sub_centers: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k class centers nearest to each embedding, streamed over the class centers; no gradient.
@@ -32,6 +33,8 @@ def topk(
         k: at most C.
         margin: says which sides are normalized, and the scale where there is a bias; None is the cosine, at a scale of 1.
         bias: (C,) or None.
+        sub_centers: K: ``weight`` is (C K, D), and a class's score is the highest of its K rows'; see
+            :func:`marginkernels.margin_cross_entropy`.
         backend: as :class:`marginkernels.MarginHead` takes it. A backend without a kernel for this, such as ``"cuda"``, serves with
             PyTorch's operators, and so does ``"reference"``.
 
@@ -45,7 +48,7 @@ def topk(
     """
     if margin is not None:
         check_margin(margin)
-    return nearest(embeddings, weight, bias, margin, k, backend=backend)
+    return nearest(embeddings, weight, bias, margin, k, backend=backend, sub_centers=sub_centers)
 
 
 def nearest(
@@ -58,15 +61,16 @@ def nearest(
     backend: str = "auto",
     widest: int | None = None,
     agreed: Agreement | None = None,
+    sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """The ``min(k, C)`` best classes of ``weight`` (C, D) for each row; see :func:`topk`.
+    """The ``min(k, C)`` best classes of ``weight`` (C, D), or ``sub_centers`` rows each, for each row; see :func:`topk`.
 
     Args:
         num_classes: C of all shards, where ``weight`` is one of them; what ``k`` is checked against.
         widest, agreed: the most classes of any shard, and what the ranks may choose a backend from; see :func:`resolve`.
     """
-    check_centers(embeddings, weight, bias, shard=num_classes is not None)
-    c = weight.shape[0]
+    check_centers(embeddings, weight, bias, shard=num_classes is not None, sub_centers=sub_centers)
+    c = weight.shape[0] // sub_centers
     limit = c if num_classes is None else num_classes
     if margin is not None:
         margin.bind(limit)
@@ -74,9 +78,8 @@ def nearest(
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-    chosen = resolve(
-        backend, str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], widest or c, agreed
-    )
+    given = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], (widest or c) * sub_centers)
+    chosen = resolve(backend, *given, agreed, sub_centers)
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
         bias = bias.detach().to(acc_dtype).contiguous()
@@ -84,6 +87,6 @@ def nearest(
         given = 1.0 if margin is None else margin.row_scale(BatchInfo(embeddings, nobody, limit))
         scale = per_row(given, embeddings, acc_dtype).detach().contiguous()
     sides = (True, True) if margin is None else (margin.normalize_embedding, margin.normalize_weight)
-    inputs = TopkInputs(embeddings.detach(), weight.detach(), bias, scale, *sides)
+    inputs = TopkInputs(embeddings.detach(), weight.detach(), bias, scale, *sides, sub_centers)
     found = ops.topk(inputs, min(int(k), c), "torch" if chosen == "reference" else chosen)
     return found.scores, found.classes

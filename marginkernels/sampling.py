@@ -44,20 +44,21 @@ class Sampler(nn.Module):
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.tensor(0))
         self.index: Tensor | None = None  # the classes of the last draw
+        self.rows: Tensor | None = None  # their rows in the weight: the same where a class has one
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the seed that it was made with, and no draws; for state that was never filled, as after ``to_empty()``."""
         self.seed.fill_(self.first_seed)
         self.draws.zero_()
-        self.index = None
+        self.index = self.rows = None
 
     def count(self, rows: int, num_classes: int) -> int:
         """How many of ``num_classes`` classes take part in a step with ``rows`` rows."""
         return count(self.rate, rows, num_classes)
 
     def forward(
-        self, weight: Tensor, bias: Tensor | None, labels: Tensor, first_class: int = 0
+        self, weight: Tensor, bias: Tensor | None, labels: Tensor, first_class: int = 0, sub_centers: int = 1
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Draw classes, and gather their centers and biases.
 
@@ -66,27 +67,31 @@ class Sampler(nn.Module):
             bias: (C,) or None; its gradient likewise.
             labels: (N,) in [0, C), or -1 for a row whose class is not here.
             first_class: the number of the first class here, among the classes of all ranks.
+            sub_centers: rows of ``weight`` that a class has; all of a drawn class's take part.
 
         Returns:
-            The drawn centers (K, D), biases (K,) or None, labels as indices into the drawn classes (N,), log-q corrections (K,) or None.
+            The drawn centers (K, D), or ``sub_centers`` times as many, biases (K,) or None, labels as indices into the drawn classes (N,), log-q corrections (K,) or None.
         """
         with torch.no_grad():
-            k = self.count(labels.shape[0], weight.shape[0])
+            classes = weight.shape[0] // sub_centers
+            k = self.count(labels.shape[0], classes)
             if not writable(self.draws):
                 raise RuntimeError(
                     "sample_rate: expected a count of draws that torch.func may write, got one captured from outside the transformed "
                     "function: call eval() on the head, or pass its buffers as an argument, through torch.func.functional_call"
                 )
-            index, positive, labels = draw_op(self.seed, self.draws, labels, first_class, weight.shape[0], k)
+            index, positive, labels = draw_op(self.seed, self.draws, labels, first_class, classes, k)
             self.draws += 1
-            self.index = index
+            self.index = self.rows = index
+            if sub_centers > 1:
+                self.rows = (index[:, None] * sub_centers + torch.arange(sub_centers, device=index.device)).flatten()
             correction = None
             if self.log_q:
-                drawn, open_to_draw = (~positive).sum(), weight.shape[0] - positive.sum()
+                drawn, open_to_draw = (~positive).sum(), classes - positive.sum()
                 correction = torch.where(positive, 0.0, -torch.log(drawn / open_to_draw))
         if self.sparse_grad:
-            return gathered(weight, index), None if bias is None else gathered(bias, index), labels, correction
-        return weight.index_select(0, index), None if bias is None else bias.index_select(0, index), labels, correction
+            return gathered(weight, self.rows), None if bias is None else gathered(bias, index), labels, correction
+        return weight.index_select(0, self.rows), None if bias is None else bias.index_select(0, index), labels, correction
 
     def watch(self, p: Tensor) -> None:
         """Have every gradient of ``p``, a weight or bias whose rows are drawn, go through :meth:`mark`."""
@@ -98,9 +103,9 @@ class Sampler(nn.Module):
         Autograd loses this mark, and ``coalesce()`` would have to sort the rows and wait for the device.
         """
         g = p.grad
-        if g is not None and g.is_sparse and self.index is not None:
+        if g is not None and g.is_sparse:
             index = g._indices()
-            if index.data_ptr() == self.index.data_ptr() and index.numel() == self.index.numel():
+            if any(v is not None and (v.data_ptr(), v.numel()) == (index.data_ptr(), index.numel()) for v in (self.index, self.rows)):
                 g._coalesced_(True)
 
     def extra_repr(self) -> str:

@@ -36,6 +36,7 @@ class Backend(ABC):
         device_types: of the tensors that it serves, such as ``("cpu",)``.
         dtypes: of embeddings and weight.
         tested_on: device types on which the project's own tests prove it, so that ``auto`` may choose it there without a record.
+        max_sub_centers: how many sub-centers a class may have, or None for any number.
         workspace_mb: what ``workspace_mb=None`` stands for: more than 0 only where that has been measured to pay.
         summary: one line for the documentation: what it is, on any machine.
         note: one line for ``doctor``: what it is here, and what it has never run on.
@@ -44,6 +45,7 @@ class Backend(ABC):
     name: str
     dtypes: tuple[torch.dtype, ...]
     tested_on: tuple[str, ...] = ()
+    max_sub_centers: int | None = 1
     workspace_mb: int = 0
     summary: str = ""
 
@@ -70,6 +72,13 @@ class Backend(ABC):
                 return f"has no {str(got).removeprefix('torch.')} {what}"
         return self.capability_reason(capability(device))
 
+    def sub_centers_reason(self, sub_centers: int) -> str | None:
+        """Why it cannot serve a head of so many sub-centers a class, or None."""
+        if self.max_sub_centers is None or sub_centers <= self.max_sub_centers:
+            return None
+        limit = "has no sub-centers" if self.max_sub_centers == 1 else f"serves at most {self.max_sub_centers} sub-centers a class"
+        return f"{limit}, not {sub_centers}"
+
     def capability_reason(self, found: tuple[int, int] | None) -> str | None:
         """Why a GPU of compute capability ``found`` does not do, or None; also None for None, where there is no GPU to ask."""
         return None
@@ -80,7 +89,7 @@ class Backend(ABC):
         return reasons[0] if reasons and all(reasons) else None
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
-        """How many of ``limit`` bytes the row pass would save for the class pass."""
+        """How many of ``limit`` bytes the row pass would save for the class pass; not asked where classes have sub-centers."""
         return 0
 
     def fuses_rows(self, x: Tensor) -> bool:

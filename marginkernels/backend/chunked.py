@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import nontarget
 from ..core.nontarget import NonTarget
-from ..core.numerics import chunks, inverse_norm, matmul
+from ..core.numerics import chunks, classes_of, inverse_norm, matmul
 from ..core.types import ClassPassOutput, PassInputs, Reduction, Request, RowPassOutput, Upstream
 from .base import Backend
 from .online_softmax import OnlineSoftmax
@@ -21,17 +21,19 @@ class ChunkedBackend(Backend):
     name = "torch"
     device_types = ("cpu", "cuda")
     tested_on = ("cpu",)
+    max_sub_centers = None
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     summary = "plain PyTorch, a chunk of classes at a time: any device, library matrix products"
 
     def row_pass(self, inputs: PassInputs, request: Request) -> RowPassOutput:
         p, sums = inputs, OnlineSoftmax.init(inputs, request)
-        for start, stop in chunks(p.x, p.w.shape[0]):
-            w, factor = _centers(p, start, stop)
+        labels, k = classes_of(p.labels, p.sub_centers), p.sub_centers
+        for start, stop in chunks(p.x, p.num_classes, k):
+            w, factor = _centers(p, start * k, stop * k)
             if factor is not None:
-                sums.class_factor[start:stop] = factor
-            own = _OwnColumn(p.labels, start, stop)
-            logits, cos = _logits(p, w, start, stop, need_cos=request.need_cos)
+                sums.class_factor[start * k : stop * k] = factor
+            own = _OwnColumn(labels, start, stop)
+            logits, cos, winner = _logits(p, w, start, stop, need_cos=request.need_cos)
             if request.reduction == Reduction.LOGIT_SUM:
                 weight = torch.ones_like(logits) if p.class_weight is None else p.class_weight[start:stop].expand_as(logits).clone()
                 own.fill(weight, 0.0)
@@ -57,7 +59,7 @@ class ChunkedBackend(Backend):
                 if p.non_target != NonTarget.IDENTITY:
                     assert cos is not None
                     weight *= nontarget.slope(p.non_target, cos, p.threshold, p.t)
-                sums.center += matmul(weight.to(p.x.dtype), w, p.acc_dtype)
+                sums.center += matmul(_to_winners(weight.to(p.x.dtype), winner, k), w, p.acc_dtype)
         return sums.finalize(request)
 
     def class_pass(
@@ -66,10 +68,12 @@ class ChunkedBackend(Backend):
         p, out = inputs, ClassPassOutput.allocate(inputs, need_weight, need_bias)
         upstream = upstream.rounded(p.acc_dtype)
         target = upstream.d_target_cos * p.row_factor
-        for start, stop in chunks(p.x, p.w.shape[0]):
-            w, factor = _centers(p, start, stop, class_factor)
-            own = _OwnColumn(p.labels, start, stop)
-            logits, cos = _logits(p, w, start, stop)
+        labels, k = classes_of(p.labels, p.sub_centers), p.sub_centers
+        for start, stop in chunks(p.x, p.num_classes, k):
+            rows = slice(start * k, stop * k)
+            w, factor = _centers(p, rows.start, rows.stop, class_factor)
+            own = _OwnColumn(labels, start, stop)
+            logits, cos, winner = _logits(p, w, start, stop)
             weight, factor_of_row = logits.sub_(upstream.lse[:, None]).exp_(), upstream.d_lse
             if upstream.d_logit_sum is not None:
                 each = upstream.d_logit_sum[:, None]
@@ -82,12 +86,15 @@ class ChunkedBackend(Backend):
                 if p.non_target != NonTarget.IDENTITY:
                     assert cos is not None
                     weight *= nontarget.slope(p.non_target, cos, p.threshold, p.t)
+                if winner is not None:
+                    weight = _to_winners(own.fill(weight, 0.0), winner, k)
+                    own = _OwnColumn(p.labels, rows.start, rows.stop)
                 v = _weighted_rows(p, weight, factor_of_row * p.row_factor, own, target)
                 if factor is None:
-                    out.d_weight[start:stop] = v
+                    out.d_weight[rows] = v
                 else:
-                    unit = _times(p.w[start:stop], factor, p.acc_dtype)
-                    torch.mul(v.addcmul_(unit, (v * unit).sum(1, keepdim=True), value=-1), factor[:, None], out=out.d_weight[start:stop])
+                    unit = _times(p.w[rows], factor, p.acc_dtype)
+                    torch.mul(v.addcmul_(unit, (v * unit).sum(1, keepdim=True), value=-1), factor[:, None], out=out.d_weight[rows])
         return out
 
 
@@ -110,7 +117,7 @@ class _OwnColumn:
 
 
 def _centers(p: PassInputs, start: int, stop: int, class_factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """A chunk of centers (normalized where the head wants it) in the product's dtype, and the factor a (chunk,) of each."""
+    """Rows [start, stop) of the centers (normalized where the head wants it) in the product's dtype, and the factor a (chunk,) of each."""
     w = p.w[start:stop]
     if not p.normalize_weight:
         return w.to(p.x.dtype), None
@@ -123,9 +130,14 @@ def _times(w: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(w, factor[:, None], out=w.new_empty(w.shape, dtype=dtype))
 
 
-def _logits(p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = False) -> tuple[Tensor, Tensor | None]:
-    """z_ij (N, chunk), of the same bits in both passes, and, in memory of its own, c_ij where a transform or ``need_cos`` wants it."""
-    product = matmul(p.x, w.T, p.acc_dtype)
+def _logits(
+    p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """z_ij (N, chunk), of the same bits in both passes; in memory of its own, c_ij where a transform or ``need_cos`` wants it; and which
+    sub-center of each class it is, where there are several: (N, chunk) int64, the first of equals."""
+    product, winner = matmul(p.x, w.T, p.acc_dtype), None
+    if p.sub_centers > 1:
+        product, winner = product.unflatten(1, (-1, p.sub_centers)).max(2)
     if p.non_target == NonTarget.IDENTITY:
         value, scale = product, p.scale * p.row_factor
         cos = value * p.row_factor[:, None] if need_cos else None
@@ -133,8 +145,16 @@ def _logits(p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = Fa
         cos = product.mul_(p.row_factor[:, None])
         value, scale = nontarget.value(p.non_target, cos, p.threshold, p.t), p.scale
     if p.bias is None:
-        return value.mul_(scale[:, None]), cos
-    return torch.addcmul(p.bias[start:stop], value, scale[:, None], out=value), cos
+        return value.mul_(scale[:, None]), cos, winner
+    return torch.addcmul(p.bias[start:stop], value, scale[:, None], out=value), cos, winner
+
+
+def _to_winners(weight: Tensor, winner: Tensor | None, sub_centers: int) -> Tensor:
+    """Weights (N, chunk) of the classes as weights of their sub-centers: each goes to the winner, 0 to the others."""
+    if winner is None:
+        return weight
+    spread = weight.new_zeros(*weight.shape, sub_centers)
+    return spread.scatter_(2, winner[:, :, None], weight[:, :, None]).flatten(1)
 
 
 def _highest_raw(p: PassInputs, cos: Tensor | None, own: _OwnColumn, start: int, stop: int) -> Tensor:

@@ -49,6 +49,7 @@ def resolve(
     rows: int | None = None,
     classes: int | None = None,
     agreed: Agreement | None = None,
+    sub_centers: int = 1,
 ) -> str:
     """The name of the backend that serves. An explicit backend never falls back; it raises and lists the reasons.
 
@@ -57,15 +58,16 @@ def resolve(
         dtype, weight_dtype, dim: of embeddings, weight, and D.
         rows, classes: N and C, of which ``auto`` on a GPU takes the size class; while tracing, those that are traced, without a guard.
         agreed: what the ranks of a sharded head may choose from; None where this process decides for itself.
+        sub_centers: rows of the weight that a class has.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot serve, with each one's reason.
     """
     if torch.compiler.is_dynamo_compiling():
         comptime(_note_sizes)
-        traced: str = _resolve_traced(name, device, dtype, weight_dtype, dim, agreed)
+        traced: str = _resolve_traced(name, device, dtype, weight_dtype, dim, agreed, sub_centers)
         return traced
-    return _resolve(name, device, dtype, weight_dtype, dim, _hint(rows), _hint(classes), agreed)
+    return _resolve(name, device, dtype, weight_dtype, dim, _hint(rows), _hint(classes), agreed, sub_centers)
 
 
 def _note_sizes(context: Any) -> None:
@@ -82,8 +84,10 @@ def _hint(size: Any) -> int | None:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _resolve_traced(name: str, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, agreed: Agreement | None) -> str:
-    return _resolve(name, device, dtype, weight_dtype, dim, *_TRACED[0], agreed)
+def _resolve_traced(
+    name: str, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, agreed: Agreement | None, sub_centers: int
+) -> str:
+    return _resolve(name, device, dtype, weight_dtype, dim, *_TRACED[0], agreed, sub_centers)
 
 
 def _resolve(
@@ -95,6 +99,7 @@ def _resolve(
     rows: int | None,
     classes: int | None,
     agreed: Agreement | None,
+    sub_centers: int,
 ) -> str:
     name, kind = backend_name(name), device.partition(":")[0]
     if name not in NAMES and name not in FUSED:
@@ -103,7 +108,8 @@ def _resolve(
         return name
 
     def why_not(candidate: Backend) -> str | None:
-        return candidate.unavailable_reason() or candidate.unsupported_reason(device, dtype, weight_dtype, dim)
+        reason = candidate.unavailable_reason() or candidate.unsupported_reason(device, dtype, weight_dtype, dim)
+        return reason or candidate.sub_centers_reason(sub_centers)
 
     found, taken_away = Reading(None, None, ()), dict[str, str]()
     if name != "auto":

@@ -25,7 +25,7 @@ def topk(inputs: TopkInputs, k: int) -> TopkOutput:
 
 def _search(inputs: TopkInputs, k: int) -> TopkOutput:
     """Holds N x chunk scores, never N x C. Reads values on a processor only."""
-    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0]
+    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0] // inputs.sub_centers
     on_cpu = p.x.device.type == "cpu"
     # Processors have no products of half precision worth the rounding of unit vectors to it.
     dtype = p.acc_dtype if on_cpu else p.x.dtype
@@ -34,7 +34,7 @@ def _search(inputs: TopkInputs, k: int) -> TopkOutput:
     after = on_cpu and p.normalize_weight and p.normalize_embedding and n <= d
 
     def scores_of(start: int, stop: int) -> Tensor:
-        w, factor = p.w[start:stop].to(p.acc_dtype), None
+        w, factor = p.w[start * p.sub_centers : stop * p.sub_centers].to(p.acc_dtype), None
         if p.normalize_weight:
             w, factor = _almost_unit(w) if on_cpu else (w, inverse_norm(w))
             if not after:
@@ -42,12 +42,14 @@ def _search(inputs: TopkInputs, k: int) -> TopkOutput:
         found = matmul(x, w.to(dtype).T, p.acc_dtype)
         if after and factor is not None:
             found *= factor
+        if p.sub_centers > 1:
+            found = found.unflatten(1, (-1, p.sub_centers)).amax(2)
         return found if p.bias is None or p.scale is None else torch.addcmul(p.bias[start:stop], p.scale[:, None], found)
 
     if on_cpu:
-        return _on_processor(scores_of, n, c, k, p.acc_dtype)
+        return _on_processor(scores_of, n, c, k, p.acc_dtype, p.sub_centers)
     scores, classes = p.x.new_empty((n, 0), dtype=p.acc_dtype), p.x.new_empty((n, 0), dtype=torch.int64)
-    for start, stop in chunks(p.x, c):
+    for start, stop in chunks(p.x, c, p.sub_centers):
         here = torch.arange(start, stop, device=x.device).expand(n, -1)
         scores, classes = best(torch.cat([scores, scores_of(start, stop)], 1), torch.cat([classes, here], 1), k)
     return TopkOutput(scores, classes)
@@ -65,10 +67,11 @@ def _almost_unit(w: Tensor) -> tuple[Tensor, Tensor]:
     return w * safe[:, None], torch.where(odd, 1.0, norm.reciprocal())
 
 
-def _on_processor(scores_of: Scores, n: int, c: int, k: int, dtype: torch.dtype) -> TopkOutput:
-    """The k best of c classes for n rows, by the scores (N, stop - start) that ``scores_of(start, stop)`` gives."""
+def _on_processor(scores_of: Scores, n: int, c: int, k: int, dtype: torch.dtype, sub_centers: int = 1) -> TopkOutput:
+    """The k best of c classes for n rows, by the scores (N, stop - start) that ``scores_of(start, stop)`` gives, from ``sub_centers``
+    products each."""
     scores, classes = torch.empty(n, 0, dtype=dtype), torch.empty(n, 0, dtype=torch.int64)
-    width = max(LEAST_WIDTH, CHUNK_SCORES // n)
+    width = max(1, max(LEAST_WIDTH, CHUNK_SCORES // n) // sub_centers)
     for start in range(0, c, width):
         found = scores_of(start, min(start + width, c))
         columns = _candidates(found, min(k, found.shape[1]))

@@ -29,11 +29,11 @@ def chunk_elements(gpu_memory: int = 0) -> int:
     return max(CHUNK_ELEMENTS, gpu_memory // GPU_BYTES)
 
 
-def chunks(x: Tensor, c: int) -> Iterator[tuple[int, int]]:
+def chunks(x: Tensor, c: int, sub_centers: int = 1) -> Iterator[tuple[int, int]]:
     """(start, stop) of the chunks of ``c`` classes whose logits for the rows of ``x`` (N, D), and whose centers, are about
-    :func:`chunk_elements` numbers or fewer."""
+    :func:`chunk_elements` numbers or fewer; of ``sub_centers`` logits and centers each."""
     memory = torch.cuda.get_device_properties(x.device).total_memory if x.device.type == "cuda" else 0
-    width = max(LEAST_CHUNK, chunk_elements(memory) // max(*x.shape, 1))
+    width = max(1, max(LEAST_CHUNK, chunk_elements(memory) // max(*x.shape, 1)) // sub_centers)
     return ((start, min(start + width, c)) for start in range(0, c, width))
 
 
@@ -58,6 +58,31 @@ def target_centers(w: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros(labels.shape[0], w.shape[1], dtype=torch.float64, device=w.device)
     near = labels.clamp(0, w.shape[0] - 1)
     return w.index_select(0, near).to(torch.float64).masked_fill((near != labels)[:, None], 0.0)
+
+
+def target_rows(x: Tensor, w: Tensor, labels: Tensor, sub_centers: int, normalize: bool) -> Tensor:
+    """(N,) the row of ``w`` (C K, D) that is most similar to each row of ``x`` (N, D) among the K of its own class, the first of equals;
+    -1 where the label is no class. In float64.
+
+    Args:
+        labels: (N,) int64 classes.
+        normalize: whether the similarity uses w/|w|. Whether it uses x/|x| makes no difference.
+    """
+    if sub_centers == 1:
+        return labels
+    classes, x = w.shape[0] // sub_centers, x.detach().to(torch.float64)
+    here = (labels >= 0) & (labels < classes)
+    first = torch.where(here, labels, 0) * sub_centers
+    found = []
+    for k in range(sub_centers):
+        center = target_centers(w.detach(), first + k)
+        found.append((x * (unit_rows(center)[0] if normalize else center)).sum(1))
+    return torch.where(here, first + torch.stack(found, 1).argmax(1), -1)
+
+
+def classes_of(rows: Tensor, sub_centers: int) -> Tensor:
+    """(N,) the class that each of ``rows`` (N,) of a weight belongs to, negative where the row is."""
+    return rows if sub_centers == 1 else torch.div(rows, sub_centers, rounding_mode="floor")
 
 
 def target_biases(bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ prepared rows, ``f`` = ``row_factor`` (N,) and ``a`` = ``class_factor`` (C,), th
 
 and the logit of a non-target class is ``z_ij = s_i N(c_ij) + b_j`` with N one of :class:`~marginkernels.core.nontarget.NonTarget`. The
 target column ``j == labels[i]`` takes part in neither sum of the row pass; a label outside [0, C) means that the row's target is not
-here. The accumulation dtype ``acc_dtype`` is float32, or float64 where ``x`` is float64.
+here. With K = ``sub_centers`` of each class, ``w`` is (C K, D), class j has its rows j K to j K + K - 1, ``class_factor`` is (C K,), labels
+are rows of ``w``, c_ij is the highest of the class's K similarities, and its derivative that of the first row that has it. The
+accumulation dtype ``acc_dtype`` is float32, or float64 where ``x`` is float64.
 
 The records cross the boundary to ``torch.library`` field by field (:mod:`marginkernels.ops.schema`): a field that is added here appears
 in the operators without another change.
@@ -38,8 +40,8 @@ class HeadInputs:
 
     Attributes:
         x: (N, D) embeddings.
-        w: (C, D) class centers, any float dtype, any strides.
-        labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
+        w: (C, D) class centers, any float dtype, any strides; or K rows of each class.
+        labels: (N,) int64, the row of ``w`` of each target, or anything outside for a row whose target is not here.
         normalize_embedding: whether the similarity uses x/|x|.
         normalize_weight: whether the similarity uses w/|w|.
     """
@@ -83,15 +85,16 @@ class PassInputs:
         x: (N, D) prepared rows, contiguous. Their dtype is the products': ``w`` is converted to it inside the pass, and products
             accumulate in acc_dtype.
         row_factor: (N,) acc_dtype, f_i.
-        w: (C, D) class centers, any float dtype, any strides.
+        w: (C K, D) class centers, any float dtype, any strides.
         bias: (C,) acc_dtype, or None.
-        labels: (N,) int64 in [0, C), or anything outside for a row whose target is not here.
+        labels: (N,) int64 in [0, C K), the row of ``w`` that is the target's, or anything outside for a row whose target is not here.
         scale: (N,) acc_dtype, s_i > 0.
         threshold: (N,) acc_dtype, or None where the transform is the identity.
         t: (N,) acc_dtype, the transform's parameter; None where the transform is the identity.
         non_target: the transform N of non-target similarities.
         normalize_weight: whether a_j is 1/|w_j|; a center with |w_j| < ``TINY`` has a_j = 0.
         class_weight: (C,) acc_dtype, how much each class counts in the sum of logits; None: 1. Only ``torch`` knows it.
+        sub_centers: K, the rows of ``w`` that a class has.
     """
 
     x: Tensor
@@ -105,10 +108,15 @@ class PassInputs:
     non_target: NonTarget
     normalize_weight: bool
     class_weight: Tensor | None = None
+    sub_centers: int = 1
 
     @property
     def acc_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.x.dtype)
+
+    @property
+    def num_classes(self) -> int:
+        return self.w.shape[0] // self.sub_centers
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ class RowPassOutput:
         logit_sum: (N,) ``sum_{j != y} z_ij``.
         cos_sum: (N,) ``sum_{j != y} N(c_ij)``: logit_sum's derivative in s_i.
         center_sum: (N, D) ``sum_{j != y} N'(c_ij) a_j w_j``: logit_sum's derivative in the row, over s_i.
-        class_factor: (C,) a_j, for the class pass; (0,) where the weights are not normalized.
+        class_factor: (C K,) a_j, for the class pass; (0,) where the weights are not normalized.
         saved: (bytes,) uint8, what the class pass need not compute again, in the backend's own layout.
     """
 
@@ -371,7 +379,7 @@ class ClassPassOutput:
     """The gradients of the class pass.
 
     Attributes:
-        d_weight: (C, D) in w's dtype, or (0, D) where it was not asked for.
+        d_weight: (C K, D) in w's dtype, or (0, D) where it was not asked for.
         d_bias: (C,) acc_dtype, or (0,).
     """
 
@@ -381,8 +389,9 @@ class ClassPassOutput:
     @classmethod
     def allocate(cls, inputs: PassInputs, need_weight: bool, need_bias: bool) -> ClassPassOutput:
         """Uninitialized, contiguous tensors of the right shapes and dtypes."""
-        c, d = inputs.w.shape
-        return cls(inputs.w.new_empty(c if need_weight else 0, d), inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype))
+        rows, d = inputs.w.shape
+        d_bias = inputs.x.new_empty(inputs.num_classes if need_bias else 0, dtype=inputs.acc_dtype)
+        return cls(inputs.w.new_empty(rows if need_weight else 0, d), d_bias)
 
 
 @dataclass(frozen=True)
@@ -391,10 +400,11 @@ class TopkInputs:
 
     Attributes:
         x: (N, D) embeddings as they came, any strides.
-        w: (C, D) class centers, any float dtype, any strides.
+        w: (C K, D) class centers, any float dtype, any strides.
         bias: (C,) acc_dtype, contiguous, or None.
         scale: (N,) acc_dtype, contiguous, what a similarity is multiplied by before the bias is added; None where ``bias`` is.
         normalize_embedding, normalize_weight: whether the similarity uses x/|x| and w/|w|.
+        sub_centers: K, as in :class:`PassInputs`.
     """
 
     x: Tensor
@@ -403,6 +413,7 @@ class TopkInputs:
     scale: Tensor | None
     normalize_embedding: bool
     normalize_weight: bool
+    sub_centers: int = 1
 
     @property
     def acc_dtype(self) -> torch.dtype:

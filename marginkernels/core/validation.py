@@ -21,6 +21,7 @@ def check_inputs(
     label_smoothing: float,
     *,
     shard: bool = False,
+    sub_centers: int = 1,
 ) -> None:
     """Everything that can be seen without reading a tensor's values. A ``shard`` of the classes may be empty.
 
@@ -40,18 +41,23 @@ def check_inputs(
             raise TypeError(f"{name}: expected a dense tensor, got layout {v.layout}")
         if name != "labels":
             check_float(name, v)
-    check_centers(embeddings, weight, bias, shard=shard)
+    check_centers(embeddings, weight, bias, shard=shard, sub_centers=sub_centers)
     check_labels_shape(labels, embeddings)
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
 
 
-def check_centers(embeddings: Tensor, weight: Tensor, bias: Tensor | None, *, shard: bool = False) -> None:
-    """Embeddings (N, D) against class centers (C, D) and biases (C,) or None: dtypes, shapes and devices."""
+def check_centers(embeddings: Tensor, weight: Tensor, bias: Tensor | None, *, shard: bool = False, sub_centers: int = 1) -> None:
+    """Embeddings (N, D) against class centers (C, D), or ``sub_centers`` rows of each class, and biases (C,) or None: dtypes, shapes and
+    devices."""
     check_embeddings(embeddings, weight, shard=shard)
+    positive("sub_centers", sub_centers)
+    classes, more = divmod(weight.shape[0], sub_centers)
+    if more:
+        raise ValueError(f"weight: expected shape (C * {sub_centers}, D), sub_centers rows of each class, got {tuple(weight.shape)}")
     if bias is not None:
         check_float("bias", bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), one number per class, got {tuple(bias.shape)}")
+        if tuple(bias.shape) != (classes,):
+            raise ValueError(f"bias: expected shape ({classes},), one number per class, got {tuple(bias.shape)}")
     for name, v in (("weight", weight), ("bias", bias)):
         if v is not None and v.device != embeddings.device:
             raise ValueError(f"{name}: expected device {embeddings.device}, where the embeddings are, got {v.device}")

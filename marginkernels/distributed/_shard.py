@@ -225,17 +225,19 @@ class Shard:
         return best_scores, best_classes
 
     @torch.no_grad()
-    def draw_normal(self, weight: Tensor, std: float) -> None:
-        """Fill this shard's ``weight`` with N(0, std^2), seeded by rank 0. The values of a class do not depend on the number of ranks."""
+    def draw_normal(self, weight: Tensor, std: float, sub_centers: int = 1) -> None:
+        """Fill this shard's ``weight``, ``sub_centers`` rows a class, with N(0, std^2), seeded by rank 0. The values of a class do not
+        depend on the number of ranks."""
         seed = self.assert_same_on_all_ranks(_seed=int(torch.randint(1 << 62, ())))[0]["_seed"]
         if weight.device.type == "meta":
             return
         generator, block = torch.Generator(weight.device), 4096
         for first in range(self.start - self.start % block, self.stop, block):
             generator.manual_seed(seed + first // block)
-            drawn = torch.empty(block, weight.shape[1], device=weight.device).normal_(std=std, generator=generator)
+            drawn = torch.empty(block * sub_centers, weight.shape[1], device=weight.device).normal_(std=std, generator=generator)
             low, high = max(first, self.start), min(first + block, self.stop)
-            weight[low - self.start : high - self.start] = drawn[low - first : high - first]
+            (at, end), (start, stop) = (((low - v) * sub_centers, (high - v) * sub_centers) for v in (self.start, first))
+            weight[at:end] = drawn[start:stop]
 
     def sum_gradients(self, parameter: Tensor) -> None:
         """Sum the gradient of a parameter that all ranks have (one of the margin) over ranks, in each backward pass."""

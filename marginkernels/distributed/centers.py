@@ -25,7 +25,8 @@ CHUNK = 65536
 
 
 def export_centers(head: MarginHead, path: str | os.PathLike[str]) -> None:
-    """Write all class centers (C, D) to an ``.npy`` file (float32, or float64), in class order. Every rank calls it, the first one writes.
+    """Write all class centers (C, D), or (C K, D) with K sub-centers, to an ``.npy`` file (float32, or float64), in class order. Every rank
+    calls it, the first one writes.
 
     The first rank receives the centers in chunks. The file gets its name when it is complete.
     """
@@ -35,7 +36,7 @@ def export_centers(head: MarginHead, path: str | os.PathLike[str]) -> None:
     out: np.memmap[Any, Any] | None = None
     if first:
         dtype = np.float64 if head.weight.dtype == torch.float64 else np.float32
-        out = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(head.num_classes, head.embedding_dim))
+        out = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=(head.num_classes * head.sub_centers, head.embedding_dim))
     for start, rows in _stream(head, head.weight):
         assert out is not None
         out[start : start + len(rows)] = rows.to(torch.promote_types(rows.dtype, torch.float32)).numpy()
@@ -56,7 +57,7 @@ def full_state_dict(head: MarginHead) -> dict[str, Tensor] | None:
         if held is None:
             continue
         if _rank(head) == 0:
-            state[name] = torch.empty((head.num_classes, *held.shape[1:]), dtype=held.dtype)
+            state[name] = torch.empty((head.num_classes * _each(head, held), *held.shape[1:]), dtype=held.dtype)
         for start, rows in _stream(head, held):
             state[name][start : start + len(rows)] = rows
     return state if _rank(head) == 0 else None
@@ -67,7 +68,7 @@ def import_centers(head: MarginHead, source: Any, *, key: str | None = None, gro
     """Copy class centers from another library into ``head``; each rank copies its own rows.
 
     Args:
-        head: on one device or sharded.
+        head: on one device or sharded. With K sub-centers a class has K rows, or K columns, next to each other in ``source``.
         source: a tensor (C, D); a state dict; a file with either, read by ``torch.load(weights_only=True)``; or an ``.npy`` file. Also a
             sequence of these, whose classes are concatenated (such as insightface's files, one per rank, in rank order). In a state dict,
             nested or not, the centers are called ``weight`` (C, D), ``W`` (D, C) as in pytorch-metric-learning, or ``kernel`` (D, C), with
@@ -85,9 +86,12 @@ def import_centers(head: MarginHead, source: Any, *, key: str | None = None, gro
         if part.ndim != 2 or part.shape[1] != head.embedding_dim:
             raise ValueError(f"source: expected class centers (C, D) with D = {head.embedding_dim}, got shape {tuple(part.shape)}")
     total = sum(part.shape[0] for part in parts)
-    if total > head.num_classes or (total < head.num_classes and not grow):
-        raise ValueError(f"source: expected {head.num_classes} classes{' at most' if grow else ''}, got {total}")
-    start, stop, first = head.class_start, head.class_start + head.weight.shape[0], 0
+    each = head.sub_centers
+    if total > head.num_classes * each or (total < head.num_classes * each and not grow) or total % each:
+        what = "classes" if each == 1 else f"classes of {each} sub-centers"
+        raise ValueError(f"source: expected {head.num_classes} {what}{' at most' if grow else ''}, got {total}{' rows' if each > 1 else ''}")
+    start, first = head.class_start * each, 0
+    stop = start + head.weight.shape[0]
     for part in parts:
         low, high = max(start, first), min(stop, first + part.shape[0])
         for chunk in range(low, high, CHUNK):
@@ -138,14 +142,21 @@ def _rank(head: MarginHead) -> int:
     return 0 if head.shard is None else head.shard.rank
 
 
+def _each(head: MarginHead, v: Tensor) -> int:
+    """Rows of ``v``, the weight or the bias, that a class has."""
+    return head.sub_centers if v is head.weight else 1
+
+
 def _stream(head: MarginHead, v: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """All ranks' rows of ``v`` in class order, as (class of the first row, rows) in host memory. Yields only on the first rank."""
-    v = v.detach()
+    """All ranks' rows of ``v``, the weight or the bias, in class order, as (number of the first, rows) in host memory. Yields only on the
+    first rank."""
+    each, v = _each(head, v), v.detach()
     if head.shard is None:
         yield from ((start, v[start : start + CHUNK].cpu()) for start in range(0, v.shape[0], CHUNK))
         return
     shard, group, first = head.shard, group_of(head.shard.group), 0
-    for rank, width in enumerate(shard.widths()):
+    for rank, classes in enumerate(shard.widths()):
+        width = classes * each
         for start in range(0, width, CHUNK):
             count = min(CHUNK, width - start)
             if shard.rank == rank == 0:

@@ -96,6 +96,7 @@ def save(
             if not found.is_file() or found.stat().st_size < size:
                 raise OSError(f"path: expected a folder on a file system that all ranks share, got {path}, without {name} of another rank")
         about = {"format": FORMAT, "num_classes": head.num_classes, "embedding_dim": head.embedding_dim, "ranks": _ranks(head)}
+        about |= {"sub_centers": head.sub_centers} if head.sub_centers > 1 else {}
         (partial / MARKER).write_text(_sealed(about | {"margin": type(head.margin).__name__, "files": files}))
         _sync(partial / MARKER)
         _sync(partial)
@@ -111,7 +112,7 @@ def save(
             params = [p for group in optimizer.param_groups for p in group["params"]]
             for i, values in held["state"].items():
                 for name, v in values.items():
-                    state[f"optimizer.state.{i}.{name}"] = _whole(head, v) if _is_sharded(head, params[i]) else v
+                    state[f"optimizer.state.{i}.{name}"] = _whole(head, params[i], v) if _is_sharded(head, params[i]) else v
         _on_first(head, begin)
         try:
             writer = _Writer(partial)
@@ -174,9 +175,8 @@ def load(
         values: dict[int, dict[str, Any]] = {}
         for key, v in state.items():
             if match := _OPTIMIZER_STATE.fullmatch(key):
-                values.setdefault(int(match[1]), {})[match[2]] = (
-                    v.to_local() if _is_sharded(head, params[int(match[1])]) and isinstance(v, DTensor) else v
-                )
+                p = params[int(match[1])]
+                values.setdefault(int(match[1]), {})[match[2]] = _rows(head, p, v) if _is_sharded(head, p) else v
         optimizer.load_state_dict({"state": values, "param_groups": _unpack(state[PARAM_GROUPS], head.weight.device)})
     loaded: dict[str, Any] = state.get("extra", {})
     return loaded
@@ -202,6 +202,8 @@ def _opened(path: Path, head: MarginHead, grow: bool) -> tuple[dict[str, Any], M
     about = _unsealed(path)
     if about["embedding_dim"] != head.embedding_dim:
         raise ValueError(f"head: expected embedding_dim = {about['embedding_dim']}, as saved in {path}, got {head.embedding_dim}")
+    if about.get("sub_centers", 1) != head.sub_centers:
+        raise ValueError(f"head: expected sub_centers = {about.get('sub_centers', 1)}, as saved in {path}, got {head.sub_centers}")
     classes = about["num_classes"]
     if classes > head.num_classes or (classes < head.num_classes and not grow):
         hint = "; grow=True adds the missing ones" if classes < head.num_classes else ""
@@ -446,21 +448,41 @@ def _grows(name: str) -> bool:
 
 
 def _head_state(head: MarginHead) -> dict[str, Any]:
-    return {f"head.{k}": _whole(head, v) if k in ("weight", "bias") else v for k, v in head.state_dict().items()}
+    found = {f"head.{k}": v for k, v in head.state_dict().items()}
+    for name in ("weight", "bias"):
+        if (held := getattr(head, name)) is not None:
+            found[f"head.{name}"] = _whole(head, held, found[f"head.{name}"])
+    return found
 
 
 def _extra_state(extra: dict[str, Any] | None) -> dict[str, Any]:
     return {} if extra is None else {"extra": extra}
 
 
-def _whole(head: MarginHead, v: Any) -> Any:
-    """A tensor with a row for each class of this rank as a DTensor with a row for each class; anything else unchanged."""
-    if head.shard is None or not isinstance(v, Tensor) or v.ndim == 0:
+def _whole(head: MarginHead, p: Tensor, v: Any) -> Any:
+    """A tensor with a row for each row of ``p``, the weight or the bias, as a DTensor with those of all classes, (C, K, ...) where a class has
+    K sub-centers; anything else unchanged."""
+    if not isinstance(v, Tensor) or v.ndim == 0:
+        return v
+    if _sub_centers(head, p) > 1:
+        v = v.view(v.shape[0] // head.sub_centers, head.sub_centers, *v.shape[1:])
+    if head.shard is None:
         return v
     mesh = DeviceMesh.from_group(group_of(head.shard.group), v.device.type)
     shape = torch.Size((head.num_classes, *v.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(v.detach().contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _rows(head: MarginHead, p: Tensor, v: Any) -> Any:
+    """The reverse of :func:`_whole`: the rows of this rank."""
+    if isinstance(v, DTensor):
+        v = v.to_local()
+    return v.flatten(0, 1) if _sub_centers(head, p) > 1 and isinstance(v, Tensor) and v.ndim > 1 else v
+
+
+def _sub_centers(head: MarginHead, p: Tensor) -> int:
+    return head.sub_centers if p is head.weight else 1
 
 
 def _is_sharded(head: MarginHead, p: Tensor) -> bool:
@@ -473,7 +495,8 @@ def _placeholder(head: MarginHead, p: Tensor, stored: Any) -> Any:
         return None
     dtype = stored.properties.dtype
     if _is_sharded(head, p) and len(stored.size):
-        return _whole(head, torch.zeros((p.shape[0], *stored.size[1:]), dtype=dtype, device=p.device))
+        each = stored.size[2:] if _sub_centers(head, p) > 1 else stored.size[1:]
+        return _whole(head, p, torch.zeros((p.shape[0], *each), dtype=dtype, device=p.device))
     if isinstance(p, DTensor) and stored.size == p.size():
         return torch.zeros_like(p, dtype=dtype)
     return torch.zeros(stored.size, dtype=dtype, device=p.device if len(stored.size) else "cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend as backends
 from ..core.nontarget import NonTarget
-from ..core.numerics import accumulation_dtype, target_biases, target_centers, unit_rows
+from ..core.numerics import accumulation_dtype, classes_of, target_biases, target_centers, unit_rows
 from ..core.transforms import looped, transforming
 from ..core.types import HeadInputs, PassInputs, PreparedRows, Request, SumsUpstream, Upstream
 from .operators import center_sum, class_pass, row_gradient, row_pass, scale_gradient
@@ -31,6 +31,7 @@ class SumOptions:
         workspace_bytes: what the row pass may save for the class pass.
         backend: its name.
         fused: the backend has kernels for what comes after (:mod:`.rows`), and what was not asked for is (0,).
+        sub_centers: rows of the centers that a class has; labels are rows.
     """
 
     non_target: NonTarget
@@ -42,6 +43,7 @@ class SumOptions:
     workspace_bytes: int
     backend: str
     fused: bool = False
+    sub_centers: int = 1
 
 
 @dataclass(frozen=True)
@@ -281,12 +283,14 @@ def _forward(
         t=narrowed.t,
         non_target=options.non_target,
         normalize_weight=options.normalize_weight,
+        sub_centers=options.sub_centers,
     )
     # For the identity the mean cosine is x^ . mean_center; only the hard transforms need a sum of their own.
     identity = options.non_target == NonTarget.IDENTITY
     need_cos = need_scale and not identity
     need_center = need_x or (need_scale and identity)
-    workspace = options.workspace_bytes if need_w else 0
+    # What a backend saves are the weights of the classes, without which sub-center each of them was.
+    workspace = options.workspace_bytes if need_w and options.sub_centers == 1 else 0
     if workspace:
         workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace)
     request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
@@ -295,7 +299,8 @@ def _forward(
     logit_sum, cos_sum, all_centers = out.lse, None, None
     if not options.logit_sum:
         logit_sum = zeros(rows.target_similarity)
-    if options.logit_sum and identity and class_weight is None:
+    classes = classes_of(labels, options.sub_centers)
+    if options.logit_sum and identity and class_weight is None and options.sub_centers == 1:
         logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor, options.backend)
     elif options.logit_sum:
         weighted, backend = _weighted(pass_inputs, narrowed.class_weight, options)
@@ -303,7 +308,7 @@ def _forward(
         logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
     if options.logit_sum and bias is not None:  # the sum of logits is infinite where another class is masked, whatever a backend adds up
         masked = bias == -torch.inf
-        others = masked.sum() - target_biases(masked.to(torch.float64), labels)
+        others = masked.sum() - target_biases(masked.to(torch.float64), classes)
         logit_sum = torch.where(others > 0, -torch.inf, logit_sum)
     saved = _Saved(
         x=x,
@@ -324,7 +329,7 @@ def _forward(
         class_factor=out.class_factor,
         saved=out.saved,
     )
-    own_bias = zeros(rows.target_similarity) if bias is None else target_biases(bias, labels)
+    own_bias = zeros(rows.target_similarity) if bias is None else target_biases(bias, classes)
     norm = zeros(rows.target_similarity) if center_norm is None else center_norm.clone()
     if options.fused:  # tensors of their own for autograd, which nobody writes
         return (out.lse.view_as(out.lse), rows.target_similarity.view_as(out.lse), own_bias, logit_sum, norm, out.max_logit), saved
@@ -389,6 +394,7 @@ def _backward(
             t=s.t,
             non_target=o.non_target,
             normalize_weight=o.normalize_weight,
+            sub_centers=o.sub_centers,
         )
         if o.center_norm and s.w.dtype != pass_inputs.acc_dtype:
             # Two parts of the gradient may nearly cancel: both in acc_dtype, and the sum is rounded once.

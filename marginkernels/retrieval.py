@@ -78,8 +78,8 @@ def nearest(
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-    given = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], (widest or c) * sub_centers)
-    chosen = resolve(backend, *given, agreed, sub_centers)
+    served = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], (widest or c) * sub_centers)
+    chosen = resolve(backend, *served, agreed, sub_centers)
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
         bias = bias.detach().to(acc_dtype).contiguous()

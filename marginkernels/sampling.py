@@ -70,7 +70,8 @@ class Sampler(nn.Module):
             sub_centers: rows of ``weight`` that a class has; all of a drawn class's take part.
 
         Returns:
-            The drawn centers (K, D), or ``sub_centers`` times as many, biases (K,) or None, labels as indices into the drawn classes (N,), log-q corrections (K,) or None.
+            The drawn centers (K, D), or ``sub_centers`` times as many rows, biases (K,) or None, labels as indices into the drawn classes
+            (N,), log-q corrections (K,) or None.
         """
         with torch.no_grad():
             classes = weight.shape[0] // sub_centers

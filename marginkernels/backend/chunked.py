@@ -130,9 +130,7 @@ def _times(w: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(w, factor[:, None], out=w.new_empty(w.shape, dtype=dtype))
 
 
-def _logits(
-    p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _logits(p: PassInputs, w: Tensor, start: int, stop: int, need_cos: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """z_ij (N, chunk), of the same bits in both passes; in memory of its own, c_ij where a transform or ``need_cos`` wants it; and which
     sub-center of each class it is, where there are several: (N, chunk) int64, the first of equals."""
     product, winner = matmul(p.x, w.T, p.acc_dtype), None

@@ -89,7 +89,9 @@ def import_centers(head: MarginHead, source: Any, *, key: str | None = None, gro
     each = head.sub_centers
     if total > head.num_classes * each or (total < head.num_classes * each and not grow) or total % each:
         what = "classes" if each == 1 else f"classes of {each} sub-centers"
-        raise ValueError(f"source: expected {head.num_classes} {what}{' at most' if grow else ''}, got {total}{' rows' if each > 1 else ''}")
+        raise ValueError(
+            f"source: expected {head.num_classes} {what}{' at most' if grow else ''}, got {total}{' rows' if each > 1 else ''}"
+        )
     start, first = head.class_start * each, 0
     stop = start + head.weight.shape[0]
     for part in parts:

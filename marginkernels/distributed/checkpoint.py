@@ -460,8 +460,8 @@ def _extra_state(extra: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _whole(head: MarginHead, p: Tensor, v: Any) -> Any:
-    """A tensor with a row for each row of ``p``, the weight or the bias, as a DTensor with those of all classes, (C, K, ...) where a class has
-    K sub-centers; anything else unchanged."""
+    """A tensor with a row for each row of ``p``, the weight or the bias, as a DTensor with those of all classes, (C, K, ...) where a class
+    has K sub-centers; anything else unchanged."""
     if not isinstance(v, Tensor) or v.ndim == 0:
         return v
     if _sub_centers(head, p) > 1:

@@ -379,3 +379,19 @@ def curricular_step(t, x, w, y, momentum=0.99, ignore_index=-100):
         c = cosines(x, w)
         kept = [float(c[i, j]) for i, j in enumerate(y.tolist()) if j != ignore_index]
         return (1 - momentum) * sum(kept) / len(kept) + momentum * t
+
+
+def with_sub_centers(formula, k, normalized=True):
+    """Deng et al. 2020, equation 3: a row's angle to a class is that to the nearest of its k centers, rows c k to c k + k - 1 of w. So each
+    row has class centers of its own."""
+
+    def logits(x, w, y):
+        units = w.detach() / w.detach().norm(dim=1, keepdim=True) if normalized else w.detach()
+        found = []
+        for i in range(len(x)):
+            near = [float(x[i].detach() @ u) for u in units]
+            best = [max(range(c, c + k), key=near.__getitem__) for c in range(0, len(w), k)]
+            found.append(formula(x[i : i + 1], w[best], y[i : i + 1])[0])
+        return torch.stack(found)
+
+    return logits

@@ -158,6 +158,40 @@ def check_class_weights_and_mixed_labels():
         _raises(ValueError, "class_weight: expected one value on all ranks", lambda: _head(37, class_weight=torch.full((37,), 1.0 + rank)))
 
 
+def check_sub_centers():
+    """Shards are of classes, each with all its centers: loss, gradients, top-k and the dominant centers are those of one process; also
+    where a rank has no class."""
+    own, size, rank = mine(), dist.get_world_size(), dist.get_rank()
+    for c, make in ((37, mk.ArcFace), (37, mk.CurricularFace), (4, lambda: mk.MVSoftmax(scale=16.0)), (37, lambda: mk.LSoftmax(3))):
+        drawn = case(3 * c)
+        whole = testing.Case(drawn.x, drawn.w, torch.where(drawn.labels < 0, drawn.labels, drawn.labels // 3), None)
+        start, stop = bounds(c, size, rank)
+        head = mk.MarginHead(D, c, make(), sub_centers=3, process_group=dist.group.WORLD)
+        head.load_state_dict(head.state_dict() | {"weight": whole.w})
+        assert tuple(head.weight.shape) == (3 * (stop - start), D)
+        ours = whole.x[own].clone().requires_grad_()
+        loss = head(ours, whole.labels[own])
+        loss.backward()
+        want = testing.run(whole, make(), "reference", dtype=torch.float64, sub_centers=3)
+        same_everywhere(loss, *head.stats.values())
+        compare(loss, want["loss"], "loss")
+        compare(ours.grad / size, want["dx"][own], "dx", float(want["dx"].norm()))
+        compare(head.weight.grad, want["dw"][3 * start : 3 * stop], "dw", float(want["dw"].norm()))
+        expected = mk.topk(whole.x[own], whole.w, 3, head.margin, sub_centers=3)
+        assert torch.equal(head.topk(whole.x[own], 3)[1], expected[1])
+        single = mk.MarginHead(D, c, copy.deepcopy(head.margin), sub_centers=3)
+        single.load_state_dict(single.state_dict() | {"weight": whole.w})
+        counts, every = head.sub_center_counts(whole.x[own], whole.labels[own]), single.sub_center_counts(whole.x, whole.labels)
+        assert torch.equal(counts, every[start:stop])
+        found, alone = head.outliers(whole.x[own], whole.labels[own], angle=1.2), single.outliers(whole.x, whole.labels, angle=1.2)
+        assert torch.equal(found.far, alone.far[own])
+        assert torch.equal(found.dominant, alone.dominant[start:stop])
+        head.prune(counts)
+        single.prune(every)
+        assert torch.equal(head.weight, single.weight[start:stop])
+        compare(head.eval()(whole.x[own], whole.labels[own]), single.eval()(whole.x, whole.labels), "pruned")
+
+
 def check_statistics():
     """By value, of rows whose own class is the nearest, or is it in its shard alone, where another shard has a nearer one."""
     c, own, size = 37, mine(8), dist.get_world_size()

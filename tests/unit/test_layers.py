@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "optim": {"core"},
     "sampling": {"core"},
     "center_loss": {"core"},
+    "sub_centers": {"core"},
     # Backends know neither margins nor each other.
     "backend.torch_topk": {"core"},
     "backend.base": {"core", "backend.torch_topk"},
@@ -50,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
     "distributed._shard": {"core", "distributed._collectives"},
     "retrieval": {"core", "margins", "backend", "ops"},
     "loss": {"core", "margins", "backend", "ops", "reference"},
-    "head": {"core", "margins", "backend", "sampling", "retrieval", "loss", "distributed._shard"},
+    "head": {"core", "margins", "backend", "sampling", "sub_centers", "retrieval", "loss", "distributed._shard"},
     "distributed": {"core", "head", "distributed._collectives", "distributed._shard"},
     "testing": {"core", "margins", "reference", "loss", "head"},
     "cli": {

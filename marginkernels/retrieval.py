@@ -70,7 +70,7 @@ def nearest(
         widest, agreed: the most classes of any shard, and what the ranks may choose a backend from; see :func:`resolve`.
     """
     check_centers(embeddings, weight, bias, shard=num_classes is not None, sub_centers=sub_centers)
-    c = weight.shape[0] // sub_centers
+    c = weight.shape[0] if sub_centers == 1 else weight.shape[0] // sub_centers
     limit = c if num_classes is None else num_classes
     if margin is not None:
         margin.bind(limit)
@@ -78,7 +78,14 @@ def nearest(
         raise ValueError(f"k: expected an integer in [1, {limit}], the number of classes, got {k!r}")
     if torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(embeddings.device.type))
-    served = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], embeddings.shape[0], (widest or c) * sub_centers)
+    served = (
+        str(embeddings.device),
+        embeddings.dtype,
+        weight.dtype,
+        weight.shape[1],
+        embeddings.shape[0],
+        widest * sub_centers if widest else weight.shape[0],
+    )
     chosen = resolve(backend, *served, agreed, sub_centers)
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:

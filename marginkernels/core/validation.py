@@ -51,8 +51,8 @@ def check_centers(embeddings: Tensor, weight: Tensor, bias: Tensor | None, *, sh
     devices."""
     check_embeddings(embeddings, weight, shard=shard)
     positive("sub_centers", sub_centers)
-    classes, more = divmod(weight.shape[0], sub_centers)
-    if more:
+    classes = weight.shape[0] if sub_centers == 1 else weight.shape[0] // sub_centers
+    if sub_centers > 1 and weight.shape[0] % sub_centers:
         raise ValueError(f"weight: expected shape (C * {sub_centers}, D), sub_centers rows of each class, got {tuple(weight.shape)}")
     if bias is not None:
         check_float("bias", bias)

@@ -21,7 +21,7 @@ T* at(Address a) {
 
 mk::PassInputs make_pass_inputs(int64_t n, int64_t d, int64_t c, Address x, int x_dtype, Address w, int w_dtype, int64_t w_stride,
                                 Address row_factor, Address bias, Address labels, Address scale, Address threshold, Address t,
-                                int non_target, bool normalize_weight) {
+                                int non_target, bool normalize_weight, int64_t sub_centers) {
   mk::PassInputs p{};
   p.n = n, p.d = d, p.c = c;
   p.x = at<void>(x), p.x_dtype = x_dtype;
@@ -34,6 +34,7 @@ mk::PassInputs make_pass_inputs(int64_t n, int64_t d, int64_t c, Address x, int 
   p.t = at<float>(t);
   p.non_target = non_target;
   p.normalize_weight = normalize_weight;
+  p.sub_centers = sub_centers;
   return p;
 }
 
@@ -83,13 +84,14 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
   if (!finished) throw py::error_already_set();
 }
 
-void topk(const mk::HeadInputs& p, const std::string& level, int threads, int64_t k, Address bias, Address scale, Address scores,
-          Address classes) {
+void topk(const mk::HeadInputs& p, const std::string& level, int threads, int64_t k, int64_t sub_centers, Address bias, Address scale,
+          Address scores, Address classes) {
   const mk::Kernels& kernels = mk::choose(p.x_dtype, level);
   bool finished;
   {
     py::gil_scoped_release released;
-    finished = mk::topk(kernels, p, threads, k, at<float>(bias), at<float>(scale), at<float>(scores), at<int64_t>(classes), &signaled);
+    finished = mk::topk(kernels, p, threads, k, sub_centers, at<float>(bias), at<float>(scale), at<float>(scores), at<int64_t>(classes),
+                        &signaled);
   }
   if (!finished) throw py::error_already_set();
 }
@@ -120,7 +122,7 @@ PYBIND11_MODULE(_cpu, m) {
   mk::openmp_pool();  // registers the handler that notices a fork
   py::class_<mk::PassInputs>(m, "PassInputs")
       .def(py::init(&make_pass_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
-           "row_factor"_a, "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "non_target"_a, "normalize_weight"_a);
+           "row_factor"_a, "bias"_a, "labels"_a, "scale"_a, "threshold"_a, "t"_a, "non_target"_a, "normalize_weight"_a, "sub_centers"_a);
   py::class_<mk::HeadInputs>(m, "HeadInputs")
       .def(py::init(&make_head_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
            "labels"_a, "normalize_embedding"_a, "normalize_weight"_a);
@@ -138,7 +140,8 @@ PYBIND11_MODULE(_cpu, m) {
         "center"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a);
   m.def("class_pass", &class_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "d_lse"_a, "d_logit_sum"_a, "d_target_cos"_a,
         "d_target_bias"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
-  m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "bias"_a, "scale"_a, "scores"_a, "classes"_a);
+  m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "sub_centers"_a, "bias"_a, "scale"_a, "scores"_a,
+        "classes"_a);
   m.def("levels", [] {
     std::vector<std::string> names;
     for (const mk::Kernels* k : mk::levels()) names.push_back(k->name);

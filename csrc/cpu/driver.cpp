@@ -96,6 +96,9 @@ int useful_threads(int threads, const PassInputs& p) {
 
 int64_t padded_rows(const PassInputs& p) { return round_up(p.n, PANEL); }
 
+// The centers of a chunk: those of whole classes.
+int64_t chunk_width(const Layout& l, int64_t sub_centers) { return l.classes / sub_centers * sub_centers; }
+
 int64_t saved_chunks(const PassInputs& p, const Layout& l, int64_t bytes) { return bytes / (padded_rows(p) / PANEL * l.saved); }
 
 constexpr double LOG2E_DOUBLE = 1.44269504088896340736, LN2_DOUBLE = 0.69314718055994530942;
@@ -240,7 +243,7 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
   Stop stop(poll);
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
-  const int64_t blocks = (p.n + l.rows - 1) / l.rows, chunks = (p.c + l.classes - 1) / l.classes;
+  const int64_t width = chunk_width(l, p.sub_centers), blocks = (p.n + l.rows - 1) / l.rows, chunks = (p.c + width - 1) / width;
   const int64_t parts = class_parts(threads, blocks, chunks), tasks = blocks * parts;
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   const int64_t rows = std::min<int64_t>(l.rows, padded_rows(p)), u_size = out.center ? rows * l.ldn : 0;
@@ -255,8 +258,8 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
     t.interrupt = stop.interrupt();
     t.first_row = block * l.rows;
     t.last_row = std::min(p.n, t.first_row + l.rows);
-    t.first_class = chunks * part / parts * l.classes;
-    t.last_class = std::min(p.c, chunks * (part + 1) / parts * l.classes);
+    t.first_class = chunks * part / parts * width;
+    t.last_class = std::min(p.c, chunks * (part + 1) / parts * width);
     t.logit_sum = logit_sum, t.need_center = out.center, t.need_cos = out.cos;
     t.class_factor = block == 0 ? out.class_factor : nullptr;
     t.running_max = memory.take<float>(rows), t.max_logit = memory.take<float>(rows);
@@ -321,19 +324,20 @@ bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassI
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
   // Several tasks per thread, so that a delayed thread does not delay the others. The result of a class does not depend on the partition.
-  const int64_t chunks = (p.c + l.classes - 1) / l.classes, tasks = std::min<int64_t>(chunks, 16 * threads);
+  const int64_t width = chunk_width(l, p.sub_centers), chunks = (p.c + width - 1) / width, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
   const Rows r = make_rows(k, p, l, &in, true, memory);
-  // For a hard transform the saved weights already contain N'(c): d_logit_sum and d_bias need more than that.
-  const bool use_saved = p.non_target == IDENTITY || (!in.d_logit_sum && !d_bias);
+  // For a hard transform the saved weights already contain N'(c), and with sub-centers they do not tell a center that is not its class's
+  // from one of no weight: d_logit_sum and d_bias need more than that.
+  const bool use_saved = (p.non_target == IDENTITY && p.sub_centers == 1) || (!in.d_logit_sum && !d_bias);
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.class_scratch);
   parallel(threads, tasks, [&](int thread, int64_t i) {
     ClassTask t{};
     t.interrupt = stop.interrupt();
-    t.first_class = chunks * i / tasks * l.classes;
-    t.last_class = std::min(p.c, chunks * (i + 1) / tasks * l.classes);
+    t.first_class = chunks * i / tasks * width;
+    t.last_class = std::min(p.c, chunks * (i + 1) / tasks * width);
     t.class_factor = class_factor;
     t.d_weight = d_weight, t.d_bias = d_bias;
     t.saved = in.saved, t.saved_chunks = use_saved ? saved_chunks(p, l, in.saved_bytes) : 0;

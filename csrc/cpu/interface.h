@@ -14,17 +14,18 @@ struct PassInputs {
   int64_t n, d, c;
   const void* x;  // (n, d), contiguous
   int x_dtype;
-  const void* w;  // (c, d), rows w_stride elements apart
+  const void* w;  // (c, d), rows w_stride elements apart; the centers of a class follow one another
   int w_dtype;
   int64_t w_stride;
   const float* row_factor;  // (n)
-  const float* bias;        // (c) or null
-  const int64_t* labels;    // (n)
+  const float* bias;        // (c / sub_centers) or null
+  const int64_t* labels;    // (n), rows of w
   const float* scale;       // (n)
   const float* threshold;   // (n), null for the identity
   const float* t;           // (n), null for the identity
   int non_target;
   bool normalize_weight;
+  int64_t sub_centers;  // centers of each class, at most Layout::classes
 };
 
 // Vectors over the padded rows. Logits are in units of log 2, so that the kernels need only exp2.
@@ -55,7 +56,7 @@ struct Interrupt {
   void* context;
 };
 
-// Rows [first_row, last_row) against classes [first_class, last_class).
+// Rows [first_row, last_row) against centers [first_class, last_class).
 struct RowTask {
   Interrupt interrupt;
   int64_t first_row, last_row, first_class, last_class;
@@ -79,7 +80,7 @@ struct ClassTask {
   const char* saved;  // of the first saved_chunks chunks
   int64_t saved_chunks;
   void* d_weight;  // (c, d) contiguous in w's dtype, or null
-  float* d_bias;   // (c), or null
+  float* d_bias;   // (c / sub_centers), or null
   uint32_t* scratch;
 };
 
@@ -88,13 +89,13 @@ constexpr int64_t FEW_ROWS = 16;
 
 // The search for the k classes of the highest scores s_i c_ij + b_j, or c_ij without a bias. A candidate of a row is one number that orders
 // as its score does, and of equal scores the lower class before the higher: the score's bits in the upper half, rising with the score and
-// highest for NaN, and the complement of the class, counted from first_class, in the lower half.
+// highest for NaN, and the complement of the class, counted from that of center first_class, in the lower half.
 struct TopkTask {
   Interrupt interrupt;
-  int64_t first_row, last_row, first_class, last_class;
-  const uint32_t* along;  // Rows::along, or null: then there are at most FEW_ROWS rows
-  const float* factor;    // f_i over all padded rows
-  const float* scale;     // s_i, as `factor`; used with a bias
+  int64_t first_row, last_row, first_class, last_class;  // of the centers, as in RowTask; with sub-centers a class has its highest score
+  const uint32_t* along;                                 // Rows::along, or null: then there are at most FEW_ROWS rows
+  const float* factor;                                   // f_i over all padded rows
+  const float* scale;                                    // s_i, as `factor`; used with a bias
   int64_t k, capacity;
   // Over the task's padded rows, starting at first_row:
   uint64_t* candidates;  // [row][capacity], of which `count` are there
@@ -109,7 +110,7 @@ struct TopkTask {
 struct Layout {
   int64_t dk;                                         // units along D where D is summed over
   int64_t ldn;                                        // units along D where it is not; the stride of u
-  int64_t classes;                                    // classes in a chunk
+  int64_t classes;                                    // centers in a chunk, or fewer, where they are a multiple of sub_centers
   int64_t rows;                                       // rows in a block
   int64_t along, across, row_scratch, class_scratch;  // units: the packed rows (per row), and the scratch memory of a task
   // Bytes saved per panel and chunk: [class][32 rows] of exp2(logit - base) N'(c), 0 for the row's own class, as floats or, for plain

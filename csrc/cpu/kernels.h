@@ -325,13 +325,16 @@ struct Chunk {
   const float* factor;  // of the centers
   float* tile;
   uint32_t* weights;
-  char* saved;  // of this panel and chunk, or null
+  char* saved;   // of this panel and chunk, or null
+  bool several;  // whether keep_winners() has marked the products of the centers that are not their class's
 
   // W raw products of class j, times the center's factor if it was not applied when packing.
   V raw(int j, int row) const {
     const V v = load<V>(tile + j * PANEL + row);
     return RAW ? v * factor[j] : v;
   }
+  // Whether each of W products was marked.
+  I lost(int j, int row) const { return load<V>(tile + j * PANEL + row) == broadcast(-INF); }
   // Stores the weights of classes j and j + 1 over W rows. They may overwrite the raw products of these classes, which were read before.
   void put(int j, int row, V first, V second) const {
 #if MK_PAIRS
@@ -348,6 +351,29 @@ struct Chunk {
   float* saved_base() const { return (float*)(saved + CLASSES * PANEL * SAVED_BYTES); }
 };
 
+// With several centers a class, each row keeps the highest of their products, the first of equals, or, of its own class, its label's. The
+// others become -inf, and have no part in anything.
+void keep_winners(const Rows& r, int64_t row, const Chunk& s, int64_t sub_centers) {
+  for (int g = 0; g < PANEL; g += W) {
+    const I label = load<I>(r.label + row + g) - (int32_t)s.first_class;
+    for (int first = 0; first + sub_centers <= s.count; first += (int)sub_centers) {
+      V best = s.raw(first, g);
+      I winner = I{} + first;
+      for (int j = first + 1; j < first + sub_centers; ++j) {
+        const V v = s.raw(j, g);
+        const I higher = (v > best) | ((v != v) & (best == best));
+        best = higher ? v : best;
+        winner = higher ? I{} + j : winner;
+      }
+      winner = (label >= first) & (label < first + (int)sub_centers) ? label : winner;
+      for (int j = first; j < first + sub_centers; ++j) {
+        float* at = s.tile + j * PANEL + g;
+        store(at, winner == j ? load<V>(at) : broadcast(-INF));
+      }
+    }
+  }
+}
+
 // One panel of rows against one chunk: updates the running maximum and sums, and turns the raw products into weights.
 // `decay` (PANEL) receives the factor that the earlier sums must be multiplied by; returns whether any of them is not 1.
 template <int NON_TARGET, bool OWN>
@@ -363,10 +389,12 @@ bool row_epilogue(const Rows& r, const RowTask& task, int64_t row, const Chunk& 
       for (int h = 0; h < 2; ++h) {
         const V raw = s.raw(j + h, g);
         V z = Lanes::logit_of<NON_TARGET>(l, raw, s.bias[j + h]);
+        if (s.several) z = s.lost(j + h, g) ? none : z;
         if constexpr (OWN) z = own == j + h ? none : z;
         highest[h] = larger(highest[h], z);
         if constexpr (NON_TARGET != IDENTITY) {
           V plain = raw * l.slope + s.bias[j + h];
+          if (s.several) plain = s.lost(j + h, g) ? none : plain;
           if constexpr (OWN) plain = own == j + h ? none : plain;
           max_logit[h] = larger(max_logit[h], plain);
         }
@@ -384,8 +412,12 @@ bool row_epilogue(const Rows& r, const RowTask& task, int64_t row, const Chunk& 
     for (int j = 0; j < s.count; j += 2) {
       V weight[2];
       for (int h = 0; h < 2; ++h) {
-        const V raw = s.raw(j + h, g);
+        V raw = s.raw(j + h, g);
         V q = exp2(Lanes::logit_of<NON_TARGET>(l, raw, s.bias[j + h]) - base);
+        if (s.several) {
+          const I lost = s.lost(j + h, g);
+          q = lost ? V{} : q, raw = lost ? V{} : raw;
+        }
         if constexpr (OWN) q = own == j + h ? V{} : q;
         total[h] += q;
         weight[h] = q;
@@ -423,8 +455,11 @@ bool logit_sum_epilogue(const Rows& r, const RowTask& task, int64_t row, const C
     for (int j = 0; j < s.count; j += 2) {
       V weight[2] = {};
       for (int h = 0; h < 2 && s.bias[j + h] != -INF; ++h) {
-        const V c = s.raw(j + h, g) * l.factor;
-        V one = V{} + 1.0f;
+        V c = s.raw(j + h, g) * l.factor, one = V{} + 1.0f;
+        if (s.several) {
+          const I lost = s.lost(j + h, g);
+          one = lost ? V{} : one, c = lost ? V{} : c;
+        }
         if constexpr (OWN) one = own == j + h ? V{} : one;
         const V value = nontarget_value<NON_TARGET>(c, l.threshold, l.t);
         total += one * (l.scale * value + s.bias[j + h]);
@@ -461,8 +496,13 @@ void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, f
     for (int j = 0; j < s.count; ++j) {
       V weight[2];
       for (int h = 0; h < 2; ++h) {
-        const V raw = SAVED ? V{} : s.raw(j, g + h * W);
+        V raw = SAVED ? V{} : s.raw(j, g + h * W);
         const I own = l[h].label - (int32_t)s.first_class;
+        I lost = {};
+        if (!SAVED && s.several) {
+          lost = s.lost(j, g + h * W);
+          raw = lost ? V{} : raw;
+        }
         V q;
         if constexpr (SAVED)
           q = s.saved_weight(j, g + h * W) * from_base[h];
@@ -470,11 +510,13 @@ void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, f
           q = softmax_of(lse[h], Lanes::logit_of<NON_TARGET>(l[h], raw, s.bias[j]));
         V v = q * d_lse[h] + d_logit_sum[h];
         if constexpr (NON_TARGET != IDENTITY) v *= nontarget_slope<NON_TARGET>(raw * l[h].factor, l[h].threshold, l[h].t);
+        if (!SAVED && s.several) v = lost ? V{} : v;
         if constexpr (OWN) v = own == j ? d_target_cos[h] : v;
         weight[h] = v;
         if constexpr (BIAS) {
           const int64_t at = row + g + h * W;
           V d_bias = q * load<V>(r.bias_d_lse + at) + load<V>(r.bias_d_logit_sum + at);
+          if (!SAVED && s.several) d_bias = lost ? V{} : d_bias;
           if constexpr (OWN) d_bias = own == j ? load<V>(r.d_target_bias + at) : d_bias;
           store(db + j * W, load<V>(db + j * W) + d_bias);
         }
@@ -589,8 +631,11 @@ Layout layout(int64_t d) {
 
 // The biases of the chunk in units of log 2; -inf for padded classes, so that their weights are 0.
 void chunk_bias(const PassInputs& p, int64_t first, int64_t count, float* out) {
-  for (int64_t j = 0; j < CLASSES; ++j) out[j] = j >= count ? -INF : p.bias ? p.bias[first + j] * LOG2E : 0.0f;
+  for (int64_t j = 0; j < CLASSES; ++j) out[j] = j >= count ? -INF : p.bias ? p.bias[(first + j) / p.sub_centers] * LOG2E : 0.0f;
 }
+
+// The centers of a chunk: those of whole classes.
+int64_t chunk_width(const PassInputs& p) { return CLASSES / p.sub_centers * p.sub_centers; }
 
 void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   const Layout l = layout(p.d);
@@ -600,18 +645,21 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   float *tile = (float*)m.tile, *bias = (float*)m.bias, *factor = (float*)m.factor, *decay = (float*)m.decay;
   const RowEpilogue plain = row_epilogue_of(p.non_target, task.logit_sum, false);
   const RowEpilogue with_own = row_epilogue_of(p.non_target, task.logit_sum, true);
-  for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+  const int64_t width = chunk_width(p);
+  for (int64_t first = task.first_class; first < task.last_class; first += width) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
-    const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES, even = up(count, 2);
+    const int64_t count = task.last_class - first < width ? task.last_class - first : width, even = up(count, 2);
     float* inverse = task.class_factor ? task.class_factor + first : nullptr;
     with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, inverse, m.centers, task.need_center ? m.values : nullptr, l});
     chunk_bias(p, first, count, bias);
-    const int64_t chunk = first / CLASSES;
+    const int64_t chunk = first / width;
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
       char* saved = chunk < task.saved_chunks ? task.saved + (chunk * up(p.n, PANEL) + row) / PANEL * l.saved : nullptr;
       cosines(l, even, m.centers, r.along + row * l.along, tile);
-      const bool own = own_inside(r, row, first, count);
-      const bool moved = (own ? with_own : plain)(r, task, row, {first, (int)even, bias, factor, tile, m.weights, saved}, decay);
+      const bool own = own_inside(r, row, first, count), several = p.sub_centers > 1;
+      const Chunk whole{first, (int)even, bias, factor, tile, m.weights, saved, several};
+      if (several) keep_winners(r, row, whole, p.sub_centers);
+      const bool moved = (own ? with_own : plain)(r, task, row, whole, decay);
       if (!task.need_center) continue;
       float* u = task.u + (row - task.first_row) * l.ldn;
       if (moved)
@@ -678,11 +726,12 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
   const ClassEpilogue with_own = class_epilogue_of(p.non_target, true, need_bias);
   const ClassEpilogue saved_plain = choose_class<IDENTITY, true>(false, need_bias),
                       saved_own = choose_class<IDENTITY, true>(true, need_bias);
-  for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+  const int64_t width = chunk_width(p);
+  for (int64_t first = task.first_class; first < task.last_class; first += width) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
-    const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
+    const int64_t count = task.last_class - first < width ? task.last_class - first : width;
     const float* known = p.normalize_weight ? task.class_factor + first : nullptr;
-    const int64_t chunk = first / CLASSES;
+    const int64_t chunk = first / width;
     const bool from_saved = chunk < task.saved_chunks;
     if (!from_saved) with_dtype(p.w_dtype, PackChunk{p, first, count, factor, known, nullptr, m.centers, nullptr, l});
     chunk_bias(p, first, count, bias);
@@ -695,13 +744,19 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
         if (!from_saved) cosines(l, count, m.centers, r.along + row * l.along, tile);
         const bool own = own_inside(r, row, first, count);
         const ClassEpilogue epilogue = from_saved ? (own ? saved_own : saved_plain) : own ? with_own : plain;
-        epilogue(r, row, {first, (int)count, bias, factor, tile, nullptr, saved}, m.g + i / PER_UNIT * PLANES * CLASSES, db);
+        const Chunk whole{first, (int)count, bias, factor, tile, nullptr, saved, p.sub_centers > 1};
+        if (whole.several && !from_saved) keep_winners(r, row, whole, p.sub_centers);
+        epilogue(r, row, whole, m.g + i / PER_UNIT * PLANES * CLASSES, db);
       }
       if (task.d_weight) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
     }
     if (task.d_weight) with_dtype(p.w_dtype, WriteGradient{p, first, count, known, r.pow2, v, task.d_weight, l});
     if (need_bias)
-      for (int64_t j = 0; j < count; ++j) task.d_bias[first + j] = sum(load<V>(db + j * W)) * r.pow2;
+      for (int64_t j = 0; j < count; j += p.sub_centers) {
+        V total = load<V>(db + j * W);
+        for (int64_t i = 1; i < p.sub_centers; ++i) total += load<V>(db + (j + i) * W);
+        task.d_bias[(first + j) / p.sub_centers] = sum(total) * r.pow2;
+      }
   }
 }
 

@@ -67,6 +67,7 @@ struct Case {
   Shape s;
   int x_dtype, w_dtype, non_target;
   bool normalize_embedding, normalize_weight, logit_sum, has_bias, need_cos, need_center, need_max;
+  int64_t sub_centers;
   int workspace;  // 0: none, 1: all but the last byte, 2: all that can be saved
   int64_t pitch;
   std::vector<char> x, w;
@@ -74,6 +75,8 @@ struct Case {
   std::vector<int64_t> labels;
 
   Case(Shape shape, int x_dtype_, int w_dtype_, int non_target_) : s(shape), x_dtype(x_dtype_), w_dtype(w_dtype_), non_target(non_target_) {
+    sub_centers = generator() % 2 ? 1 : 1 + int64_t(generator() % 5);
+    s.c *= sub_centers;
     const unsigned bits = generator();
     const auto bit = [&](int i) { return (bits >> i & 1) != 0; };
     normalize_embedding = bit(0), normalize_weight = bit(1), logit_sum = bit(2) && bit(3);
@@ -84,7 +87,7 @@ struct Case {
     pitch = s.d + bit(9);
     x = matrix(s.n, s.d, s.d, x_dtype), w = matrix(s.c, s.d, pitch, w_dtype);
     one.assign(s.n, 1.0f), row_factor.assign(s.n, (normalize_weight ? 0.5f : 1.0f) / std::sqrt(float(s.d)));
-    bias = random_floats(s.c);
+    bias = random_floats(s.c / sub_centers);
     for (int64_t i = 0; i < s.n; ++i) {  // every row has its own threshold and t
       threshold.push_back(0.05f + 0.1f * float(generator() % 8));
       t.push_back(0.05f * float(generator() % 10));
@@ -109,6 +112,7 @@ float* or_null(std::vector<float>& v) { return v.empty() ? nullptr : v.data(); }
 // Runs everything; false where a result that should be finite is not. The gradient's buffer is `missing` bytes too short.
 bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Result& out) {
   const auto [n, d, c] = p.s;
+  const int64_t classes = c / p.sub_centers;
   const mk::HeadInputs head{
       n, d, c, p.x.data(), p.x_dtype, p.w.data(), p.w_dtype, p.pitch, p.labels.data(), p.normalize_embedding, p.normalize_weight};
   std::vector<char> rows(n * d * size_of(p.x_dtype));
@@ -126,19 +130,20 @@ bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Re
   inputs.row_factor = p.row_factor.data(), inputs.scale = p.one.data(), inputs.labels = p.labels.data();
   inputs.bias = p.has_bias ? p.bias.data() : nullptr;
   inputs.threshold = p.non_target ? p.threshold.data() : nullptr, inputs.t = p.non_target ? p.t.data() : nullptr;
-  inputs.non_target = p.non_target, inputs.normalize_weight = p.normalize_weight;
+  inputs.non_target = p.non_target, inputs.normalize_weight = p.normalize_weight, inputs.sub_centers = p.sub_centers;
 
   const mk::SavedPanel panel = mk::saved_panel(kernels);
-  const int64_t all = (n + panel.rows - 1) / panel.rows * ((c + panel.classes - 1) / panel.classes) * panel.bytes;
+  const int64_t width = panel.classes / p.sub_centers * p.sub_centers;
+  const int64_t all = (n + panel.rows - 1) / panel.rows * ((c + width - 1) / width) * panel.bytes;
   std::vector<char> saved(p.workspace == 0 ? 0 : p.workspace == 1 ? all - 1 : all);
   const int64_t saved_bytes = int64_t(saved.size());
   std::vector<float> class_factor(p.normalize_weight ? c : 0);
   out.value.resize(n), out.max_logit.resize(p.need_max ? n : 0), out.cos.resize(p.need_cos ? n : 0);
-  out.center.resize(p.need_center ? n * d : 0), out.d_bias.resize(p.has_bias ? c : 0);
+  out.center.resize(p.need_center ? n * d : 0), out.d_bias.resize(p.has_bias ? classes : 0);
   const bool rows_finished = mk::row_pass(
       kernels, inputs, threads, p.logit_sum,
       {out.value.data(), or_null(out.max_logit), or_null(out.cos), or_null(out.center), or_null(class_factor), saved.data(), saved_bytes});
-  if (!rows_finished || (c > 2 && !p.logit_sum && !finite(out.value))) return false;
+  if (!rows_finished || (classes > 2 && !p.logit_sum && !finite(out.value))) return false;
   if (!finite(out.center) || !finite(out.cos)) return false;
 
   std::vector<double> lse = out.value;
@@ -153,12 +158,13 @@ bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Re
     __builtin_memcpy(out.d_weight.data(), d_weight.data(), d_weight.size());
   }
   // The scores of the best class, of some, and of all; classes are in their range.
-  for (const int64_t k : {int64_t(1), c / 2 + 1, c}) {
+  for (const int64_t k : {int64_t(1), classes / 2 + 1, classes}) {
     std::vector<float> scores(n * k);
-    std::vector<int64_t> classes(n * k, -1);
-    if (!mk::topk(kernels, head, threads, k, inputs.bias, p.has_bias ? one : nullptr, scores.data(), classes.data())) return false;
-    for (const int64_t j : classes)
-      if (j < 0 || j >= c) return false;
+    std::vector<int64_t> best(n * k, -1);
+    if (!mk::topk(kernels, head, threads, k, p.sub_centers, inputs.bias, p.has_bias ? one : nullptr, scores.data(), best.data()))
+      return false;
+    for (const int64_t j : best)
+      if (j < 0 || j >= classes) return false;
     out.best.insert(out.best.end(), scores.begin(), scores.end());
   }
   return finite(out.d_bias) && finite(out.d_weight) && finite(out.best);

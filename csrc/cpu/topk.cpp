@@ -52,19 +52,20 @@ int useful_threads(const HeadInputs& p, int threads) {
 
 }  // namespace
 
-bool topk(const Kernels& kernels, const HeadInputs& given, int threads, int64_t k, const float* bias, const float* scale, float* scores,
-          int64_t* classes, Poll poll) {
+bool topk(const Kernels& kernels, const HeadInputs& given, int threads, int64_t k, int64_t sub_centers, const float* bias,
+          const float* scale, float* scores, int64_t* classes, Poll poll) {
   Stop stop(poll);
   const bool few = given.n <= FEW_ROWS;
   const int64_t n = ceil_div(given.n, PANEL) * PANEL, size = given.x_dtype == 0 ? 4 : 2;
   const Layout l = kernels.layout(given.d);
   threads = useful_threads(given, threads);
-  const int64_t blocks = few ? 1 : ceil_div(given.n, l.rows), chunks = ceil_div(given.c, l.classes);
+  const int64_t width = l.classes / sub_centers * sub_centers;  // centers of a chunk: those of whole classes
+  const int64_t blocks = few ? 1 : ceil_div(given.n, l.rows), chunks = ceil_div(given.c, width);
   const int64_t parts = class_parts(given, threads, blocks, chunks, k), tasks = blocks * parts;
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   const int64_t rows = few ? given.n : std::min<int64_t>(l.rows, n), padded = ceil_div(rows, PANEL) * PANEL;
-  const auto first_class = [&](int64_t part) { return std::min(given.c, chunks * part / parts * l.classes); };
-  const int64_t range = std::min(given.c, ceil_div(chunks, parts) * l.classes), kept = std::min(k, range);
+  const auto first_class = [&](int64_t part) { return std::min(given.c, chunks * part / parts * width); };
+  const int64_t range = std::min(given.c, ceil_div(chunks, parts) * width) / sub_centers, kept = std::min(k, range);
   const int64_t capacity = std::min(range, 2 * k + 16) + 1;  // one more, so that what fits is never moved
 
   const int64_t state = Memory::padded<uint64_t>(padded * capacity) + Memory::padded<int64_t>(padded) + Memory::padded<float>(padded);
@@ -87,7 +88,7 @@ bool topk(const Kernels& kernels, const HeadInputs& given, int threads, int64_t 
   p.n = given.n, p.d = given.d, p.c = given.c;
   p.x = x, p.x_dtype = given.x_dtype;
   p.w = given.w, p.w_dtype = given.w_dtype, p.w_stride = given.w_stride;
-  p.row_factor = factor, p.bias = bias, p.normalize_weight = given.normalize_weight;
+  p.row_factor = factor, p.bias = bias, p.normalize_weight = given.normalize_weight, p.sub_centers = sub_centers;
   uint32_t* along = nullptr;
   if (!few) kernels.pack_along(p, along = memory.take<uint32_t>(n * l.along));
 
@@ -130,7 +131,7 @@ bool topk(const Kernels& kernels, const HeadInputs& given, int threads, int64_t 
         const int64_t at = i - t.first_row;
         for (int64_t j = 0; j < t.count[at]; ++j) {
           const uint64_t one = t.candidates[at * capacity + j];
-          mine.push_back({uint32_t(one >> 32), t.first_class + int64_t(~uint32_t(one))});
+          mine.push_back({uint32_t(one >> 32), t.first_class / sub_centers + int64_t(~uint32_t(one))});
         }
       }
       std::partial_sort(mine.begin(), mine.begin() + k, mine.end());

@@ -33,18 +33,21 @@ MK_INLINE void sum_each(const V (&v)[4], float* out) {
 #endif
 }
 
-// Adds a candidate of the row at `at`, counted from the task's first.
+// Adds a candidate of the row at `at`, counted from the task's first, and the class `label`, counted from the task's first too.
 MK_INLINE void add_candidate(const TopkTask& task, int64_t at, float score, int64_t label) {
   uint32_t b = bits<uint32_t>(score + 0.0f);  // -0 is 0
   if ((b & 0x7fffffffu) > 0x7f800000u) b = 0x7fffffffu;
   const uint32_t ordered = b >> 31 ? ~b : b | 0x80000000u;
   uint64_t* mine = task.candidates + at * task.capacity;
   int64_t& count = task.count[at];
-  mine[count++] = (uint64_t)ordered << 32 | (uint32_t)~(uint32_t)(label - task.first_class);
+  mine[count++] = (uint64_t)ordered << 32 | (uint32_t)~(uint32_t)label;
   if (count < task.capacity) return;
   task.threshold[at] = task.shrink(mine, count, task.k);
   count = task.k;
 }
+
+// The higher, or NaN where either is.
+MK_INLINE V higher(V a, V b) { return (b > a) | (b != b) ? b : a; }
 
 // Adds the candidates of one panel of rows in one chunk of classes, from their raw products.
 template <bool BIAS>
@@ -53,14 +56,17 @@ void add_candidates(const PassInputs& p, const TopkTask& task, int64_t row, cons
     const int64_t at = row - task.first_row + g;
     const V factor = load<V>(task.factor + row + g), scale = load<V>(task.scale + row + g);
     V threshold = load<V>(task.threshold + at);
-    for (int j = 0; j < s.count; ++j) {
-      V score = s.raw(j, g) * factor;
-      if constexpr (BIAS) score = score * scale + p.bias[s.first_class + j];
+    for (int j = 0; j < s.count; j += (int)p.sub_centers) {
+      V best = s.raw(j, g);
+      for (int i = 1; i < p.sub_centers; ++i) best = higher(best, s.raw(j + i, g));
+      const int64_t label = (s.first_class + j) / p.sub_centers;
+      V score = best * factor;
+      if constexpr (BIAS) score = score * scale + p.bias[label];
       unsigned lanes = lanes_above(score, threshold);
       if (__builtin_expect(lanes == 0, 1)) continue;
       for (; lanes; lanes &= lanes - 1) {
         const int i = __builtin_ctz(lanes);
-        add_candidate(task, at + i, score[i], s.first_class + j);
+        add_candidate(task, at + i, score[i], label - task.first_class / p.sub_centers);
       }
       threshold = load<V>(task.threshold + at);
     }
@@ -151,17 +157,34 @@ struct FewRows {
     factor[j] = 1.0f;
   }
 
+  // Leaves of the products of each class's centers the highest, in the place of the class, and 1 as its factor.
+  void keep_highest(int64_t count) const {
+    for (int64_t row = 0; row < p.n; ++row)
+      for (int64_t j = 0; j < count; j += p.sub_centers) {
+        float* const of = products + row * CLASSES;
+        float best = -INF;
+        for (int64_t i = j; i < j + p.sub_centers; ++i) {
+          const float v = p.normalize_weight ? of[i] * factor[i] : of[i];
+          best = !(v <= best) && best == best ? v : best;
+        }
+        of[j / p.sub_centers] = best;
+      }
+    for (int64_t j = 0; j < CLASSES; ++j) factor[j] = 1.0f;
+  }
+
   template <int DTYPE>
   void run() {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
-    for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+    const int64_t width = chunk_width(p);
+    for (int64_t first = task.first_class; first < task.last_class; first += width) {
       if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
-      const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
+      int64_t count = task.last_class - first < width ? task.last_class - first : width, label = first;
       const char* from = (const char*)p.w + first * p.w_stride * SIZE;
       p.normalize_weight ? multiply_chunk<DTYPE, true>(*this, from, count) : multiply_chunk<DTYPE, false>(*this, from, count);
       if (p.normalize_weight)
         for (int64_t j = 0; j < count; ++j) normalize<DTYPE>(from + j * p.w_stride * SIZE, j);
-      if (p.bias) __builtin_memcpy(bias, p.bias + first, count * 4);
+      if (p.sub_centers > 1) keep_highest(count), label /= p.sub_centers, count /= p.sub_centers;
+      if (p.bias) __builtin_memcpy(bias, p.bias + label, count * 4);
       for (int64_t row = 0; row < p.n; ++row)
         for (int64_t j = 0; j < count; j += W) {
           V score = load<V>(products + row * CLASSES + j) * task.factor[row];
@@ -171,7 +194,7 @@ struct FewRows {
           if (count - j < W) lanes &= (1u << (count - j)) - 1;
           for (; lanes; lanes &= lanes - 1) {
             const int i = __builtin_ctz(lanes);
-            add_candidate(task, row, score[i], first + j + i);
+            add_candidate(task, row, score[i], label - task.first_class / p.sub_centers + j + i);
           }
         }
     }
@@ -204,13 +227,14 @@ void topk_task(const PassInputs& p, const TopkTask& task) {
     return with_dtype(p.w_dtype, FewRows{p, task, (float*)m.centers, pitch, tile, factor, bias});
   }
   const TileState tiles;
-  for (int64_t first = task.first_class; first < task.last_class; first += CLASSES) {
+  const int64_t width = chunk_width(p);
+  for (int64_t first = task.first_class; first < task.last_class; first += width) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
-    const int64_t count = task.last_class - first < CLASSES ? task.last_class - first : CLASSES;
+    const int64_t count = task.last_class - first < width ? task.last_class - first : width;
     with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, nullptr, m.centers, nullptr, l});
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
       cosines(l, count, m.centers, task.along + row * l.along, tile);
-      const Chunk chunk{first, (int)count, nullptr, factor, tile, nullptr, nullptr};
+      const Chunk chunk{first, (int)count, nullptr, factor, tile, nullptr, nullptr, false};
       p.bias ? add_candidates<true>(p, task, row, chunk) : add_candidates<false>(p, task, row, chunk);
     }
   }

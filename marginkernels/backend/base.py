@@ -88,8 +88,8 @@ class Backend(ABC):
         reasons = [self.capability_reason(found) for found in capabilities()]
         return reasons[0] if reasons and all(reasons) else None
 
-    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
-        """How many of ``limit`` bytes the row pass would save for the class pass; not asked where classes have sub-centers."""
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int, sub_centers: int = 1) -> int:
+        """How many of ``limit`` bytes the row pass would save for the class pass, of ``c`` rows of the weight, ``sub_centers`` a class."""
         return 0
 
     def fuses_rows(self, x: Tensor) -> bool:

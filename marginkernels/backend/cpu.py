@@ -50,7 +50,7 @@ def _panels() -> Iterator[tuple[tuple[torch.dtype, str], tuple[int, int, int]]]:
                 yield (dtype, level), _cpu.saved_panel(number, level)
 
 
-#: dtype and level -> the bytes that a panel saves for the class pass, its rows and its classes. Asked here, since a traced call cannot.
+#: dtype and level -> the bytes that a panel saves for the class pass, its rows and its centers. Asked here, since a traced call cannot.
 PANELS = {} if _cpu is None else dict(_panels())
 
 
@@ -66,6 +66,7 @@ class CpuBackend(Backend):
     summary = "C++: each pass one fused kernel, on AMX, AVX-512, AVX2 or plain C++ as the processor allows, chosen at run time"
     device_types = tested_on = ("cpu",)
     dtypes = tuple(DTYPES)
+    max_sub_centers = min((centers for _, _, centers in PANELS.values()), default=1)  # a class lies in one panel
     workspace_mb = 128
 
     def __init__(self, level: str = ""):
@@ -81,10 +82,10 @@ class CpuBackend(Backend):
     def unavailable_reason(self) -> str | None:
         return None if _cpu is not None else _extension.missing("_cpu", _missing, "g++ or clang++")
 
-    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
-        panel, rows, classes = PANELS[dtype, self.level]
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int, sub_centers: int = 1) -> int:
+        panel, rows, centers = PANELS[dtype, self.level]
         chunk = -(-n // rows) * panel
-        return min(limit // max(chunk, 1), -(-c // classes)) * chunk
+        return min(limit // max(chunk, 1), -(-c // (centers // sub_centers * sub_centers))) * chunk
 
     def prepare_inputs(self, inputs: HeadInputs) -> PreparedRows:
         n, float64 = inputs.x.shape[0], torch.float64
@@ -138,7 +139,7 @@ class CpuBackend(Backend):
         c, d = inputs.w.shape
         out = ClassPassOutput(
             d_weight=_empty((c if need_weight else 0, d), inputs.w.dtype, "the gradient of weight"),
-            d_bias=inputs.x.new_empty(c if need_bias else 0, dtype=inputs.acc_dtype),
+            d_bias=inputs.x.new_empty(inputs.num_classes if need_bias else 0, dtype=inputs.acc_dtype),
         )
         native, _alive = _pass_inputs(inputs)
         given = _contiguous(**{name: getattr(upstream, name) for name in UPSTREAM}, class_factor=class_factor)
@@ -162,7 +163,7 @@ class CpuBackend(Backend):
         given = _addresses({"bias": inputs.bias, "scale": inputs.scale})
         to = {"scores": out.scores.data_ptr(), "classes": out.classes.data_ptr()}
         level = self.level if (x.dtype, self.level) in PANELS else ""  # of what x has become
-        _cpu.topk(native, level=level, threads=torch.get_num_threads(), k=k, **given, **to)
+        _cpu.topk(native, level=level, threads=torch.get_num_threads(), k=k, sub_centers=inputs.sub_centers, **given, **to)
         return out
 
 
@@ -225,6 +226,7 @@ def _pass_inputs(inputs: PassInputs) -> tuple[Any, Any]:
         w_stride=w.stride(0),
         non_target=int(inputs.non_target),
         normalize_weight=inputs.normalize_weight,
+        sub_centers=inputs.sub_centers,
         **_addresses(rows | {"w": w}),
     )
     return native, (w, rows)

@@ -289,10 +289,9 @@ def _forward(
     identity = options.non_target == NonTarget.IDENTITY
     need_cos = need_scale and not identity
     need_center = need_x or (need_scale and identity)
-    # What a backend saves are the weights of the classes, without which sub-center each of them was.
-    workspace = options.workspace_bytes if need_w and options.sub_centers == 1 else 0
+    workspace = options.workspace_bytes if need_w else 0
     if workspace:
-        workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace)
+        workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace, options.sub_centers)
     request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
     out = row_pass(pass_inputs, request, options.backend)
     zeros = _nothing if options.fused else torch.zeros_like

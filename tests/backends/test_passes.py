@@ -101,6 +101,29 @@ def test_parts_and_instruction_sets(level, threads, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("sub_centers", [2, 3, 5])
+def test_sub_centers_in_chunks(sub_centers):
+    for i, (non_target, reduction, normalize) in enumerate(KINDS):
+        p = inputs(FLOATS, non_target, normalize, i % 3 > 0, n=30, c=18 * sub_centers, sub_centers=sub_centers)
+        with chunks_of((1, 7, None)[i % 3]):
+            check_passes(FUSED["torch"], p, reduction, 1e-5)
+
+
+@pytest.mark.skipif(not CPU, reason="not built")
+@pytest.mark.parametrize("level", cpu.levels() if CPU else [])
+def test_sub_centers_on_every_instruction_set(level, monkeypatch):
+    """Classes that fill a chunk of centers and that leave room in it, of as many centers as a chunk has too, over several parts; with all of the
+    exponentials saved, some, and none."""
+    dtype = {"avx512_bf16": torch.bfloat16, "amx": torch.bfloat16}.get(level, torch.float32)
+    backend = FUSED["cpu"]
+    monkeypatch.setattr(backend, "level", level)
+    for i, (non_target, reduction, normalize) in enumerate(KINDS):
+        k, classes = ((3, 100), (2, 263), (5, 77), (backend.max_sub_centers, 3), (3, 1001))[i % 5]
+        p = inputs((dtype, dtype), non_target, normalize, i % 3 > 0, n=70, c=k * classes, sub_centers=k, dim=33)
+        tolerance = 1e-5 if dtype == torch.float32 else 6e-3
+        check_passes(backend, p, reduction, tolerance, workspace=(0, 1 << 40, 60_000)[i // 2 % 3])
+
+
 class Trained(mk.Margin):
     """A hard transform whose scale is one number a row, trained, beside a threshold and a t that are computed from a parameter: both are
     constants to the gradient."""

@@ -26,8 +26,10 @@ def pass_inputs(
     bias: bool = False,
     n: int = 70,
     c: int = 300,
+    sub_centers: int = 1,
 ) -> PassInputs:
-    """Rows and classes of ``dtypes``; scale, threshold and t differ from row to row, and some labels are of no class here."""
+    """Rows and classes of ``dtypes``, ``c`` centers in all; scale, threshold and t differ from row to row, and some labels are of no class
+    here."""
     dtype, weight_dtype = dtypes
     case = testing.Case.random(n, dim, c, dtype, weight_dtype=weight_dtype, bias=bias)
     g = torch.Generator().manual_seed(1)
@@ -38,13 +40,14 @@ def pass_inputs(
         x=(case.x.double() / case.x.double().norm(dim=1, keepdim=True) * 0.7).to(dtype),
         row_factor=torch.full((n,), 1 / 0.7, dtype=accumulation_dtype(dtype)),
         w=case.w,
-        bias=None if case.bias is None else case.bias.to(accumulation_dtype(dtype)),
+        bias=None if case.bias is None else case.bias[: c // sub_centers].to(accumulation_dtype(dtype)),
         labels=labels,
         scale=(torch.rand(n, generator=g) * 20 + 1).to(accumulation_dtype(dtype)),
         threshold=(torch.rand(n, generator=g) * 0.2 - 0.1).to(accumulation_dtype(dtype)) if hard else None,
         t=(torch.rand(n, generator=g) * 0.6).to(accumulation_dtype(dtype)) if hard else None,
         non_target=non_target,
         normalize_weight=normalize_weight,
+        sub_centers=sub_centers,
     )
 
 
@@ -97,12 +100,15 @@ def longhand(
     else:
         value, slope = c, torch.ones_like(c)
     scale = p.scale.double()[:, None]
-    bias = p.bias.double() if p.bias is not None else 0
+    k, column = p.sub_centers, torch.arange(len(w))
+    bias = p.bias.double().repeat_interleave(k) if p.bias is not None else 0
     z, raw = scale * value + bias, scale * c + bias
-    own = p.labels[:, None] == torch.arange(len(w))
-    away = ~own
-    highest = raw.masked_fill(own, -torch.inf).max(1).values
-    top = z.masked_fill(own, -torch.inf).max(1).values
+    own = p.labels[:, None] == column
+    # Of each other class the nearest center takes part, the first of equals.
+    nearest = c.unflatten(1, (-1, k)).argmax(2).repeat_interleave(k, 1) == column % k
+    away = nearest & (torch.where(p.labels < 0, -1, p.labels // k)[:, None] != column // k)
+    highest = raw.masked_fill(~away, -torch.inf).max(1).values
+    top = z.masked_fill(~away, -torch.inf).max(1).values
     total = (torch.exp(z - top[:, None]) * away).sum(1)
     lse = total.log() + top
     share = torch.exp(z - lse[:, None]) * away
@@ -123,7 +129,8 @@ def longhand(
     v = torch.where(own, up.d_target_cos.double()[:, None], g * slope).T @ rows
     if p.normalize_weight:
         v = factor[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
-    return row, {"d_weight": v, "d_bias": torch.where(own, up.d_target_bias.double()[:, None], g / scale).sum(0)}
+    d_bias = torch.where(own, up.d_target_bias.double()[:, None], g / scale).sum(0)
+    return row, {"d_weight": v, "d_bias": d_bias.view(-1, k).sum(1)}
 
 
 def check_passes(
@@ -144,7 +151,7 @@ def check_passes(
         for name in FIELDS[reduction]:
             if getattr(got, name).numel() or (wanted and with_cos) or name in ("lse", "max_logit", "logit_sum"):
                 near(getattr(got, name), row[name], name)
-    size = backend.workspace_bytes(*inputs.x.shape[:1], inputs.w.shape[0], inputs.x.dtype, workspace)
+    size = backend.workspace_bytes(*inputs.x.shape[:1], inputs.w.shape[0], inputs.x.dtype, workspace, inputs.sub_centers)
     first = backend.row_pass(inputs, Request.log_sum_exp(workspace_bytes=size))
     upstream = upstream_of(inputs, first.lse, reduction, steep)
     for need_weight, need_bias in ((True, True), (True, False), (False, True)):

@@ -11,7 +11,7 @@ from helpers.chunks import chunks_of
 
 import marginkernels as mk
 from marginkernels import testing
-from marginkernels.backend import FUSED
+from marginkernels.backend import FUSED, cpu
 from marginkernels.core.numerics import target_rows
 from marginkernels.retrieval import topk
 
@@ -120,6 +120,28 @@ def test_first_of_equals_gets_the_whole_gradient(backend):
     assert (got["dw"][0::2].norm(dim=1) > 0).all()
     got = testing.run(testing.Case(x, torch.zeros(6, 6), torch.tensor([1, -100]), None), mk.ArcFace(), backend, sub_centers=2)
     assert all(v.isfinite().all() for v in got.values())
+
+
+@pytest.mark.skipif("cpu" not in SERVING, reason="not built")
+@pytest.mark.parametrize("level", cpu.levels())
+def test_search_on_every_instruction_set(level, monkeypatch):
+    """Few rows and many, few classes and many, as many centers a class as a chunk holds; a NaN comes first."""
+    monkeypatch.setattr(FUSED["cpu"], "level", level)
+    for n, c, k in ((1, 50, 3), (16, 1, 2), (40, 301, 2), (40, 77, 5), (7, 3, FUSED["cpu"].max_sub_centers)):
+        for bias in (None, torch.randn(c, generator=torch.Generator().manual_seed(2))):
+            case = problem(n, 33, c, k, torch.float32)
+            cos = torch.nn.functional.normalize(case.x.double()) @ torch.nn.functional.normalize(case.w.double()).T
+            want = cos.unflatten(1, (-1, k)).amax(2) if bias is None else 9 * cos.unflatten(1, (-1, k)).amax(2) + bias
+            want = want.topk(min(c, 9), 1)
+            scores, classes = topk(case.x, case.w, min(c, 9), mk.CosFace(9.0), bias, sub_centers=k, backend="cpu")
+            assert testing.relative_error(scores, want.values) < 1e-6, (n, c, k)
+            assert (classes == want.indices).float().mean() > 0.99  # of the rest the scores are equal but for rounding
+    for n in (2, 40):
+        case = problem(n, 33, 50, 3, torch.float32)
+        case.w[31, 5] = torch.nan
+        scores, classes = topk(case.x, case.w, 4, sub_centers=3, backend="cpu")
+        assert (classes[:, 0] == 10).all()
+        assert scores[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("backend", SERVING)

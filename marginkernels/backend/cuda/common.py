@@ -74,7 +74,7 @@ class ExtensionBackend(GpuRows):
         has, needs = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
         return f"was built with CUDA {needs}, and the driver is for CUDA {has}: update the driver, or build with that toolkit"
 
-    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int, sub_centers: int = 1) -> int:
         width = chunk_width(n, c)
         size = saved_bytes(n, width, dtype)
         return min(limit // max(size, 1), -(-c // width)) * size

@@ -71,7 +71,7 @@ class TritonBackend(GpuRows):
             return f"has tiles for embeddings of at most {MAX_DIM} dimensions, not {dim}"
         return super().unsupported_reason(device, dtype, weight_dtype, dim)
 
-    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int) -> int:
+    def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int, sub_centers: int = 1) -> int:
         group = saved_layout.group_bytes(n, dtype)
         return min(limit // max(group, 1), -(-c // saved_layout.GROUP)) * group
 

@@ -112,8 +112,8 @@ def test_sub_centers_in_chunks(sub_centers):
 @pytest.mark.skipif(not CPU, reason="not built")
 @pytest.mark.parametrize("level", cpu.levels() if CPU else [])
 def test_sub_centers_on_every_instruction_set(level, monkeypatch):
-    """Classes that fill a chunk of centers and that leave room in it, of as many centers as a chunk has too, over several parts; with all of the
-    exponentials saved, some, and none."""
+    """Classes that fill a chunk of centers and that leave some of it empty, of as many centers as a chunk has too, over several parts; with
+    all of the exponentials saved, some, and none."""
     dtype = {"avx512_bf16": torch.bfloat16, "amx": torch.bfloat16}.get(level, torch.float32)
     backend = FUSED["cpu"]
     monkeypatch.setattr(backend, "level", level)

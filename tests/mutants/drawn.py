@@ -15,6 +15,7 @@ _MARGINS = (
     "tests/unit/test_margin_contract.py -k 'not compile and not break_the_graph'",
     "tests/backends/test_backends.py -k 'test_every_head and torch'",
 )
+_ON_RANKS = "every_head or options or sampling or topk or statistics or weights or large"
 #: The files, and the quick tests that ought to notice a mistake in them; of a margin with tests of its own, those first.
 FILES = {
     **{f"marginkernels/margins/{name}.py": _MARGINS for name in ("adaptive", "angles", "angular", "base", "hard_negative", "softmax")},
@@ -33,7 +34,7 @@ FILES = {
         "tests/unit/test_torch.py -k 'not compile and not opcheck'",
         "tests/backends/test_launches.py",
         "tests/unit/test_sampling.py -k log_q",
-        "tests/distributed/test_distributed.py -k '3-check and (every_head or options or sampling or topk or statistics or weights or large)'",
+        f"tests/distributed/test_distributed.py -k '3-check and ({_ON_RANKS})'",
     ),
     "marginkernels/optim.py": ("tests/unit/test_optim.py", "tests/unit/test_sampling.py -k 'rows or optimizers or accumulated'"),
     "marginkernels/sampling.py": ("tests/unit/test_sampling.py",),

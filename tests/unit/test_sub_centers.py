@@ -95,6 +95,32 @@ def test_every_dtype(backend, k):
         assert all(v.isfinite().all() for v in got.values())
 
 
+@pytest.mark.parametrize("backend", ["reference", *SERVING])
+@pytest.mark.parametrize("name", testing.HEADS)
+def test_equal_sub_centers_are_one(name, backend):
+    """Every head: with K times the same centers all is as with one, and together they have its gradient."""
+    case = testing.Case.random(9, 16, 23, torch.float32, bias=True)
+    want = testing.run(case, testing.HEADS[name](23), "reference", dtype=torch.float64, label_smoothing=0.1)
+    thrice = testing.Case(case.x, case.w.repeat_interleave(3, 0), case.labels, case.bias)
+    got = testing.run(thrice, testing.HEADS[name](23), backend, sub_centers=3, label_smoothing=0.1)
+    got["dw"] = got["dw"].view(23, 3, 16).sum(1)
+    for key, v in want.items():
+        assert testing.relative_error(got[key], v) <= testing.TOLERANCE[torch.float32], key
+
+
+@pytest.mark.parametrize("backend", ["reference", *SERVING])
+def test_nothing_is_nan(backend):
+    """No rows, one class, one row, an embedding and a center of zero, a NaN in a row that is ignored, no row with a label."""
+    for n, c in ((0, 23), (1, 1), (9, 1), (9, 23)):
+        case = problem(n, 16, c, 2, torch.float32, ignored=False)
+        if n > 3:
+            case.x[0], case.x[2], case.w[0], case.labels[2] = 0, torch.nan, 0, -100
+        for labels in (case.labels, torch.full_like(case.labels, -100)):
+            for name in testing.HEADS if c > 1 else ("arcface", "softmax", "mv-arc", "curricularface"):
+                found = testing.run(testing.Case(case.x, case.w, labels, case.bias), testing.HEADS[name](c), backend, sub_centers=2)
+                assert all(v.isfinite().all() for v in found.values()), (n, c, name)
+
+
 @pytest.mark.parametrize("backend", SERVING)
 def test_class_weights_mixed_labels_and_smoothing(backend):
     case, g = problem(12, 16, 21, 3, torch.float32), torch.Generator().manual_seed(3)
@@ -275,6 +301,16 @@ def test_outliers_and_pruning():
     assert head.weight.requires_grad
     want = testing.run(testing.Case(x, e[[1, 2, 4]], y, torch.zeros(3)), mk.ArcFace(), "reference")
     assert float(head(x, y).detach()) == pytest.approx(float(want["loss"]), rel=1e-5)
+
+
+def test_a_pruned_head_draws_its_classes():
+    head = mk.MarginHead(16, 60, mk.ArcFace(), sub_centers=3, sample_rate=0.3)
+    case = problem(9, 16, 60, 3, torch.float32)
+    head(case.x, case.labels).backward()
+    head.prune(head.sub_center_counts(case.x, case.labels))
+    head(case.x, case.labels).backward()
+    assert head.weight.grad.is_coalesced()
+    assert torch.equal(head.weight.grad._indices()[0], head.sampler.index)
 
 
 def test_state_and_checkpoint(tmp_path):

@@ -25,8 +25,8 @@ struct ClassInput {
   int64_t saved_bytes;
 };
 
-// The bytes that a panel of `rows` rows saves for the class pass per chunk of `classes` centers, or of fewer, where these are a multiple of the
-// sub-centers of a class.
+// The bytes that a panel of `rows` rows saves for the class pass per chunk of `classes` centers, or of fewer, where these are a multiple of
+// the sub-centers of a class.
 struct SavedPanel {
   int64_t bytes, rows, classes;
 };

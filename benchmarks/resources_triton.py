@@ -74,20 +74,43 @@ class Explained(NamedTuple):
 #: Whose tensor cores take both operands from registers.
 HELD_BY_REGISTERS = tuple(itertools.product(("row", "class"), (500, 512), ("sm_80", "sm_89", "sm_120")))
 BY_REGISTERS = (
-    "at most 16 registers, since a thread holds fragments of both blocks and addresses of the key block that is fetched ahead; without the "
+    "some registers, since a thread holds fragments of both blocks and addresses of the key block that is fetched ahead; without the "
     "prefetch, or with half of the queries, there are none, but then the key block is waited for, or serves half as many products"
 )
+THROUGH_REGISTERS = (
+    "the accumulator leaves tensor memory through registers whenever the running maximum moves, and blocks of rows are as narrow as a "
+    "product takes them"
+)
+#: D -> bytes.
+LEAVES_TENSOR_MEMORY = {256: 96, 500: 240, 512: 240, 768: 192, 1024: 192}
+NEAREST_IN_ORDER = "at most six registers, of the nearest class centers that a row of the block holds in order"
 EXPLAINED = (
-    Explained(
-        ("row_pass_kernel", "D=512"),
-        "sm_100",
-        192,
-        "the accumulator leaves tensor memory through registers; blocks of half the rows need no stack, or are too narrow for a product, "
-        "and do half the work per byte of class centers read from L2",
+    *(
+        Explained(("row_pass_kernel", f"D={dim}", "running maximum"), "sm_100", most, THROUGH_REGISTERS)
+        for dim, most in LEAVES_TENSOR_MEMORY.items()
+    ),
+    *(
+        Explained(("row_pass_kernel", words), "sm_100", 16, "at most four registers; blocks of twice as many rows took hundreds")
+        for words in ("D=64,", "D=64>", "D=128,", "D=128>", "D=500, no gradient")
+    ),
+    Explained(("class_pass_kernel", "hard-linear, bias"), "sm_100", 8, "two registers"),
+    *(Explained(("topk_kernel",), arch, 24, NEAREST_IN_ORDER) for arch in ("sm_80", "sm_89", "sm_100", "sm_120")),
+    *(
+        Explained(
+            ("saved_pass_kernel", "float32, float32", f"D={dim}"),
+            "sm_90",
+            104,
+            "the accumulator in float32 spans all of D, for the Jacobian's sake, and the block is as narrow as a product takes it",
+        )
+        for dim in (768, 1024)
     ),
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_90", 8, "two registers, with Triton 3.6 only"),
     Explained(("prepare_kernel", "D=512"), "sm_80", 8, "two registers, in a kernel without a loop, with Triton 3.6 only"),
     *(Explained((f"{kernel}_pass_kernel", f"D={dim}"), arch, 64, BY_REGISTERS) for kernel, dim, arch in HELD_BY_REGISTERS),
+    *(
+        Explained(("class_pass_kernel", f"D={dim}", "logit sum"), arch, 104, BY_REGISTERS)
+        for dim, arch in itertools.product((500, 512), ("sm_80", "sm_120"))
+    ),
 )
 
 

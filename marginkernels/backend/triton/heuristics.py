@@ -100,6 +100,8 @@ SCHEMA = "marginkernels.tiles/2"
 
 #: Widest D -> queries and stages, where products are 16-bit: for plain logits, busy, with a running maximum, with both.
 LARGE = {64: ((128, 64, 64, 64), 3), 128: ((128, 64, 64, 32), 3), 256: ((64, 64, 32, 32), 3), 512: ((64, 32, 32, 16), 2)}
+#: The same where the accumulator is in tensor memory, which it leaves through registers; plain class passes take those of ``LARGE``.
+TENSOR_MEMORY = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 16), 3), 256: ((64, 32, 16, 16), 3), 512: ((32, 32, 16, 16), 2)}
 SMALL = {64: ((64, 32, 32, 32), 3), 128: ((64, 32, 32, 32), 3), 256: ((32, 32, 32, 16), 2), 512: ((32, 32, 16, 16), 2)}
 
 
@@ -173,7 +175,7 @@ def default(key: Key) -> Tile:
         return Tile(32, 32, d, d) if d <= 512 else Tile(16, 16, d, d)
     if dtype == "float32":  # both parts of each operand in registers, or all of it without tensor cores
         row = kernel == "row" and accumulates
-        narrow = accumulates and (online or busy) and (row or d <= 64)
+        narrow = accumulates and (online or busy) and (row or d <= 64 or arch.startswith("sm_12"))
         keys = 64 if large(arch) or row or not online else 32
         depth = 64 if row and d <= 64 and not by_registers(arch) else 32
         return Tile(16 if narrow else 32, keys, depth, min(d, 128) if row or (accumulates and large(arch)) else 64)
@@ -183,10 +185,10 @@ def default(key: Key) -> Tile:
             return Tile(64 if online else 128, 64, 64, d, stages=3)
         return Tile(128, 64 if online or busy else 128, 64, d, stages=3) if large(arch) else Tile(64, 32, 64, d)
     if d > 512:  # the similarities in steps of D, the accumulator in two slices
-        return Tile(16 if online and busy else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
-    queries, stages = (LARGE if large(arch) else SMALL)[d]
-    narrowed = 16 if blackwell and online and d == 512 else queries[2 * online + (busy or (saves and d <= 128))]
-    return Tile(narrowed, 64 if large(arch) else 32, d, d, stages=stages)
+        narrow = (online or busy) if blackwell else (online and busy)
+        return Tile(16 if narrow else 32, 64, 128, 512) if large(arch) else Tile(16, 32, 128, 512)
+    queries, stages = (TENSOR_MEMORY if blackwell and (kernel == "row" or busy) else LARGE if large(arch) else SMALL)[d]
+    return Tile(queries[2 * online + (busy or (saves and d <= 128))], 64 if large(arch) else 32, d, d, stages=stages)
 
 
 def fault(key: Key, tile: Tile) -> str | None:

@@ -399,6 +399,17 @@ def test_stack_is_explained_up_to_what_is_known():
         assert resources_triton.explanation("class_pass_kernel<D=64>", known.arch, known.most) is None
 
 
+def test_the_committed_report_has_no_fault():
+    """Every kernel on every architecture at every dimension, and a reason for each that uses the stack: the one of today."""
+    record = json.loads((Path(resources.__file__).parent / "results" / "resources-triton.json").read_text())["records"]
+    assert resources.faults(record) == []
+    assert {r["arch"] for r in record} == {*resources_triton.ARCHS}
+    dims = {int(found) for r in record for found in re.findall(r"D=(\d+)", r["kernel"])}
+    assert dims == {*resources_triton.DIMS}
+    for r in record:
+        assert r.get("explained") == resources_triton.explanation(r["kernel"], r["arch"], r["stack_bytes"])
+
+
 def test_the_report_compiles_each_kernel_once():
     from marginkernels.backend.triton import aot
 

@@ -13,6 +13,7 @@ from .planted import ROOT, Mistake
 _MARGINS = (
     "tests/unit/test_margins.py -k 'not compile'",
     "tests/unit/test_margin_contract.py -k 'not compile and not break_the_graph'",
+    "tests/unit/test_inputs.py -k 'ends_of_ranges or negative or too'",
     "tests/backends/test_backends.py -k 'test_every_head and torch'",
 )
 _ON_RANKS = "every_head or options or sampling or topk or statistics or weights or large"

@@ -71,6 +71,7 @@ BAD = {
     "gradient unknown": (lambda: mk.ArcFace(gradient="straight"), ValueError, "gradient", "straight"),
     "cos margin too large": (lambda: mk.CosFace(margin=3.0), ValueError, "margin", "3.0"),
     "m1 zero": (lambda: mk.CombinedMargin(m1=0.0), ValueError, "m1", "0.0"),
+    "m2 negative": (lambda: mk.CombinedMargin(m2=-0.2), ValueError, "m2", "-0.2"),
     "m3 negative": (lambda: mk.CombinedMargin(m3=-0.2), ValueError, "m3", "-0.2"),
     "sphere margin fractional": (lambda: mk.SphereFace(margin=1.5), ValueError, "margin", "1.5"),
     "sphere annealing a number": (lambda: mk.SphereFace(annealing=5.0), TypeError, "annealing", "5.0"),

@@ -487,7 +487,7 @@ def test_combined_takes_names_and_a_tuple():
     assert (margin.m1, margin.m2, margin.m3) == (1.1, 0.4, 0.1)
     margin.set_margin((1.0, 0.5, 0.0))
     assert (margin.m1, margin.m2, margin.m3) == (1.0, 0.5, 0.0)
-    for wrong in ((0.3,), (1.0, 0.5), ()):
+    for wrong in (((1.2, 0.3, 0.1), 0.2), (0.3,), (1.0, 0.5), ()):
         with pytest.raises(TypeError, match="expected m1, m2 and m3"):
             margin.set_margin(*wrong)
     with pytest.raises(ValueError, match="m3: expected"):

@@ -151,9 +151,9 @@ def test_first_of_equals_gets_the_whole_gradient(backend):
 @pytest.mark.skipif("cpu" not in SERVING, reason="not built")
 @pytest.mark.parametrize("level", cpu.levels())
 def test_search_on_every_instruction_set(level, monkeypatch):
-    """Few rows and many, few classes and many, as many centers a class as a chunk holds; a NaN comes first."""
+    """Few rows and many, few classes and so many that threads share them, as many centers a class as a chunk holds; a NaN comes first."""
     monkeypatch.setattr(FUSED["cpu"], "level", level)
-    for n, c, k in ((1, 50, 3), (16, 1, 2), (40, 301, 2), (40, 77, 5), (7, 3, FUSED["cpu"].max_sub_centers)):
+    for n, c, k in ((1, 50, 3), (16, 1, 2), (40, 301, 2), (40, 77, 5), (7, 3, FUSED["cpu"].max_sub_centers), (40, 4001, 3)):
         for bias in (None, torch.randn(c, generator=torch.Generator().manual_seed(2))):
             case = problem(n, 33, c, k, torch.float32)
             cos = torch.nn.functional.normalize(case.x.double()) @ torch.nn.functional.normalize(case.w.double()).T

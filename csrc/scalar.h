@@ -14,14 +14,18 @@ namespace mk {
 
 // The transform N of non-target similarities: what is done with each of them, in the order of their numbers in
 // marginkernels/core/nontarget.py. A new one is a name here, and its lines in nontarget_value and nontarget_slope.
-#define MK_TRANSFORMS(one) \
-  one(IDENTITY) one(HARD_LINEAR) one(HARD_QUADRATIC) one(FILTERED) one(HINGE) one(ANGLE_PART) one(ANGLE_PART_DETACHED)
+#define MK_TRANSFORMS(one)                                                                                                          \
+  one(IDENTITY) one(HARD_LINEAR) one(HARD_QUADRATIC) one(FILTERED) one(HINGE) one(ANGLE_PART) one(ANGLE_PART_DETACHED) one(CLIPPED) \
+      one(POWER) one(POWER_DETACHED)
 #define MK_NAME_TRANSFORM(name) name,
 enum NonTarget : int { MK_TRANSFORMS(MK_NAME_TRANSFORM) };
 #define MK_COUNT_TRANSFORM(name) +1
 constexpr int TRANSFORMS = 0 MK_TRANSFORMS(MK_COUNT_TRANSFORM);
 #undef MK_NAME_TRANSFORM
 #undef MK_COUNT_TRANSFORM
+
+// What the row pass sums; the numbers of marginkernels/core/types.py.
+enum Reduction : int { LOG_SUM_EXP = 0, LOGIT_SUM = 1, SOFTPLUS_SUM = 2 };
 
 // The dtype of a buffer that is passed as a plain address; the numbers of marginkernels/backend/_extension.py.
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -30,6 +34,7 @@ enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 constexpr float TINY = 1e-30f;
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.69314718055994530942f;
+constexpr float LOG2E_REST = 1.92596299e-8f;  // what LOG2E lacks
 
 template <class T>
 MK_HOST_DEVICE T square_root(T v) {
@@ -46,6 +51,62 @@ MK_HOST_DEVICE T square_root(T v) {
   }
 }
 
+// atanh(q)/q is a polynomial in q^2 up to 1/9, to 4e-9; this is log((1 + q)/(1 - q)).
+template <class T>
+MK_HOST_DEVICE T log_of_ratio(T q) {
+  const T square = q * q;
+  T p = square * 0.140891671f + 0.139803007f;
+  p = p * square + 0.200124547f;
+  p = p * square + 0.333331585f;
+  return 2.0f * q * (p * square + 1.0f);
+}
+
+// v^t for a normal number v > 0; 0 below 2^-126. The exponent's part of the logarithm is exact.
+template <class T>
+MK_HOST_DEVICE T power_of(T v, T t) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+#if defined(__CUDACC__)
+    return exp2f(t * log2f(v));
+#else
+    return __builtin_exp2f(t * __builtin_log2f(v));
+#endif
+  } else {
+    using I = decltype(v < v);
+    I bits;
+    __builtin_memcpy(&bits, &v, sizeof(T));
+    const I exponent = (bits - 0x3f3504f3) >> 23;  // relative to the square root of 1/2
+    bits -= exponent << 23;
+    T m;
+    __builtin_memcpy(&m, &bits, sizeof(T));
+    T z = t * (__builtin_convertvector(exponent, T) + LOG2E * log_of_ratio((m - 1.0f) / (m + 1.0f)));
+    z = z < -127.0f ? T{} - 127.0f : z;
+    const T rounded = z + 12582912.0f;  // as simd.h's exp2, for any width
+    const T r = z - (rounded - 12582912.0f);
+    T p = r * 0x1.41d332p-13f + 0x1.5f456ap-10f;
+    p = p * r + 0x1.3b2db0p-7f;
+    p = p * r + 0x1.c6aed4p-5f;
+    p = p * r + 0x1.ebfbdap-3f;
+    p = p * r + 0x1.62e430p-1f;
+    p = p * r + 1.0f;
+    __builtin_memcpy(&bits, &rounded, sizeof(T));
+    bits = (bits + 127) << 23;
+    __builtin_memcpy(&m, &bits, sizeof(T));
+    return v != v ? v : p * m;
+  }
+}
+
+// softplus(z) = max(z, 0) + log1p(e) and its slope, from e = exp(-|z|): small terms keep their digits.
+template <class T>
+MK_HOST_DEVICE T log1p_of(T e) {
+  return log_of_ratio(e / (2.0f + e));
+}
+
+template <class T>
+MK_HOST_DEVICE T sigmoid_of(T z, T e) {
+  return (z > 0.0f ? T{} + 1.0f : e) / (1.0f + e);
+}
+
+constexpr float LEAST_BASE = 0x1p-40f;
 constexpr float PI = 3.14159265358979323846f;
 // See marginkernels/core/nontarget.py.
 constexpr float LEAST_SINE = 0x1p-4f;
@@ -103,6 +164,14 @@ MK_HOST_DEVICE T nontarget_value(T c, T threshold, T t) {
     const T half = sine_of(0.5f * t * Angle<T>(c, 0.0f).theta);
     return 1.0f - 2.0f * half * half;
   }
+  if constexpr (NON_TARGET == CLIPPED) {
+    c = c < threshold ? threshold : c;
+    return c > t ? t : c;
+  }
+  if constexpr (NON_TARGET == POWER || NON_TARGET == POWER_DETACHED) {
+    const T base = 0.5f + 0.5f * c;
+    return 2.0f * power_of<T>(base < LEAST_BASE ? T{} + LEAST_BASE : base, t) + (threshold - 1.0f);
+  }
   return c;
 }
 
@@ -119,7 +188,19 @@ MK_HOST_DEVICE T nontarget_slope(T c, T threshold, T t) {
     const T y = 0.5f * t * at.theta, least = c < 0.0f ? T{} + LEAST_SINE : T{};
     return t * 2.0f * sine_of(y) * cosine_of(y) / (at.sine < least ? least : at.sine);
   }
+  if constexpr (NON_TARGET == CLIPPED) return c < threshold ? T{} : c > t ? T{} : one;
+  if constexpr (NON_TARGET == POWER) {
+    const T base = 0.5f + 0.5f * c;
+    return t * power_of<T>(base < LEAST_BASE ? T{} + LEAST_BASE : base, t - 1.0f);
+  }
   return one;
+}
+
+// The slope of the logit in the bias: 1, or 0 where the transform holds the logit.
+template <int NON_TARGET, class T>
+MK_HOST_DEVICE T bias_slope(T c, T threshold, T t) {
+  if constexpr (NON_TARGET == CLIPPED) return nontarget_slope<NON_TARGET>(c, threshold, t);
+  return T{} + 1.0f;
 }
 
 // What exponentials are taken relative to: the running maximum, or 0 while that is still -inf (no class so far, or only the target).

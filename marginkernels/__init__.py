@@ -32,7 +32,9 @@ from .margins import (
     NormFace,
     Softmax,
     SphereFace,
+    SphereFace2,
     SphereFaceR,
+    UniFace,
     margins_from_counts,
 )
 from .retrieval import topk
@@ -59,7 +61,9 @@ __all__ = [
     "NormFace",
     "Softmax",
     "SphereFace",
+    "SphereFace2",
     "SphereFaceR",
+    "UniFace",
     "__version__",
     "backends",
     "head_losses",

@@ -22,6 +22,7 @@ from .core.transforms import transforming
 from .core.validation import FLOATS, check_class_weight, check_inputs, check_number, check_reduction, positive
 from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
+from .margins.contract import check_binary
 from .retrieval import nearest
 from .sampling import Sampler
 from .sub_centers import FAR, Outliers, angles, counted
@@ -136,6 +137,7 @@ class MarginHead(nn.Module):
         self.ignore_index = ignore_index = checked_ignore_index(ignore_index)
         _check_options(label_smoothing, backend)
         self._class_weight = _checked_class_weight(class_weight, self.num_classes)
+        check_binary(margin, label_smoothing, class_weight, None, log_q, bool(bias))
         if not isinstance(sparse_grad, bool):
             raise TypeError(f"sparse_grad: expected True or False, got {sparse_grad!r}")
         fingerprint = "" if process_group is None else _fingerprint(margin)  # .to("meta") would leave no values

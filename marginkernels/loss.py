@@ -16,10 +16,10 @@ from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers, target_rows
 from .core.transforms import transforming
-from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request
+from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request
 from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
-from .margins.contract import Evaluated, advance, evaluate, restored_on_error
+from .margins.contract import Evaluated, advance, check_binary, evaluate, restored_on_error
 
 if TYPE_CHECKING:
     from .distributed._shard import Shard
@@ -192,6 +192,7 @@ def local_head_losses(
     k = options.sub_centers
     check_inputs(embeddings, weight, labels, bias, options.label_smoothing, shard=shard is not None, sub_centers=k)
     check_holds_values(margin)
+    check_binary(margin, options.label_smoothing, class_weight, mix, sampler is not None and sampler.log_q, bias is not None)
     device = embeddings.device.type
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
@@ -253,7 +254,7 @@ def local_head_losses(
             losses, stats = torch.cat([each for each, _ in found]), found[0][1]
         else:
             smoothed = class_weight if options.label_smoothing > 0 else None
-            classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k)
+            classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k).with_bias(margin.class_bias())
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
@@ -381,6 +382,13 @@ class LocalClasses:
                 bias, log_q_sum = correction if bias is None else bias + correction, added.sum(dtype=torch.float64)
         return cls(w, bias, labels, class_weight, weight_sum, log_q_sum, sum(widths), shard, sub_centers)
 
+    def with_bias(self, shared: Tensor | None) -> LocalClasses:
+        """The same with a bias that all classes share, of shape (), or None."""
+        if shared is None:
+            return self
+        shared = shared.to(self.w.device).expand(self.w.shape[0] // self.sub_centers)
+        return replace(self, bias=shared if self.bias is None else self.bias + shared)
+
 
 def _fused_losses(
     embeddings: Tensor,
@@ -415,10 +423,12 @@ def _fused_losses(
     target = Evaluated.joined(found[::-1])
     fused = fused and classes.shard is None and center_norm is None and target.regularizer is None and target.value.dtype == torch.float64
     fused = fused and len(batches) == 1 and row_weight is None and margin.loss_factor == 1
+    fused = fused and margin.reduction == Reduction.LOG_SUM_EXP
     options = ops.SumOptions(
         non_target=margin.non_target,
         normalize_embedding=margin.normalize_embedding,
         normalize_weight=margin.normalize_weight,
+        reduction=margin.reduction,
         logit_sum=label_smoothing > 0,
         center_norm=center_norm is not None,
         grad=torch.is_grad_enabled(),
@@ -429,11 +439,16 @@ def _fused_losses(
     )
     of_rows = (target.scale, target.threshold, target.t)
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
-    sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0)
+    sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0, margin.reduction)
     if fused:
         return _by_kernel(sums, target, batches[0], rows, classes, given, margin.focal_gamma)
-    weights = (row_weight, classes.weight_sum)
-    losses = _assemble(sums, target, rows.target_similarity, center_norm, classes.count, label_smoothing, margin.focal_gamma, *weights)
+    target_logit = _target_logit(sums, target, rows.target_similarity, center_norm)
+    if margin.reduction == Reduction.SOFTPLUS_SUM:
+        own = torch.logaddexp(-target_logit, torch.zeros_like(target_logit))
+        losses = margin.target_weight * own + margin.other_weight * sums.lse
+    else:
+        weights = (row_weight, classes.weight_sum)
+        losses = _assemble(sums, target_logit, classes.count, label_smoothing, margin.focal_gamma, *weights)
     if margin.loss_factor != 1:
         losses = losses * margin.loss_factor
     if target.regularizer is not None:
@@ -494,15 +509,25 @@ def _update_state(margin: Margin, batch: BatchInfo, rows: PreparedRows, classes:
 
 
 def _exchange(
-    sums: ops.ClassSums, target: Evaluated, owner_bias: Tensor | None, classes: LocalClasses, with_logit_sum: bool
+    sums: ops.ClassSums,
+    target: Evaluated,
+    owner_bias: Tensor | None,
+    classes: LocalClasses,
+    with_logit_sum: bool,
+    reduction: Reduction,
 ) -> tuple[ops.ClassSums, Evaluated]:
     """Sums over the classes here to sums over all, with gradients of O(N) terms on the rank that holds the row's class alone."""
     lse, logit_sum, max_logit, target_bias = sums.lse, sums.logit_sum, sums.max_logit, sums.target_bias
     if classes.log_q_sum is not None:
         logit_sum = logit_sum - classes.log_q_sum
     if classes.shard is not None:
-        lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
-        logit_sum = logit_sum if combined is None else combined
+        if reduction == Reduction.LOG_SUM_EXP:
+            lse, combined, max_logit = classes.shard.combine(lse, logit_sum if with_logit_sum else None, max_logit)
+            logit_sum = logit_sum if combined is None else combined
+        else:
+            _, total, max_logit = classes.shard.combine(lse.detach(), lse, max_logit)
+            assert total is not None
+            lse = total
         assert owner_bias is not None
         target_bias = torch.where(classes.labels >= 0, target_bias, owner_bias)
         term = target.regularizer
@@ -542,25 +567,27 @@ def _by_kernel(
     return loss, dict(zip(_STATISTICS, stats.unbind(), strict=True))
 
 
-def _assemble(
-    sums: ops.ClassSums,
-    target: Evaluated,
-    similarity: Tensor,
-    center_norm: Tensor | None,
-    num_classes: int,
-    label_smoothing: float,
-    focal_gamma: float,
-    row_weight: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-) -> Tensor:
-    """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
+def _target_logit(sums: ops.ClassSums, target: Evaluated, similarity: Tensor, center_norm: Tensor | None) -> Tensor:
+    """(N,) with the slopes that the margin gave."""
     # T(cos) to first order about where it stands: its value now, its slope for the backward pass.
     value = target.value + target.slope.detach() * (sums.target_similarity - similarity)
     if center_norm is not None:
         # T is homogeneous in the center w (see Margin.needs_center_norm): |w| dT/d|w| = T - c dT/dc.
         rate = (target.value - target.slope * similarity) / torch.where(center_norm > 0, center_norm, 1.0)
         value = value + rate.detach() * (sums.center_norm - center_norm)
-    target_logit = target.scale * value + sums.target_bias
+    return target.scale * value + sums.target_bias
+
+
+def _assemble(
+    sums: ops.ClassSums,
+    target_logit: Tensor,
+    num_classes: int,
+    label_smoothing: float,
+    focal_gamma: float,
+    row_weight: Tensor | None,
+    weight_sum: Tensor | None,
+) -> Tensor:
+    """(N,) cross-entropy from the non-target log-sum-exp and the target logit."""
     gap = sums.lse - target_logit
     zero = torch.zeros_like(gap)
     losses = torch.logaddexp(gap, zero)  # softplus, without F.softplus's threshold

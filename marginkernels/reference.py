@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .core import nontarget
 from .core.numerics import TINY
+from .core.types import Reduction
 from .margins import BatchInfo, Margin
 from .margins.contract import advance, evaluate
 
@@ -24,6 +25,32 @@ def normalize(v: Tensor) -> Tensor:
     v = v / torch.where(zero, 1, largest)
     v = torch.where(zero, 1, v)
     return torch.where(zero, 0, v / torch.linalg.vector_norm(v, dim=1, keepdim=True))
+
+
+def _cross_entropy(
+    logits: Tensor, own: Tensor, column: Tensor, label_smoothing: float, focal_gamma: float, class_weight: Tensor | None
+) -> Tensor:
+    """(N,) of ``logits`` (N, C); ``own`` (N, C) is where a row's own class is, ``column`` (N, 1) its number."""
+    log_p = torch.log_softmax(logits, 1)
+    log_py = log_p.gather(1, column)[:, 0]
+    loss = -(1 - label_smoothing) * log_py
+    if class_weight is not None:
+        class_weight = class_weight.to(logits.dtype)
+        loss = class_weight[column[:, 0]] * loss
+    if label_smoothing:  # 0 times the -inf of a masked class would be NaN
+        loss = loss - label_smoothing * (log_p if class_weight is None else class_weight * log_p).mean(1)
+    if focal_gamma:
+        # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
+        rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(logits.dtype).tiny))
+        loss = loss * torch.exp(focal_gamma * torch.logsumexp(rest, 1))
+    return loss
+
+
+def _binary(logits: Tensor, own: Tensor, margin: Margin) -> Tensor:
+    """(N,) of ``logits`` (N, C), where each class has a binary classifier."""
+    signed = torch.where(own, -logits, logits)
+    terms = torch.logaddexp(signed, torch.zeros_like(signed))
+    return torch.where(own, margin.target_weight * terms, margin.other_weight * terms).sum(1)
 
 
 def losses(
@@ -45,7 +72,9 @@ def losses(
     """
     dtype = dtype or torch.promote_types(torch.float32, torch.promote_types(embeddings.dtype, weight.dtype))
     x, w = embeddings.to(dtype), weight.to(dtype)
-    b = 0 if bias is None else bias.to(dtype)
+    b = torch.zeros((), dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
+    shared = margin.class_bias()
+    b = b if shared is None else b + shared.to(b)
     c = w.shape[0] // sub_centers
     cos = (normalize(x) if margin.normalize_embedding else x) @ (normalize(w) if margin.normalize_weight else w).T
     own = labels[:, None] == torch.arange(c, device=labels.device)
@@ -65,19 +94,13 @@ def losses(
     at = evaluate(margin, target, batch, dtype)
     scale = at.scale[:, None]
     others = nontarget.value(margin.non_target, cos, at.threshold, at.t)
-    logits = scale * torch.where(own, at.value[:, None].to(dtype), others) + b
-    log_p = torch.log_softmax(logits, 1)
-    log_py = log_p.gather(1, column)[:, 0]
-    loss = -(1 - label_smoothing) * log_py
-    if class_weight is not None:
-        class_weight = class_weight.to(dtype)
-        loss = class_weight[column[:, 0]] * loss
-    if label_smoothing:  # 0 times the -inf of a masked class would be NaN
-        loss = loss - label_smoothing * (log_p if class_weight is None else class_weight * log_p).mean(1)
-    if margin.focal_gamma:
-        # log(1 - p) as a sum over the other classes: 1 - p itself has no digits left where the row is sure.
-        rest = log_p.masked_fill(own, -torch.inf).clamp_min(math.log(torch.finfo(dtype).tiny))
-        loss = loss * torch.exp(margin.focal_gamma * torch.logsumexp(rest, 1))
+    moves = nontarget.moves(margin.non_target, cos, at.threshold, at.t)
+    moved = b if moves is None else torch.where(own | moves, b, b.detach())
+    logits = scale * torch.where(own, at.value[:, None].to(dtype), others) + moved
+    if margin.reduction == Reduction.SOFTPLUS_SUM:
+        loss = _binary(logits, own, margin)
+    else:
+        loss = _cross_entropy(logits, own, column, label_smoothing, margin.focal_gamma, class_weight)
     if margin.loss_factor != 1:
         loss = loss * margin.loss_factor
     if at.regularizer is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import margins as m
 from . import reference
+from .core.types import Reduction
 from .loss import margin_cross_entropy
 from .margins.contract import evaluate
 
@@ -45,6 +46,9 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "sphereface-r-v2-exact": lambda c: m.SphereFaceR("v2", gradient="exact"),
     "sphereface-r-soft": lambda c: m.SphereFaceR("v2", 10.0, 1.4, "soft", loss_weight=20.0),
     "circle": lambda c: m.Circle(scale=64.0),
+    "sphereface2": lambda c: m.SphereFace2(c),
+    "sphereface2-arc": lambda c: m.SphereFace2(c, 20.0, 0.2, kind="A", gradient="exact"),
+    "uniface": lambda c: m.UniFace(c, 32.0),
     "combined": lambda c: m.CombinedMargin(m1=1.35, m2=0.3, m3=0.2),
     "adacos-fixed": lambda c: m.AdaCos(c, dynamic=False),
     "adacos": lambda c: m.AdaCos(c),
@@ -59,6 +63,13 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "elasticface": lambda c: m.ElasticFace(std=0.05),
     "elasticface-plus": lambda c: m.ElasticFace("cos", margin=0.35, std=0.05, plus="paper"),
 }
+
+
+def accepted(head: str, **options: Any) -> dict[str, Any]:
+    """``options`` of :func:`marginkernels.margin_cross_entropy` without those that a head of :data:`HEADS` refuses."""
+    if HEADS[head](3).reduction == Reduction.LOG_SUM_EXP:
+        return options
+    return {name: value for name, value in options.items() if name not in ("label_smoothing", "class_weight", "mix")}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ bool signaled() noexcept {
   return PyErr_CheckSignals() != 0;
 }
 
-void row_pass(const mk::PassInputs& p, const std::string& level, int threads, bool logit_sum, Address value, Address max_logit, Address cos,
+void row_pass(const mk::PassInputs& p, const std::string& level, int threads, int reduction, Address value, Address max_logit, Address cos,
               Address center, Address class_factor, Address saved, int64_t saved_bytes) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   const mk::RowOutput out{at<double>(value),       at<float>(max_logit), at<float>(cos), at<float>(center),
@@ -65,17 +65,18 @@ void row_pass(const mk::PassInputs& p, const std::string& level, int threads, bo
   bool finished;
   {
     py::gil_scoped_release released;
-    finished = mk::row_pass(k, p, threads, logit_sum, out, &signaled);
+    finished = mk::row_pass(k, p, threads, reduction, out, &signaled);
   }
   if (!finished) throw py::error_already_set();
 }
 
 void class_pass(const mk::PassInputs& p, const std::string& level, int threads, Address lse, Address d_lse, Address d_logit_sum,
-                Address d_target_cos, Address d_target_bias, Address class_factor, Address saved, int64_t saved_bytes, Address d_weight,
-                Address d_bias) {
+                Address d_target_cos, Address d_target_bias, int reduction, Address class_factor, Address saved, int64_t saved_bytes,
+                Address d_weight, Address d_bias) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
-  const mk::ClassInput in{at<double>(lse), at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias),
-                          at<char>(saved), saved_bytes};
+  const mk::ClassInput in{
+      at<double>(lse), at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias), at<char>(saved),
+      saved_bytes,     reduction};
   bool finished;
   {
     py::gil_scoped_release released;
@@ -136,10 +137,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("prepare_inputs", &prepare_inputs, "inputs"_a, py::kw_only(), "threads"_a, "x"_a, "row_factor"_a, "target_similarity"_a,
         "target_cos"_a);
   m.def("row_gradient", &row_gradient, "inputs"_a, py::kw_only(), "threads"_a, "mean_center"_a, "d_lse"_a, "d_target_cos"_a, "dx"_a);
-  m.def("row_pass", &row_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "logit_sum"_a, "value"_a, "max_logit"_a, "cos"_a,
+  m.def("row_pass", &row_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "reduction"_a, "value"_a, "max_logit"_a, "cos"_a,
         "center"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a);
   m.def("class_pass", &class_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "d_lse"_a, "d_logit_sum"_a, "d_target_cos"_a,
-        "d_target_bias"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
+        "d_target_bias"_a, "reduction"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
   m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "sub_centers"_a, "bias"_a, "scale"_a, "scores"_a,
         "classes"_a);
   m.def("levels", [] {

@@ -132,7 +132,8 @@ double lost_to_rounding(double lse) {
 }
 
 // Packs the rows and fills their vectors. Padded rows are 0 and have no target.
-Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const ClassInput* in, bool need_across, Memory& memory) {
+Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, int reduction, const ClassInput* in, bool need_across,
+               Memory& memory) {
   const int64_t n = padded_rows(p);
   Rows r{};
   uint32_t* along = memory.take<uint32_t>(n * l.along);
@@ -152,7 +153,7 @@ Rows make_rows(const Kernels& k, const PassInputs& p, const Layout& l, const Cla
   r.label = memory.take<int32_t>(n);
   std::fill(r.label, r.label + n, -1);
   for (int64_t i = 0; i < p.n; ++i) {
-    const double scale = p.scale[i] * shrunk(p, i) * LOG2E_DOUBLE;
+    const double scale = p.scale[i] * shrunk(p, i) * (reduction == SOFTPLUS_SUM ? 1.0 : LOG2E_DOUBLE);
     r.factor[i] = p.row_factor[i];
     r.scale[i] = float(scale);
     r.slope[i] = float(scale * p.row_factor[i]);
@@ -239,7 +240,8 @@ SavedPanel saved_panel(const Kernels& k) {
   return {l.saved, PANEL, l.classes};
 }
 
-bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum, const RowOutput& out, Poll poll) {
+bool row_pass(const Kernels& k, const PassInputs& p, int threads, int reduction, const RowOutput& out, Poll poll) {
+  const bool online = reduction == LOG_SUM_EXP;
   Stop stop(poll);
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
@@ -249,7 +251,7 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
   const int64_t rows = std::min<int64_t>(l.rows, padded_rows(p)), u_size = out.center ? rows * l.ldn : 0;
   const int64_t state = 2 * Memory::padded<float>(rows) + 2 * Memory::padded<double>(rows) + Memory::padded<float>(u_size);
   Memory memory(rows_bytes(p, l, false) + tasks * state + threads * Memory::padded<uint32_t>(l.row_scratch));
-  const Rows r = make_rows(k, p, l, nullptr, false, memory);
+  const Rows r = make_rows(k, p, l, reduction, nullptr, false, memory);
 
   std::vector<RowTask> all(tasks);
   for (int64_t i = 0; i < tasks; ++i) {
@@ -260,12 +262,12 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
     t.last_row = std::min(p.n, t.first_row + l.rows);
     t.first_class = chunks * part / parts * width;
     t.last_class = std::min(p.c, chunks * (part + 1) / parts * width);
-    t.logit_sum = logit_sum, t.need_center = out.center, t.need_cos = out.cos;
+    t.reduction = reduction, t.need_center = out.center, t.need_cos = out.cos;
     t.class_factor = block == 0 ? out.class_factor : nullptr;
     t.running_max = memory.take<float>(rows), t.max_logit = memory.take<float>(rows);
     t.total = memory.take<double>(rows), t.cos_sum = memory.take<double>(rows);
     t.u = memory.take<float>(u_size);
-    t.saved = out.saved, t.saved_chunks = logit_sum ? 0 : saved_chunks(p, l, out.saved_bytes);
+    t.saved = out.saved, t.saved_chunks = reduction == LOGIT_SUM ? 0 : saved_chunks(p, l, out.saved_bytes);
   }
   std::vector<uint32_t*> scratch(threads);
   for (auto& s : scratch) s = memory.take<uint32_t>(l.row_scratch);
@@ -293,7 +295,7 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
     for (int64_t q = 1; q < parts; ++q) {
       const RowTask& other = part[q];
       Merge<float> m{running_max, 1.0f, 1.0f};
-      if (!logit_sum) m = merge(running_max, other.running_max[at], exp);
+      if (online) m = merge(running_max, other.running_max[at], exp);
       running_max = m.max;
       max_logit = std::max(max_logit, other.max_logit[at]);
       total = total * m.first + other.total[at] * m.second;
@@ -303,11 +305,12 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, bool logit_sum
         for (int64_t j = 0; j < p.d; ++j) u[j] = u[j] * m.first + more[j] * m.second;
       }
     }
-    const double inverse = logit_sum || total == 0 ? 1.0 : 1.0 / total;
-    const double value = logit_sum ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
+    const double inverse = !online || total == 0 ? 1.0 : 1.0 / total;
+    const double value = !online ? total : total == 0 ? -INFINITY : (running_max + std::log2(total)) * LN2_DOUBLE;
     out.value[i] = value / shrunk(p, i, value);
     if (out.max_logit) {
-      const double highest = double(p.non_target == IDENTITY ? running_max : max_logit) * LN2_DOUBLE;
+      const double unit = reduction == SOFTPLUS_SUM ? 1.0 : LN2_DOUBLE;
+      const double highest = double(p.non_target == IDENTITY && online ? running_max : max_logit) * unit;
       out.max_logit[i] = float(highest / shrunk(p, i, highest));
     }
     if (out.cos) out.cos[i] = float(cos_sum * inverse);
@@ -327,7 +330,7 @@ bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassI
   const int64_t width = chunk_width(l, p.sub_centers), chunks = (p.c + width - 1) / width, tasks = std::min<int64_t>(chunks, 16 * threads);
   threads = static_cast<int>(std::min<int64_t>(threads, tasks));
   Memory memory(rows_bytes(p, l, true) + threads * Memory::padded<uint32_t>(l.class_scratch));
-  const Rows r = make_rows(k, p, l, &in, true, memory);
+  const Rows r = make_rows(k, p, l, in.reduction, &in, true, memory);
   // For a hard transform the saved weights already contain N'(c), and with sub-centers they do not tell a center that is not its class's
   // from one of no weight: d_logit_sum and d_bias need more than that.
   const bool use_saved = (p.non_target == IDENTITY && p.sub_centers == 1) || (!in.d_logit_sum && !d_bias);
@@ -336,6 +339,7 @@ bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassI
   parallel(threads, tasks, [&](int thread, int64_t i) {
     ClassTask t{};
     t.interrupt = stop.interrupt();
+    t.reduction = in.reduction;
     t.first_class = chunks * i / tasks * width;
     t.last_class = std::min(p.c, chunks * (i + 1) / tasks * width);
     t.class_factor = class_factor;

@@ -23,6 +23,7 @@ struct ClassInput {
   const float *d_lse, *d_logit_sum, *d_target_cos, *d_target_bias;
   const char* saved;
   int64_t saved_bytes;
+  int reduction;  // that d_lse is the gradient of
 };
 
 // The bytes that a panel of `rows` rows saves for the class pass per chunk of `classes` centers, or of fewer, where these are a multiple of
@@ -39,7 +40,7 @@ std::vector<const Kernels*> levels();
 const Kernels& choose(int x_dtype, const std::string& level);
 
 // Each returns whether it finished. Where `poll` returned true it did not, and its results are undefined. Throws OutOfMemory.
-[[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, bool logit_sum, const RowOutput&, Poll poll = nullptr);
+[[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, int reduction, const RowOutput&, Poll poll = nullptr);
 [[nodiscard]] bool class_pass(const Kernels&, const PassInputs&, int threads, const ClassInput&, const float* class_factor, void* d_weight,
                               float* d_bias, Poll poll = nullptr);
 

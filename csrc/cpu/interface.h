@@ -28,7 +28,7 @@ struct PassInputs {
   int64_t sub_centers;  // centers of each class, at most Layout::classes
 };
 
-// Vectors over the padded rows. Logits are in units of log 2, so that the kernels need only exp2.
+// Vectors over the padded rows. Logits are in units of log 2, so that the kernels need only exp2; with SOFTPLUS_SUM in natural ones.
 struct Rows {
   const uint32_t* along;   // the rows packed for the cosines: [panel][k][32 rows] units
   const uint32_t* across;  // the rows packed for dW: [row unit][ldn] units; class pass only
@@ -60,21 +60,24 @@ struct Interrupt {
 struct RowTask {
   Interrupt interrupt;
   int64_t first_row, last_row, first_class, last_class;
-  bool logit_sum, need_center, need_cos;
+  int reduction;
+  bool need_center, need_cos;
   float* class_factor;  // (c), or null where another task writes it
   // Over the task's padded rows, starting at first_row:
   float* running_max;  // max of the logits, in log 2; initially -inf
-  double* total;       // sum of exp2(logit - running_max); with logit_sum, sum of the logits (natural)
-  float* max_logit;    // max of s c + b in log 2; not used for the identity, where it is running_max
-  double* cos_sum;     // sum of p N(c)
-  float* u;            // [row][ldn], sum of p N'(c) a w
-  char* saved;         // weights saved for the class pass, for the first saved_chunks chunks; see Layout
+  double* total;       // sum of exp2(logit - running_max); of the logits or their softplus (natural) by the reduction
+  float*
+      max_logit;  // max of s c + b, in log 2 or natural as all logits; not used for the identity with LOG_SUM_EXP, where it is running_max
+  double* cos_sum;  // sum of p N(c)
+  float* u;         // [row][ldn], sum of p N'(c) a w
+  char* saved;      // weights saved for the class pass, for the first saved_chunks chunks; see Layout
   int64_t saved_chunks;
   uint32_t* scratch;
 };
 
 struct ClassTask {
   Interrupt interrupt;
+  int reduction;  // that d_lse is the gradient of
   int64_t first_class, last_class;
   const float* class_factor;
   const char* saved;  // of the first saved_chunks chunks

@@ -321,7 +321,7 @@ struct Lanes {
 struct Chunk {
   int64_t first_class;
   int count;            // classes, even; a padded class has a bias of -inf
-  const float* bias;    // in units of log 2
+  const float* bias;    // in the units of the logits: of log 2, or natural for SOFTPLUS_SUM
   const float* factor;  // of the centers
   float* tile;
   uint32_t* weights;
@@ -476,9 +476,57 @@ bool logit_sum_epilogue(const Rows& r, const RowTask& task, int64_t row, const C
   return false;
 }
 
+// exp(-|z|). The terms of a sum of softplus are as wrong, relatively, as their exponents absolutely, and with one error in common they
+// would not average out: hence z comes in natural units, whose factors are those given, and LOG2E to more digits than a float has.
+MK_INLINE V exp_of_minus(V z) {
+  const V a = z < 0.0f ? z : -z;
+  return exp2(a * LOG2E + a * LOG2E_REST);
+}
+
+// The same for the sum of softplus: every weight is sigmoid(z) N'(c), with logits in natural units. No maximum is needed, since nothing
+// overflows.
+template <int NON_TARGET, bool OWN>
+bool softplus_epilogue(const Rows& r, const RowTask& task, int64_t row, const Chunk& s, float*) {
+  const V none = broadcast(-INF);
+  const int64_t state = row - task.first_row;
+  for (int g = 0; g < PANEL; g += W) {
+    const Lanes l = Lanes::at(r, row + g);
+    const I own = l.label - (int32_t)s.first_class;
+    V total[2] = {}, cos_sum[2] = {}, max_logit[2] = {none, none};
+    if (s.saved) store(s.saved_base() + g, V{});
+    for (int j = 0; j < s.count; j += 2) {
+      V weight[2];
+      for (int h = 0; h < 2; ++h) {
+        V raw = s.raw(j + h, g);
+        V z = Lanes::logit_of<NON_TARGET>(l, raw, s.bias[j + h]), plain = raw * l.slope + s.bias[j + h];
+        if (s.several) {
+          const I lost = s.lost(j + h, g);
+          z = lost ? none : z, plain = lost ? none : plain, raw = lost ? V{} : raw;
+        }
+        if constexpr (OWN) z = own == j + h ? none : z, plain = own == j + h ? none : plain;
+        const V c = raw * l.factor;
+        max_logit[h] = larger(max_logit[h], plain);
+        const V e = exp_of_minus(z), q = sigmoid_of(z, e);
+        total[h] += larger(V{}, z) + log1p_of(e);
+        cos_sum[h] += q * nontarget_value<NON_TARGET>(c, l.threshold, l.t);
+        weight[h] = q * nontarget_slope<NON_TARGET>(c, l.threshold, l.t);
+        if (s.saved) s.save_weight(j + h, g, weight[h]);
+      }
+      s.put(j, g, weight[0], weight[1]);
+    }
+    store(task.max_logit + state + g, larger(larger(max_logit[0], max_logit[1]), load<V>(task.max_logit + state + g)));
+    const V sums = total[0] + total[1], cos = cos_sum[0] + cos_sum[1];
+    for (int i = 0; i < W; ++i) {
+      task.total[state + g + i] += sums[i];
+      if (task.need_cos) task.cos_sum[state + g + i] += cos[i];
+    }
+  }
+  return false;
+}
+
 // One panel of rows against one chunk in the class pass: the raw products, or the saved weights, become G f, in `out`, and the panel's
 // terms are added to db. Saved weights already contain N'(c): for them the transform is always the identity.
-template <int NON_TARGET, bool OWN, bool BIAS, bool SAVED>
+template <int NON_TARGET, bool OWN, bool BIAS, bool SAVED, int REDUCTION>
 void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, float* db) {
   static_assert(!SAVED || NON_TARGET == IDENTITY, "saved weights contain the slope of the transform");
   // A logit exceeds lse only by rounding, but for logits of 1e18 that alone could overflow the exponential.
@@ -506,7 +554,10 @@ void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, f
         V q;
         if constexpr (SAVED)
           q = s.saved_weight(j, g + h * W) * from_base[h];
-        else
+        else if constexpr (REDUCTION == SOFTPLUS_SUM) {
+          const V z = Lanes::logit_of<NON_TARGET>(l[h], raw, s.bias[j]);
+          q = sigmoid_of(z, exp_of_minus(z));
+        } else
           q = softmax_of(lse[h], Lanes::logit_of<NON_TARGET>(l[h], raw, s.bias[j]));
         V v = q * d_lse[h] + d_logit_sum[h];
         if constexpr (NON_TARGET != IDENTITY) v *= nontarget_slope<NON_TARGET>(raw * l[h].factor, l[h].threshold, l[h].t);
@@ -517,6 +568,7 @@ void class_epilogue(const Rows& r, int64_t row, const Chunk& s, uint32_t* out, f
           const int64_t at = row + g + h * W;
           V d_bias = q * load<V>(r.bias_d_lse + at) + load<V>(r.bias_d_logit_sum + at);
           if (!SAVED && s.several) d_bias = lost ? V{} : d_bias;
+          if constexpr (NON_TARGET != IDENTITY) d_bias *= bias_slope<NON_TARGET>(raw * l[h].factor, l[h].threshold, l[h].t);
           if constexpr (OWN) d_bias = own == j ? load<V>(r.d_target_bias + at) : d_bias;
           store(db + j * W, load<V>(db + j * W) + d_bias);
         }
@@ -546,31 +598,37 @@ using RowEpilogue = bool (*)(const Rows&, const RowTask&, int64_t, const Chunk&,
 using ClassEpilogue = void (*)(const Rows&, int64_t, const Chunk&, uint32_t*, float*);
 
 template <int NON_TARGET>
-RowEpilogue choose_row(bool logit_sum, bool own) {
-  if (logit_sum) return own ? logit_sum_epilogue<NON_TARGET, true> : logit_sum_epilogue<NON_TARGET, false>;
+RowEpilogue choose_row(int reduction, bool own) {
+  switch (reduction) {
+    case LOGIT_SUM: return own ? logit_sum_epilogue<NON_TARGET, true> : logit_sum_epilogue<NON_TARGET, false>;
+    case SOFTPLUS_SUM: return own ? softplus_epilogue<NON_TARGET, true> : softplus_epilogue<NON_TARGET, false>;
+  }
   return own ? row_epilogue<NON_TARGET, true> : row_epilogue<NON_TARGET, false>;
 }
 
-template <int NON_TARGET, bool SAVED = false>
+template <int NON_TARGET, bool SAVED, int REDUCTION>
 ClassEpilogue choose_class(bool own, bool bias) {
-  if (bias) return own ? class_epilogue<NON_TARGET, true, true, SAVED> : class_epilogue<NON_TARGET, false, true, SAVED>;
-  return own ? class_epilogue<NON_TARGET, true, false, SAVED> : class_epilogue<NON_TARGET, false, false, SAVED>;
+  if (bias)
+    return own ? class_epilogue<NON_TARGET, true, true, SAVED, REDUCTION> : class_epilogue<NON_TARGET, false, true, SAVED, REDUCTION>;
+  return own ? class_epilogue<NON_TARGET, true, false, SAVED, REDUCTION> : class_epilogue<NON_TARGET, false, false, SAVED, REDUCTION>;
 }
 
-RowEpilogue row_epilogue_of(int non_target, bool logit_sum, bool own) {
+RowEpilogue row_epilogue_of(int non_target, int reduction, bool own) {
   switch (non_target) {
 #define MK_CASE(name) \
-  case name: return choose_row<name>(logit_sum, own);
+  case name: return choose_row<name>(reduction, own);
     MK_TRANSFORMS(MK_CASE)
 #undef MK_CASE
   }
   return nullptr;
 }
 
-ClassEpilogue class_epilogue_of(int non_target, bool own, bool bias) {
+ClassEpilogue class_epilogue_of(int non_target, int reduction, bool own, bool bias) {
   switch (non_target) {
-#define MK_CASE(name) \
-  case name: return choose_class<name>(own, bias);
+#define MK_CASE(name)                                                                     \
+  case name:                                                                              \
+    return reduction == SOFTPLUS_SUM ? choose_class<name, false, SOFTPLUS_SUM>(own, bias) \
+                                     : choose_class<name, false, LOG_SUM_EXP>(own, bias);
     MK_TRANSFORMS(MK_CASE)
 #undef MK_CASE
   }
@@ -629,9 +687,10 @@ Layout layout(int64_t d) {
   return l;
 }
 
-// The biases of the chunk in units of log 2; -inf for padded classes, so that their weights are 0.
-void chunk_bias(const PassInputs& p, int64_t first, int64_t count, float* out) {
-  for (int64_t j = 0; j < CLASSES; ++j) out[j] = j >= count ? -INF : p.bias ? p.bias[(first + j) / p.sub_centers] * LOG2E : 0.0f;
+// The biases of the chunk in the units of the reduction's logits; -inf for padded classes, so that their weights are 0.
+void chunk_bias(const PassInputs& p, int reduction, int64_t first, int64_t count, float* out) {
+  const float unit = reduction == SOFTPLUS_SUM ? 1.0f : LOG2E;
+  for (int64_t j = 0; j < CLASSES; ++j) out[j] = j >= count ? -INF : p.bias ? p.bias[(first + j) / p.sub_centers] * unit : 0.0f;
 }
 
 // The centers of a chunk: those of whole classes.
@@ -643,15 +702,15 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   Buffers memory{0, task.scratch};
   const RowBuffers m(memory, l);
   float *tile = (float*)m.tile, *bias = (float*)m.bias, *factor = (float*)m.factor, *decay = (float*)m.decay;
-  const RowEpilogue plain = row_epilogue_of(p.non_target, task.logit_sum, false);
-  const RowEpilogue with_own = row_epilogue_of(p.non_target, task.logit_sum, true);
+  const RowEpilogue plain = row_epilogue_of(p.non_target, task.reduction, false);
+  const RowEpilogue with_own = row_epilogue_of(p.non_target, task.reduction, true);
   const int64_t width = chunk_width(p);
   for (int64_t first = task.first_class; first < task.last_class; first += width) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
     const int64_t count = task.last_class - first < width ? task.last_class - first : width, even = up(count, 2);
     float* inverse = task.class_factor ? task.class_factor + first : nullptr;
     with_dtype(p.w_dtype, PackChunk{p, first, count, factor, nullptr, inverse, m.centers, task.need_center ? m.values : nullptr, l});
-    chunk_bias(p, first, count, bias);
+    chunk_bias(p, task.reduction, first, count, bias);
     const int64_t chunk = first / width;
     for (int64_t row = task.first_row; row < task.last_row; row += PANEL) {
       char* saved = chunk < task.saved_chunks ? task.saved + (chunk * up(p.n, PANEL) + row) / PANEL * l.saved : nullptr;
@@ -722,10 +781,10 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
   const ClassBuffers m(memory, l);
   float *tile = (float*)m.tile, *v = (float*)m.v, *db = (float*)m.db, *bias = (float*)m.bias, *factor = (float*)m.factor;
   const bool need_bias = task.d_bias;
-  const ClassEpilogue plain = class_epilogue_of(p.non_target, false, need_bias);
-  const ClassEpilogue with_own = class_epilogue_of(p.non_target, true, need_bias);
-  const ClassEpilogue saved_plain = choose_class<IDENTITY, true>(false, need_bias),
-                      saved_own = choose_class<IDENTITY, true>(true, need_bias);
+  const ClassEpilogue plain = class_epilogue_of(p.non_target, task.reduction, false, need_bias);
+  const ClassEpilogue with_own = class_epilogue_of(p.non_target, task.reduction, true, need_bias);
+  const ClassEpilogue saved_plain = choose_class<IDENTITY, true, LOG_SUM_EXP>(false, need_bias),
+                      saved_own = choose_class<IDENTITY, true, LOG_SUM_EXP>(true, need_bias);
   const int64_t width = chunk_width(p);
   for (int64_t first = task.first_class; first < task.last_class; first += width) {
     if (task.interrupt.asked && task.interrupt.asked(task.interrupt.context)) return;
@@ -734,7 +793,7 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
     const int64_t chunk = first / width;
     const bool from_saved = chunk < task.saved_chunks;
     if (!from_saved) with_dtype(p.w_dtype, PackChunk{p, first, count, factor, known, nullptr, m.centers, nullptr, l});
-    chunk_bias(p, first, count, bias);
+    chunk_bias(p, task.reduction, first, count, bias);
     if (need_bias) __builtin_memset(db, 0, CLASSES * W * 4);
     for (int64_t block = 0; block < p.n; block += ROWS) {
       const int64_t rows = up(p.n - block < ROWS ? p.n - block : ROWS, PANEL);

@@ -66,7 +66,7 @@ struct Shape {
 struct Case {
   Shape s;
   int x_dtype, w_dtype, non_target;
-  bool normalize_embedding, normalize_weight, logit_sum, has_bias, need_cos, need_center, need_max;
+  bool normalize_embedding, normalize_weight, logit_sum, softplus, has_bias, need_cos, need_center, need_max;
   int64_t sub_centers;
   int workspace;  // 0: none, 1: all but the last byte, 2: all that can be saved
   int64_t pitch;
@@ -80,6 +80,7 @@ struct Case {
     const unsigned bits = generator();
     const auto bit = [&](int i) { return (bits >> i & 1) != 0; };
     normalize_embedding = bit(0), normalize_weight = bit(1), logit_sum = bit(2) && bit(3);
+    softplus = !logit_sum && bit(10);
     has_bias = bit(4), need_cos = bit(5), need_center = bit(6) || bit(7), need_max = bit(8);
     workspace = int(generator() % 3);
     // Where an angle is taken, similarities are cosines: beyond the ends of the interval a rounded one would be of another branch.
@@ -141,7 +142,10 @@ bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Re
   out.value.resize(n), out.max_logit.resize(p.need_max ? n : 0), out.cos.resize(p.need_cos ? n : 0);
   out.center.resize(p.need_center ? n * d : 0), out.d_bias.resize(p.has_bias ? classes : 0);
   const bool rows_finished = mk::row_pass(
-      kernels, inputs, threads, p.logit_sum,
+      kernels, inputs, threads,
+      p.logit_sum  ? mk::LOGIT_SUM
+      : p.softplus ? mk::SOFTPLUS_SUM
+                   : mk::LOG_SUM_EXP,
       {out.value.data(), or_null(out.max_logit), or_null(out.cos), or_null(out.center), or_null(class_factor), saved.data(), saved_bytes});
   if (!rows_finished || (classes > 2 && !p.logit_sum && !finite(out.value))) return false;
   if (!finite(out.center) || !finite(out.cos)) return false;
@@ -149,9 +153,17 @@ bool run(const mk::Kernels& kernels, const Case& p, int threads, int missing, Re
   std::vector<double> lse = out.value;
   for (double& v : lse)
     if (!std::isfinite(v)) v = INFINITY;
+  if (p.softplus) std::fill(lse.begin(), lse.end(), 0.0);
   std::vector<char> d_weight(c * d * size_of(p.w_dtype) - missing);
   const float *one = p.one.data(), *d_logit_sum = p.logit_sum ? one : nullptr, *d_target_bias = p.has_bias ? one : nullptr;
-  const mk::ClassInput in{lse.data(), one, d_logit_sum, one, d_target_bias, saved.data(), p.logit_sum ? 0 : saved_bytes};
+  const mk::ClassInput in{lse.data(),
+                          one,
+                          d_logit_sum,
+                          one,
+                          d_target_bias,
+                          saved.data(),
+                          p.logit_sum ? 0 : saved_bytes,
+                          p.softplus ? mk::SOFTPLUS_SUM : mk::LOG_SUM_EXP};
   if (!mk::class_pass(kernels, inputs, threads, in, or_null(class_factor), d_weight.data(), or_null(out.d_bias))) return false;
   if (p.w_dtype == mk::FLOAT32 && !missing) {
     out.d_weight.resize(c * d);

@@ -66,25 +66,38 @@ void with_dtype(int dtype, F f) {
   throw std::invalid_argument("dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(dtype));
 }
 
-// The transform is the same for all threads of a launch, so a switch costs less than a copy of every kernel for each.
+// The transform is the same for all threads of a launch, so a switch costs less than a copy of every kernel for each. Two copies there are:
+// one for what most heads need, and one with REST, for all transforms and reductions, which would cost the others registers.
+MK_HOST_DEVICE constexpr bool needs_rest(int non_target, int reduction) { return non_target >= CLIPPED || reduction == SOFTPLUS_SUM; }
+
+template <bool REST, int NON_TARGET>
+constexpr int COMPILED = REST || !needs_rest(NON_TARGET, LOG_SUM_EXP) ? NON_TARGET : IDENTITY;
+
+template <bool REST>
 __device__ __forceinline__ float value_of(int non_target, float c, float threshold, float t) {
   switch (non_target) {
 #define MK_CASE(name) \
-  case name: return nontarget_value<name>(c, threshold, t);
+  case name: return nontarget_value<COMPILED<REST, name>>(c, threshold, t);
     MK_TRANSFORMS(MK_CASE)
 #undef MK_CASE
   }
   return c;
 }
 
+template <bool REST>
 __device__ __forceinline__ float slope_of(int non_target, float c, float threshold, float t) {
   switch (non_target) {
 #define MK_CASE(name) \
-  case name: return nontarget_slope<name>(c, threshold, t);
+  case name: return nontarget_slope<COMPILED<REST, name>>(c, threshold, t);
     MK_TRANSFORMS(MK_CASE)
 #undef MK_CASE
   }
   return 1.0f;
+}
+
+template <bool REST>
+__device__ __forceinline__ float bias_slope_of(int non_target, float c, float threshold, float t) {
+  return REST && non_target == CLIPPED ? bias_slope<CLIPPED>(c, threshold, t) : 1.0f;
 }
 
 struct Sum {

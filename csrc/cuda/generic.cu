@@ -51,36 +51,46 @@ struct Row {
       : factor(factors[i]), scale(scales[i]), threshold(thresholds ? thresholds[i] : 0.0f), t(ts ? ts[i] : 0.0f), own(labels[i] - start) {}
 };
 
+// The most threads of a block of the row pass: with REST a thread needs more than the 32 registers that 1024 leave to each.
+constexpr int most_threads(bool rest) { return rest ? 512 : 1024; }
+
 // A block handles one row of the chunk. It reads the row twice: for the maximum, and, from the cache, for the exponentials.
-template <class T>
-__global__ void __launch_bounds__(1024) row_kernel(const RowChunk p) {
+template <class T, bool REST>
+__global__ void __launch_bounds__(most_threads(REST)) row_kernel(const RowChunk p) {
   const int i = blockIdx.x;
   const Row row(p.row_factor, p.scale, p.threshold, p.t, p.labels, p.start, i);
   const float* products = p.products + i * p.ld;
   T* weights = static_cast<T*>(p.weights) + i * p.ld;
   float highest = -INFINITY, max_logit = -INFINITY;
-  if (!p.logit_sum) {
+  const bool logit_sum = p.reduction == LOGIT_SUM, softplus = REST && p.reduction == SOFTPLUS_SUM, online = !logit_sum && !softplus;
+  if (!logit_sum) {
     for (int j = threadIdx.x; j < p.count; j += blockDim.x) {
       if (j == row.own) continue;
       const float c = row.factor * products[j], bias = p.bias ? p.bias[j] : 0.0f;
-      highest = fmaxf(highest, row.scale * value_of(p.non_target, c, row.threshold, row.t) + bias);
+      highest = fmaxf(highest, row.scale * value_of<REST>(p.non_target, c, row.threshold, row.t) + bias);
       max_logit = fmaxf(max_logit, row.scale * c + bias);
     }
     highest = block_reduce(highest, -INFINITY, Max{});
     max_logit = block_reduce(max_logit, -INFINITY, Max{});
   }
-  const Merge<float> merged = merge(p.logit_sum ? 0.0f : p.running_max[i], p.logit_sum ? 0.0f : highest, expf);
+  const Merge<float> merged = merge(online ? p.running_max[i] : 0.0f, online ? highest : 0.0f, expf);
   const float base = finite_max(merged.max);
   float total = 0.0f, cos = 0.0f;
   for (int j = threadIdx.x; j < p.count; j += blockDim.x) {
     float weight = 0.0f, slope = 0.0f;
     if (j != row.own) {
       const float c = row.factor * products[j];
-      const float value = value_of(p.non_target, c, row.threshold, row.t);
+      const float value = value_of<REST>(p.non_target, c, row.threshold, row.t);
       const float z = row.scale * value + (p.bias ? p.bias[j] : 0.0f);
-      weight = p.logit_sum ? 1.0f : expf(z - base);
-      slope = slope_of(p.non_target, c, row.threshold, row.t);
-      total += p.logit_sum ? z : weight;
+      float e = 0.0f;
+      if (softplus) {
+        e = expf(-fabsf(z));
+        weight = sigmoid_of(z, e);
+      } else {
+        weight = logit_sum ? 1.0f : expf(z - base);
+      }
+      slope = slope_of<REST>(p.non_target, c, row.threshold, row.t);
+      total += softplus ? fmaxf(z, 0.0f) + log1p_of(e) : logit_sum ? z : weight;
       cos += weight * value;
     }
     if (p.weights) weights[j] = narrow<T>(weight * slope * p.pow2);
@@ -88,7 +98,7 @@ __global__ void __launch_bounds__(1024) row_kernel(const RowChunk p) {
   total = block_reduce(total, 0.0f, Sum{});
   cos = block_reduce(cos, 0.0f, Sum{});
   if (threadIdx.x != 0) return;
-  const float decay = p.logit_sum ? 1.0f : merged.first;
+  const float decay = online ? merged.first : 1.0f;
   p.running_max[i] = merged.max;
   p.max_logit[i] = fmaxf(p.max_logit[i], max_logit);
   p.total[i] = p.total[i] * decay + total;
@@ -105,7 +115,7 @@ struct alignas(COLUMNS * sizeof(T)) Four {
 };
 
 // A block handles ROW_BLOCK rows of 128 classes, a warp every eighth of the rows. Buffers are padded to whole groups of 128 classes.
-template <class T>
+template <class T, bool REST>
 __global__ void __launch_bounds__(LANES* WARPS) class_kernel(const ClassChunk p) {
   __shared__ float sums[WARPS][LANES * COLUMNS];
   const int first = (blockIdx.x * LANES + threadIdx.x) * COLUMNS;
@@ -121,11 +131,13 @@ __global__ void __launch_bounds__(LANES* WARPS) class_kernel(const ClassChunk p)
 #pragma unroll
     for (int k = 0; k < COLUMNS; ++k) {
       const float c = row.factor * products.at[k];
-      const float z = row.scale * value_of(p.non_target, c, row.threshold, row.t) + bias[k];
+      const float z = row.scale * value_of<REST>(p.non_target, c, row.threshold, row.t) + bias[k];
       const bool live = first + k != row.own && first + k < p.count;
-      const float weight = live ? d_lse * expf(z - lse) + d_logit_sum : 0.0f;
-      sum[k] += weight / row.scale;
-      out.at[k] = narrow<T>(weight * slope_of(p.non_target, c, row.threshold, row.t) * row.factor * pow2);
+      const bool softplus = REST && p.reduction == SOFTPLUS_SUM;
+      const float e = expf(softplus ? -fabsf(z) : z - lse);
+      const float weight = live ? d_lse * (softplus ? sigmoid_of(z, e) : e) + d_logit_sum : 0.0f;
+      sum[k] += weight / row.scale * bias_slope_of<REST>(p.non_target, c, row.threshold, row.t);
+      out.at[k] = narrow<T>(weight * slope_of<REST>(p.non_target, c, row.threshold, row.t) * row.factor * pow2);
     }
     if (p.weights) *reinterpret_cast<Four<T>*>(static_cast<T*>(p.weights) + i * p.ld + first) = out;
   }
@@ -205,14 +217,18 @@ void centers(const Centers& p, int w_dtype, int product, void* stream) {
 
 void row_chunk(const RowChunk& p, int product, void* stream) {
   with_dtype(product, [&](auto* x) {
-    auto kernel = row_kernel<std::remove_pointer_t<decltype(x)>>;
-    MK_LAUNCH(kernel, p.n, p.threads, 0, static_cast<cudaStream_t>(stream), p);
+    using T = std::remove_pointer_t<decltype(x)>;
+    const bool rest = needs_rest(p.non_target, p.reduction);
+    const int most = most_threads(rest);
+    auto kernel = rest ? row_kernel<T, true> : row_kernel<T, false>;
+    MK_LAUNCH(kernel, p.n, p.threads < most ? p.threads : most, 0, static_cast<cudaStream_t>(stream), p);
   });
 }
 
 void class_chunk(const ClassChunk& p, int product, void* stream) {
   with_dtype(product, [&](auto* x) {
-    auto kernel = class_kernel<std::remove_pointer_t<decltype(x)>>;
+    using T = std::remove_pointer_t<decltype(x)>;
+    auto kernel = needs_rest(p.non_target, p.reduction) ? class_kernel<T, true> : class_kernel<T, false>;
     const dim3 grid(blocks(p.count, LANES * COLUMNS), blocks(p.n, ROW_BLOCK)), block(LANES, WARPS);
     MK_LAUNCH(kernel, grid, block, 0, static_cast<cudaStream_t>(stream), p);
   });

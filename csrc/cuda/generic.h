@@ -35,8 +35,8 @@ struct RowChunk {
   float* base;   // (n) what the exponentials are relative to; may be null
   float pow2;    // a power of two that keeps small weights out of float16's subnormals
   int n, count, non_target;
-  int threads;     // per block, which handles one row: a multiple of 32, at most 1024
-  bool logit_sum;  // sum the logits: weights are 1 instead of exponentials, total is sum z
+  int threads;    // per block, which handles one row: a multiple of 32, at most 1024; it may take fewer
+  int reduction;  // LOGIT_SUM: weights are 1 instead of exponentials, total is sum z; SOFTPLUS_SUM: sigmoids, total is sum log(1 + exp z)
 };
 
 // One chunk of the class pass: turns products into G_ij f_i, 0 for the target, which `Finish` adds.
@@ -48,11 +48,11 @@ struct ClassChunk {
   int64_t start;
   const float *row_factor, *scale, *threshold, *t, *bias;
   const int64_t* labels;
-  const float* lse;          // (n)
-  const float* d_lse;        // (n)
-  const float* d_logit_sum;  // (n) or null
-  const float* pow2;         // () a power of two, or null for 1
-  int n, count, non_target;
+  const float* lse;                     // (n)
+  const float* d_lse;                   // (n)
+  const float* d_logit_sum;             // (n) or null
+  const float* pow2;                    // () a power of two, or null for 1
+  int n, count, non_target, reduction;  // SOFTPLUS_SUM: sigmoid(z) in the place of exp(z - lse)
 };
 constexpr int ROW_BLOCK = 64;  // rows of a block of the class pass
 

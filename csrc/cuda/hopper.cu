@@ -97,12 +97,12 @@ constexpr int ELEMENTS = TILE_STREAMED / 2;  // of a tile's 64 x 32 products hel
 
 // ---- What the passes do with a product ----
 
-// PLAIN: the identity transform (and in the row pass exponentials), as for most heads; otherwise the variant is read at run time.
-// WITH_OUTPUT: whether O is needed at all.
+// PLAIN: the identity transform (and in the row pass exponentials), as for most heads; otherwise the variant is read at run time, and REST
+// says whether among all (device.h). WITH_OUTPUT: whether O is needed at all.
 
 // Row pass: weights exp2(z - running_max) N'(c) with the running_max running over the tiles, shared by both warpgroups through
 // Memory::maxima; or with a running_max of 0 throughout, for a warp whose rows all have logits so near 0.
-template <bool PLAIN, bool WITH_OUTPUT>
+template <bool PLAIN, bool WITH_OUTPUT, bool REST>
 struct RowElements {
   using Args = FusedRow;
   static constexpr bool RUNNING = true, OUTPUT = WITH_OUTPUT;
@@ -139,10 +139,13 @@ struct RowElements {
     }
   }
 
-  __device__ __forceinline__ bool logit_sum() const { return !PLAIN && p.logit_sum; }
-  __device__ __forceinline__ bool fixed() const { return PLAIN ? near : p.logit_sum; }  // whether the maximum is fixed to 0
-  __device__ __forceinline__ float value(float c, int h) const { return PLAIN ? c : value_of(p.non_target, c, threshold[h], t[h]); }
-  __device__ __forceinline__ float slope(float c, int h) const { return PLAIN ? 1.0f : slope_of(p.non_target, c, threshold[h], t[h]); }
+  __device__ __forceinline__ bool logit_sum() const { return !PLAIN && p.reduction == LOGIT_SUM; }
+  __device__ __forceinline__ bool softplus() const { return REST && p.reduction == SOFTPLUS_SUM; }
+  __device__ __forceinline__ bool fixed() const { return PLAIN ? near : logit_sum() || softplus(); }  // whether the maximum is fixed to 0
+  __device__ __forceinline__ float value(float c, int h) const { return PLAIN ? c : value_of<REST>(p.non_target, c, threshold[h], t[h]); }
+  __device__ __forceinline__ float slope(float c, int h) const {
+    return PLAIN ? 1.0f : slope_of<REST>(p.non_target, c, threshold[h], t[h]);
+  }
 
   // Turns the tile's products into weights, in place.
   __device__ __forceinline__ void weigh(float (&s)[ELEMENTS], const unsigned char* columns, int tile, int lane, float* maxima,
@@ -192,6 +195,10 @@ struct RowElements {
       if (logit_sum()) {
         weight = z[i] == -INFINITY ? 0.0f : 1.0f;
         total[h] += weight == 0.0f ? 0.0f : z[i];
+      } else if (softplus()) {
+        const float e = exp2_fast(-fabsf(z[i]));
+        weight = sigmoid_of(z[i], e);
+        total[h] += fmaxf(z[i], 0.0f) + LOG2E * log1p_of(e);
       } else {
         weight = exp2_fast(z[i] - base[h]);
         total[h] += weight;
@@ -233,7 +240,7 @@ struct RowElements {
 };
 
 // Class pass: weights G_ij f_i, from the per-row quantities of Streamed.
-template <bool PLAIN, bool WITH_OUTPUT>
+template <bool PLAIN, bool WITH_OUTPUT, bool REST>
 struct ClassElements {
   using Args = FusedClass;
   static constexpr bool RUNNING = false, OUTPUT = WITH_OUTPUT;
@@ -257,11 +264,13 @@ struct ClassElements {
       const int h = i / 2 % 2;
       const Streamed r = rows[fragment_column(lane, i)];
       const float c = r.factor * s[i];
-      const float z = r.scale * (PLAIN ? c : value_of(p.non_target, c, r.threshold, r.t)) + (bias[h] - r.lse);
-      float weight = r.d_lse * exp2_fast(z) + r.d_logit_sum;
+      const float z = r.scale * (PLAIN ? c : value_of<REST>(p.non_target, c, r.threshold, r.t)) + (bias[h] - r.lse);
+      const bool softplus = REST && p.reduction == SOFTPLUS_SUM;
+      const float e = exp2_fast(softplus ? -fabsf(z) : z);
+      float weight = r.d_lse * (softplus ? sigmoid_of(z, e) : e) + r.d_logit_sum;
       if (r.own == own[h]) weight = 0.0f;
-      sum[h] += weight * r.inverse_scale;
-      s[i] = weight * (PLAIN ? 1.0f : slope_of(p.non_target, c, r.threshold, r.t)) * (r.factor * pow2);
+      sum[h] += weight * r.inverse_scale * bias_slope_of<REST>(p.non_target, c, r.threshold, r.t);
+      s[i] = weight * (PLAIN ? 1.0f : slope_of<REST>(p.non_target, c, r.threshold, r.t)) * (r.factor * pow2);
     }
   }
 
@@ -521,10 +530,10 @@ __global__ void __launch_bounds__(256) combine_kernel(const Combine p) {
     if (p.cos) cos += by * p.cos[at];
     max_logit = fmaxf(max_logit, p.max_logit[at]);
   }
-  const float inverse = p.logit_sum ? 1.0f : total == 0.0f ? 0.0f : 1.0f / total;
+  const float inverse = p.reduction != LOG_SUM_EXP ? 1.0f : total == 0.0f ? 0.0f : 1.0f / total;
   if (threadIdx.x == 0) {
     // Logits were in units of log 2.
-    p.out_value[i] = p.logit_sum ? total * LN2 : total == 0.0f ? -INFINITY : logf(total) + running_max * LN2;
+    p.out_value[i] = p.reduction != LOG_SUM_EXP ? total * LN2 : total == 0.0f ? -INFINITY : logf(total) + running_max * LN2;
     if (p.out_max_logit) p.out_max_logit[i] = max_logit * LN2;
     if (p.cos) p.out_cos[i] = cos * inverse;
   }
@@ -593,15 +602,18 @@ void launch_fused(const void* stationary, int stationary_count, const void* stre
   MK_LAUNCH(kernel, grid, dim3(THREADS), bytes, static_cast<cudaStream_t>(stream), launch);
 }
 
-template <template <bool, bool> class Elements, class Args>
+template <template <bool, bool, bool> class Elements, class Args>
 void dispatch(const void* stationary, int stationary_count, const void* streamed, int streamed_count, int splits, bool plain,
               const Args& args, int product, void* stream) {
+  const bool rest = needs_rest(args.non_target, args.reduction);
   const auto with_elements = [&](auto* x, auto d) {
     using T = std::remove_pointer_t<decltype(x)>;
     constexpr int D = decltype(d)::value;
-    const auto launch = !output(args) ? launch_fused<T, D, Elements<false, false>>
-                        : plain       ? launch_fused<T, D, Elements<true, true>>
-                                      : launch_fused<T, D, Elements<false, true>>;
+    const auto of_rest = output(args) ? launch_fused<T, D, Elements<false, true, true>> : launch_fused<T, D, Elements<false, false, true>>;
+    const auto launch = rest            ? of_rest
+                        : !output(args) ? launch_fused<T, D, Elements<false, false, false>>
+                        : plain         ? launch_fused<T, D, Elements<true, true, false>>
+                                        : launch_fused<T, D, Elements<false, true, false>>;
     launch(stationary, stationary_count, streamed, streamed_count, splits, args, product, stream);
   };
   const auto with_d = [&](auto* x) {
@@ -626,7 +638,7 @@ int fused_shared_bytes(int d) {
 }
 
 void fused_row(const FusedRow& p, int product, void* stream) {
-  dispatch<RowElements>(p.x, p.n, p.w, p.count, p.splits, p.non_target == IDENTITY && !p.logit_sum, p, product, stream);
+  dispatch<RowElements>(p.x, p.n, p.w, p.count, p.splits, p.non_target == IDENTITY && p.reduction != LOGIT_SUM, p, product, stream);
 }
 
 void fused_class(const FusedClass& p, int product, void* stream) {

@@ -25,8 +25,8 @@ struct FusedRow {
   float *running_max, *total, *cos, *max_logit;  // (splits, n); maxima and logits in units of log 2; cos may be null
   float* center;                                 // (splits, n, d) sum of weights times centers; null where not needed
   float pow2;                                    // a power of two that the weights of `center` are multiplied by
-  int n, count, d, non_target, splits;
-  bool logit_sum, resume;
+  int n, count, d, non_target, splits, reduction;
+  bool resume;
 };
 
 // The class pass's view of a row, packed for one bulk copy instead of nine: (n padded, 12) floats.
@@ -47,7 +47,7 @@ struct FusedClass {
   float* v;              // (count, d) sum_i pow2 G_ij f_i x_i over non-targets; null where dw is not needed
   float* bias_sum;       // (count) db without the terms of the rows' own classes; null where not needed
   int64_t start;
-  int n, count, d, non_target;
+  int n, count, d, non_target, reduction;
 };
 
 // Merges the splits of the row pass into the fields of RowPassOutput in marginkernels/core/types.py.
@@ -55,8 +55,7 @@ struct Combine {
   const float *running_max, *total, *cos, *max_logit, *center;  // as in FusedRow; cos and center may be null
   float *out_value, *out_cos, *out_max_logit, *out_center;      // (n), (n), (n) or null for not needed, (n, d)
   float pow2;
-  int n, d, splits;
-  bool logit_sum;
+  int n, d, splits, reduction;
 };
 
 // Bytes of shared memory per block of the fused kernels for embeddings of `d` dimensions.

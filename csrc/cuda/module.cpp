@@ -60,7 +60,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     Fields fields(given);
     MK_SET(products), MK_SET(weights), MK_SET(ld), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold), MK_SET(t),
         MK_SET(bias), MK_SET(labels), MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(decay), MK_SET(base),
-        MK_SET(pow2), MK_SET(n), MK_SET(count), MK_SET(non_target), MK_SET(threads), MK_SET(logit_sum);
+        MK_SET(pow2), MK_SET(n), MK_SET(count), MK_SET(non_target), MK_SET(threads), MK_SET(reduction);
     fields.done();
     mk::row_chunk(p, product, reinterpret_cast<void*>(stream));
   });
@@ -69,7 +69,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     Fields fields(given);
     MK_SET(products), MK_SET(weights), MK_SET(bias_parts), MK_SET(ld), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold),
         MK_SET(t), MK_SET(bias), MK_SET(labels), MK_SET(lse), MK_SET(d_lse), MK_SET(d_logit_sum), MK_SET(pow2), MK_SET(n), MK_SET(count),
-        MK_SET(non_target);
+        MK_SET(non_target), MK_SET(reduction);
     fields.done();
     mk::class_chunk(p, product, reinterpret_cast<void*>(stream));
   });
@@ -91,7 +91,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     Fields fields(given);
     MK_SET(x), MK_SET(w), MK_SET(start), MK_SET(row_factor), MK_SET(scale), MK_SET(threshold), MK_SET(t), MK_SET(bias), MK_SET(labels),
         MK_SET(reach), MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(center), MK_SET(pow2), MK_SET(n),
-        MK_SET(count), MK_SET(d), MK_SET(non_target), MK_SET(splits), MK_SET(logit_sum), MK_SET(resume);
+        MK_SET(count), MK_SET(d), MK_SET(non_target), MK_SET(splits), MK_SET(reduction), MK_SET(resume);
     fields.done();
     mk::fused_row(p, product, reinterpret_cast<void*>(stream));
   });
@@ -99,7 +99,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     mk::FusedClass p{};
     Fields fields(given);
     MK_SET(x), MK_SET(w), MK_SET(rows), MK_SET(bias), MK_SET(pow2), MK_SET(v), MK_SET(bias_sum), MK_SET(start), MK_SET(n), MK_SET(count),
-        MK_SET(d), MK_SET(non_target);
+        MK_SET(d), MK_SET(non_target), MK_SET(reduction);
     fields.done();
     mk::fused_class(p, product, reinterpret_cast<void*>(stream));
   });
@@ -107,7 +107,7 @@ PYBIND11_MODULE(MK_MODULE, m) {
     mk::Combine p{};
     Fields fields(given);
     MK_SET(running_max), MK_SET(total), MK_SET(cos), MK_SET(max_logit), MK_SET(center), MK_SET(out_value), MK_SET(out_cos),
-        MK_SET(out_max_logit), MK_SET(out_center), MK_SET(pow2), MK_SET(n), MK_SET(d), MK_SET(splits), MK_SET(logit_sum);
+        MK_SET(out_max_logit), MK_SET(out_center), MK_SET(pow2), MK_SET(n), MK_SET(d), MK_SET(splits), MK_SET(reduction);
     fields.done();
     mk::combine(p, reinterpret_cast<void*>(stream));
   });

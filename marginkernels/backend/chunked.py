@@ -40,18 +40,13 @@ class ChunkedBackend(Backend):
                 sums.total += own.fill(logits, 0.0).mul_(weight).sum(1)
             else:
                 highest = own.fill(logits, -torch.inf).amax(1)
-                higher = torch.maximum(sums.running_max, highest)
                 raw = highest if p.non_target == NonTarget.IDENTITY else _highest_raw(p, cos, own, start, stop)
                 sums.max_logit = torch.maximum(sums.max_logit, raw)
-                base = higher.masked_fill(higher == -torch.inf, 0)
-                decay = torch.exp(sums.running_max - base)
-                weight = logits.sub_(base[:, None]).exp_()
-                sums.running_max = higher
-                sums.total = sums.total * decay + weight.sum(1)
-                if request.need_cos:
-                    sums.cos *= decay
-                if request.need_center:
-                    sums.center *= decay[:, None]
+                if request.reduction == Reduction.SOFTPLUS_SUM:
+                    sums.total += torch.logaddexp(logits, logits.new_zeros(())).sum(1)
+                    weight = logits.sigmoid_()
+                else:
+                    weight = _exponentials(sums, logits, highest, request)
             if request.need_cos:
                 assert cos is not None
                 sums.cos += (weight * nontarget.value(p.non_target, cos, p.threshold, p.t)).sum(1)
@@ -74,14 +69,22 @@ class ChunkedBackend(Backend):
             w, factor = _centers(p, rows.start, rows.stop, class_factor)
             own = _OwnColumn(labels, start, stop)
             logits, cos, winner = _logits(p, w, start, stop)
-            weight, factor_of_row = logits.sub_(upstream.lse[:, None]).exp_(), upstream.d_lse
+            factor_of_row = upstream.d_lse
+            if upstream.reduction == Reduction.SOFTPLUS_SUM:
+                weight = logits.sigmoid_()
+            else:
+                weight = logits.sub_(upstream.lse[:, None]).exp_()
             if upstream.d_logit_sum is not None:
                 each = upstream.d_logit_sum[:, None]
                 weight = weight.mul_(upstream.d_lse[:, None]).add_(each if p.class_weight is None else each * p.class_weight[start:stop])
                 factor_of_row = torch.ones_like(upstream.d_lse)
             if need_bias:
                 assert upstream.d_target_bias is not None
-                out.d_bias[start:stop] = own.fill(weight * (factor_of_row / p.scale)[:, None], upstream.d_target_bias).sum(0)
+                moved = weight
+                if p.non_target == NonTarget.CLIPPED:
+                    assert cos is not None
+                    moved = weight * nontarget.slope(p.non_target, cos, p.threshold, p.t)
+                out.d_bias[start:stop] = own.fill(moved * (factor_of_row / p.scale)[:, None], upstream.d_target_bias).sum(0)
             if need_weight:
                 if p.non_target != NonTarget.IDENTITY:
                     assert cos is not None
@@ -96,6 +99,22 @@ class ChunkedBackend(Backend):
                     unit = _times(p.w[rows], factor, p.acc_dtype)
                     torch.mul(v.addcmul_(unit, (v * unit).sum(1, keepdim=True), value=-1), factor[:, None], out=out.d_weight[rows])
         return out
+
+
+def _exponentials(sums: OnlineSoftmax, logits: Tensor, highest: Tensor, request: Request) -> Tensor:
+    """Exponentials of a chunk's ``logits`` (N, chunk), in their place, against the running maximum, which moves to ``highest`` (N,) where
+    that is more; the sums that the request wants shrink with it, and the total grows."""
+    higher = torch.maximum(sums.running_max, highest)
+    base = higher.masked_fill(higher == -torch.inf, 0)
+    decay = torch.exp(sums.running_max - base)
+    weight = logits.sub_(base[:, None]).exp_()
+    sums.running_max = higher
+    sums.total = sums.total * decay + weight.sum(1)
+    if request.need_cos:
+        sums.cos *= decay
+    if request.need_center:
+        sums.center *= decay[:, None]
+    return weight
 
 
 class _OwnColumn:

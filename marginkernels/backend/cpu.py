@@ -19,7 +19,6 @@ from ..core.types import (
     HeadInputs,
     PassInputs,
     PreparedRows,
-    Reduction,
     Request,
     RowPassOutput,
     TopkInputs,
@@ -127,7 +126,7 @@ class CpuBackend(Backend):
             native,
             level=self.level,
             threads=torch.get_num_threads(),
-            logit_sum=request.reduction == Reduction.LOGIT_SUM,
+            reduction=int(request.reduction),
             saved_bytes=request.workspace_bytes,
             **_addresses(results),
         )
@@ -148,6 +147,7 @@ class CpuBackend(Backend):
             level=self.level,
             threads=torch.get_num_threads(),
             saved_bytes=saved.numel(),
+            reduction=int(upstream.reduction),
             **_addresses(given | {"saved": saved} | vars(out)),
         )
         return out

@@ -16,7 +16,7 @@ class OnlineSoftmax:
 
     Attributes, all acc_dtype:
         running_max: (N,) the highest logit so far, -inf before the first.
-        total: (N,) ``sum_{j != y} exp(z_ij - running_max_i)``; for LOGIT_SUM, ``sum_{j != y} z_ij``.
+        total: (N,) ``sum_{j != y} exp(z_ij - running_max_i)``; for LOGIT_SUM and SOFTPLUS_SUM what they sum.
         cos, center: (N,) and (N, D): as ``mean_cos`` and ``mean_center`` of :class:`~marginkernels.core.types.RowPassOutput`, but with the
             weights that ``total`` sums.
         max_logit, class_factor: as there.

@@ -13,10 +13,14 @@ transform               ``N(c)``                                             ``N
 ``HINGE``               ``max(c + t, 0) (c - t)``                            ``max(c + t, 0)``: that factor is a weight
 ``ANGLE_PART``          ``cos(t acos(c))``, t in (0, 1]                      its derivative, see :data:`LEAST_SINE`
 ``ANGLE_PART_DETACHED`` the same                                             1
+``CLIPPED``             ``c`` within [threshold, t], else the nearer end     1 within, else 0
+``POWER``               ``2 ((1 + c) / 2)^t - 1 + threshold``, t in [1, 10]  its derivative
+``POWER_DETACHED``      the same                                             1
 ======================  ===================================================  =======================================
 
-``threshold`` and the parameter ``t`` are one number a row. Neither is differentiated, nor is the mask. ``csrc/scalar.h`` holds the same for
-C++ and CUDA, ``backend/triton/primitives.py`` for Triton; all else follows from the table below.
+``threshold`` and the parameter ``t`` are one number a row; ``POWER`` adds the former, a margin. Neither is differentiated, nor is the mask.
+Where ``CLIPPED`` holds the cosine, the bias of the class gets no gradient either: it is the logit that stands still there (:func:`moves`).
+``csrc/scalar.h`` holds the same for C++ and CUDA, ``backend/triton/primitives.py`` for Triton; all else follows from the table below.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ import torch
 from torch import Tensor
 
 #: What ``ANGLE_PART`` takes sin(theta) for where c < 0 and it is smaller, within 3.6 degrees of the opposite of a class center: there the
-#: slope ``t sin(t theta) / sin(theta)`` goes to infinity. The gradient that reaches an embedding is this slope times sin(theta).
+#: slope ``t sin(t theta) / sin(theta)`` goes to infinity. The gradient that reaches an embedding is this slope times sin(theta). A slope of
+#: at most 10 leaves room in float16.
 LEAST_SINE = 2.0**-4
 
 
@@ -44,6 +49,9 @@ class NonTarget(IntEnum):
     HINGE = 4
     ANGLE_PART = 5
     ANGLE_PART_DETACHED = 6
+    CLIPPED = 7
+    POWER = 8
+    POWER_DETACHED = 9
 
     @property
     def label(self) -> str:
@@ -93,6 +101,11 @@ def slope(non_target: NonTarget, cos: Tensor, threshold: Tensor | None, t: Tenso
     return found if isinstance(found, Tensor) else torch.full_like(cos, found)
 
 
+def moves(non_target: NonTarget, cos: Tensor, threshold: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """(N, C) bool, where the bias of the class moves the logit; None for everywhere."""
+    return slope(non_target, cos, threshold, t) != 0 if non_target == NonTarget.CLIPPED else None
+
+
 def reach(non_target: NonTarget, largest: Tensor, threshold: Tensor | None, t: Tensor | None) -> Tensor:
     """(N,) what ``|N(c)|`` does not exceed for ``|c|`` up to ``largest`` (N,), which is at least 0."""
     if non_target == NonTarget.IDENTITY:
@@ -130,6 +143,30 @@ def _differentiable_part_of_angle(c: Tensor, threshold: Tensor, t: Tensor) -> Te
     at = c.detach()
     line = _part_of_angle(at, t) + _part_of_angle_slope(at, t) * (c - at)
     return torch.where(inside, _part_of_angle(torch.where(inside, c, 0.0), t), line)
+
+
+#: What ``POWER`` takes (1 + c) / 2 for at least, so that its logarithm is finite.
+LEAST_BASE = 2.0**-40
+
+
+def _power(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    return 2 * ((1 + c) / 2).clamp_min(LEAST_BASE) ** t + (threshold - 1)
+
+
+def _power_slope(c: Tensor, t: Tensor) -> Tensor:
+    return t * ((1 + c) / 2).clamp_min(LEAST_BASE) ** (t - 1)
+
+
+def _differentiable_power(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    if not c.requires_grad:
+        return _power(c, threshold, t)
+    at = c.detach()
+    return _power(at, threshold, t) + _power_slope(at, t) * (c - at)
+
+
+def _clipped(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    c = torch.where(c < threshold, threshold, c)
+    return torch.where(c > t, t, c)
 
 
 _TRANSFORMS = {
@@ -170,6 +207,27 @@ _TRANSFORMS = {
         lambda c, threshold, t: _part_of_angle(c.detach(), t) + (c - c.detach()),
         lambda c, threshold, t: 1.0,
         lambda c, threshold, t: torch.ones_like(c),
+        needs_t=True,
+    ),
+    NonTarget.CLIPPED: _Transform(
+        _clipped,
+        lambda c, threshold, t: torch.where((c < threshold) | (c > t), torch.zeros_like(c), torch.ones_like(c)),
+        lambda c, threshold, t: torch.maximum(c, torch.maximum(threshold.abs(), t.abs())),
+        needs_threshold=True,
+        needs_t=True,
+    ),
+    NonTarget.POWER: _Transform(
+        _differentiable_power,
+        lambda c, threshold, t: _power_slope(c, t),
+        lambda c, threshold, t: _power(c, threshold.abs(), t).clamp_min(1 + threshold.abs()),
+        needs_threshold=True,
+        needs_t=True,
+    ),
+    NonTarget.POWER_DETACHED: _Transform(
+        lambda c, threshold, t: _power(c.detach(), threshold, t) + (c - c.detach()),
+        lambda c, threshold, t: 1.0,
+        lambda c, threshold, t: _power(c, threshold.abs(), t).clamp_min(1 + threshold.abs()),
+        needs_threshold=True,
         needs_t=True,
     ),
 }

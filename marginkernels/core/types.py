@@ -32,6 +32,7 @@ class Reduction(IntEnum):
 
     LOG_SUM_EXP = 0  #: ``log sum_{j != y} exp(z_ij)``
     LOGIT_SUM = 1  #: ``sum_{j != y} z_ij``, for label smoothing; each term times its class weight, where the inputs have one
+    SOFTPLUS_SUM = 2  #: ``sum_{j != y} log(1 + exp(z_ij))``, of a binary classifier for each class
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class Request:
-    """What a row pass is asked for; made by :meth:`log_sum_exp` or :meth:`logit_sum`.
+    """What a row pass is asked for; made by :meth:`of_loss`, :meth:`log_sum_exp` or :meth:`logit_sum`.
 
     Attributes:
         reduction: which sum over the non-target classes.
@@ -134,6 +135,11 @@ class Request:
     need_center: bool
     need_cos: bool
     workspace_bytes: int
+
+    @classmethod
+    def of_loss(cls, reduction: Reduction, *, need_center: bool, need_cos: bool, workspace_bytes: int) -> Request:
+        """A sum that the class pass can differentiate: ``LOG_SUM_EXP`` or ``SOFTPLUS_SUM``."""
+        return cls(reduction, need_center, need_cos, workspace_bytes)
 
     @classmethod
     def log_sum_exp(cls, *, need_center: bool = False, need_cos: bool = False, workspace_bytes: int = 0) -> Request:
@@ -149,10 +155,10 @@ class RowPassOutput:
     """What the row pass gives, the two sums in float64 and the rest in acc_dtype. A field that the request did not ask for has no rows:
     (0,) or (0, D).
 
-    With ``p_ij = softmax_{j != y}(z_ij)``:
+    With ``p_ij = softmax_{j != y}(z_ij)``, or for SOFTPLUS_SUM ``p_ij = sigmoid(z_ij)``:
 
     Attributes:
-        lse: (N,) ``log sum_{j != y} exp(z_ij)``, -inf for an empty sum.
+        lse: (N,) ``log sum_{j != y} exp(z_ij)``, -inf for an empty sum; for SOFTPLUS_SUM ``sum_{j != y} log(1 + exp(z_ij))``.
         max_logit: (N,) ``max_{j != y} (s_i c_ij + b_j)``, -inf where there is none.
         mean_cos: (N,) ``sum_{j != y} p_ij N(c_ij)``: lse's derivative in s_i.
         mean_center: (N, D) ``sum_{j != y} p_ij N'(c_ij) a_j w_j``: lse's derivative in the (normalized) row, over s_i.
@@ -224,13 +230,16 @@ class Upstream:
         v_j  = sum_i G_ij f_i x_i,    dw_j = a_j (v_j - (v_j . a_j w_j) a_j w_j), or v_j where weights are not normalized.
         db_j = sum_i (d_lse_i exp(z_ij - lse_i) + d_logit_sum_i) / s_i  over j != y_i, plus d_target_bias_i over j == y_i.
 
+    For SOFTPLUS_SUM ``sigmoid(z_ij)`` takes the place of ``exp(z_ij - lse_i)``. A class whose logit ``CLIPPED`` holds adds nothing to db.
+
     Attributes:
-        lse: lambda_i as the row pass gave it, +inf (never -inf) for an empty sum. An exponential is as wrong, relatively, as its exponent
-            absolutely: float32 has 4e-6 at 64.
+        lse: lambda_i as the row pass gave it, +inf (never -inf) for an empty sum, and 0 for SOFTPLUS_SUM. An
+            exponential is as wrong, relatively, as its exponent absolutely: float32 has 4e-6 at 64.
         d_lse: dL/dlambda_i times s_i.
         d_logit_sum: dL/d(sum of logits)_i times s_i, or None.
         d_target_cos: dL/dc_iy.
         d_target_bias: dL/db_y of the row's own target, or None.
+        reduction: what d_lse is the gradient of, LOG_SUM_EXP or SOFTPLUS_SUM.
         rounded_lse, rounded_d_lse: (N,) float32, what :meth:`rounded` gives, where that is known already.
     """
 
@@ -239,6 +248,7 @@ class Upstream:
     d_logit_sum: Tensor | None
     d_target_cos: Tensor
     d_target_bias: Tensor | None
+    reduction: Reduction = Reduction.LOG_SUM_EXP
     rounded_lse: Tensor | None = None
     rounded_d_lse: Tensor | None = None
 

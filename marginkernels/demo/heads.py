@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import margins as m
 from .. import testing
 from ..core import nontarget
+from ..core.types import Reduction
 from ..head import MarginHead
 from ..margins import BatchInfo, Margin
 from ..margins.contract import evaluate
@@ -44,6 +45,9 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "sphereface-r-v2-exact": lambda c: m.SphereFaceR("v2", SCALE, 1.2, gradient="exact"),
     "sphereface-r-soft": lambda c: m.SphereFaceR("v2", SCALE, 1.2, "soft", loss_weight=SCALE),
     "circle": lambda c: m.Circle(4 * SCALE),
+    "sphereface2": lambda c: m.SphereFace2(c, SCALE, COSINE, loss_weight=SCALE),
+    "sphereface2-arc": lambda c: m.SphereFace2(c, SCALE, ANGLE, kind="A", gradient="exact", loss_weight=SCALE),
+    "uniface": lambda c: m.UniFace(c, SCALE, COSINE),
     "combined": lambda c: m.CombinedMargin(SCALE, m1=1.1, m2=0.15, m3=0.1),
     "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
@@ -87,7 +91,14 @@ def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     value = (at.value + at.slope.detach() * (target - target.detach())).to(cos.dtype)
     cos = nontarget.value(margin.non_target, cos, at.threshold, at.t)
     logits = cos.scatter(1, column, value[:, None]) * at.scale[:, None].to(cos.dtype)
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    shared = margin.class_bias()
+    logits = logits if shared is None else logits + shared.to(logits.dtype)
+    if margin.reduction == Reduction.SOFTPLUS_SUM:
+        terms = F.softplus(logits.scatter(1, column, -logits.gather(1, column)))
+        own = terms.gather(1, column)[:, 0]
+        losses = margin.other_weight * terms.sum(1) + (margin.target_weight - margin.other_weight) * own
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
     if margin.focal_gamma:
         losses = (1 - torch.exp(-losses)).clamp_min(0) ** margin.focal_gamma * losses
     if margin.loss_factor != 1:

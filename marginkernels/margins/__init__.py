@@ -4,6 +4,7 @@ from ..core.nontarget import NonTarget
 from .adaptive import AdaCos
 from .angular import Annealing, ArcFace, CombinedMargin, CosFace, LSoftmax, SphereFace
 from .base import BatchInfo, Margin, check_holds_values, check_margin
+from .binary import SphereFace2, UniFace
 from .circle import Circle
 from .elastic import ElasticFace
 from .hard_negative import CurricularFace, MVSoftmax
@@ -30,6 +31,8 @@ ALL = (
     AdaFace,
     MagFace,
     ElasticFace,
+    SphereFace2,
+    UniFace,
 )
 
 __all__ = [
@@ -53,7 +56,9 @@ __all__ = [
     "NormFace",
     "Softmax",
     "SphereFace",
+    "SphereFace2",
     "SphereFaceR",
+    "UniFace",
     "check_holds_values",
     "check_margin",
     "margins_from_counts",

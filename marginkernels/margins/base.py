@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._deprecated import warn
 from ..core.device import digest
 from ..core.nontarget import NonTarget
+from ..core.types import Reduction
 
 #: ``non_target_lse(s)`` gives (N,) float64 ``log sum_{j != y} exp(s c_ij)`` for a scale s: one more pass over the classes.
 NonTargetLSE = Callable[[Tensor], Tensor]
@@ -127,6 +128,9 @@ class Margin(nn.Module):
         normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
         non_target: the transform of non-target logits, a :class:`NonTarget`; some also need :meth:`threshold`, ``t`` or both.
         t: the parameter of the transform: a number, or a tensor of shape (), (1,) or (N,).
+        reduction: what is summed over the other classes: ``LOG_SUM_EXP`` gives a cross-entropy, and ``SOFTPLUS_SUM`` the loss of a binary
+            classifier for each class, ``target_weight softplus(-z_y) + other_weight sum_j softplus(z_j)``.
+        target_weight, other_weight: of the two parts of the latter.
         loss_factor: what each row's cross-entropy is multiplied by, with focal factor and smoothing and without :meth:`regularizer`.
         needs_center_norm: whether ``target`` reads ``batch.center_norm``, as it may where the weight is not normalized. The value must then
             be homogeneous in the class center, as its similarity is: twice the center, twice the value. Its gradient follows from that.
@@ -140,6 +144,9 @@ class Margin(nn.Module):
     needs_center_norm: bool = False
     straight_through: bool = False
     loss_factor: float = 1.0
+    reduction: Reduction = Reduction.LOG_SUM_EXP
+    target_weight: float = 1.0
+    other_weight: float = 1.0
     t: float | Tensor
     #: The names of state and parameters, by which a checkpoint is told to be that of another margin.
     _state_names: tuple[str, ...] = ()
@@ -183,6 +190,10 @@ class Margin(nn.Module):
         if scale is None:
             raise NotImplementedError(f"{type(self).__name__} has no fixed scale and must define row_scale(batch)")
         return scale
+
+    def class_bias(self) -> Tensor | None:
+        """What is added to the bias of every class, a tensor of shape () that may be trained, or None."""
+        return None
 
     def regularizer(self, batch: BatchInfo) -> Tensor | None:
         """(N,) what is added to each row's loss beside its cross-entropy, after the focal factor and the smoothing, or None; differentiated
@@ -287,7 +298,7 @@ class Margin(nn.Module):
             unexpected_keys[i] = _Key.of(unexpected_keys[i], f"of {owner or 'another margin'}, but the head's margin is {mine}")
 
     def extra_repr(self) -> str:
-        hidden = ("training", "non_target", "loss_factor")  # which follow from the arguments
+        hidden = ("training", "non_target", "loss_factor", "target_weight", "other_weight")  # which follow from the arguments
         shown = {k: v for k, v in vars(self).items() if isinstance(v, int | float | str) and not k.startswith("_") and k not in hidden}
         return _arguments(shown)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.nontarget import NonTarget
 from ..core.numerics import per_row
 from ..core.transforms import writable
+from ..core.types import Reduction
 from .base import BatchInfo, Margin, NonTargetLSE
 
 
@@ -89,6 +90,24 @@ def evaluate(margin: Margin, similarity: Tensor, batch: BatchInfo, dtype: torch.
         # A copy: the state moves on before the backward pass.
         t = _one_per_row(f"{name}.t", getattr(margin, "t", None), similarity, dtype).detach().clone()
     return Evaluated(value, slope, scale, threshold, t, _regularizer(name, margin.regularizer(batch), similarity))
+
+
+def check_binary(margin: Margin, label_smoothing: float, class_weight: Tensor | None, mix: object, log_q: bool, bias: bool) -> None:
+    """A ``ValueError`` where one of these options, or a focal factor, is on for a margin that is a binary classifier for each class: they
+    are made for a distribution over the classes, which it has none of; or where the classes have biases of their own (``bias``) and the
+    margin clips exponents, which they are no part of."""
+    if margin.reduction == Reduction.LOG_SUM_EXP:
+        return
+    name = type(margin).__name__
+    for option, value, off in (("label_smoothing", label_smoothing, 0), ("focal_gamma", margin.focal_gamma, 0), ("log_q", log_q, False)):
+        if value != off:
+            raise ValueError(f"{option}: expected {off} with {name}, which is a binary classifier for each class, got {value!r}")
+    for option, given in (("class_weight", class_weight), ("mix", mix)):
+        if given is not None:
+            kind = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{option}: expected None with {name}, which is a binary classifier for each class, got {kind}")
+    if bias and margin.non_target == NonTarget.CLIPPED:
+        raise ValueError(f"bias: expected none with {name}(clamp=True), whose exponents are clipped without it, got one")
 
 
 def _regularizer(name: str, term: Any, like: Tensor) -> Tensor | None:

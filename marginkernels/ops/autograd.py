@@ -13,7 +13,7 @@ from .. import backend as backends
 from ..core.nontarget import NonTarget
 from ..core.numerics import accumulation_dtype, classes_of, target_biases, target_centers, unit_rows
 from ..core.transforms import looped, transforming
-from ..core.types import HeadInputs, PassInputs, PreparedRows, Request, SumsUpstream, Upstream
+from ..core.types import HeadInputs, PassInputs, PreparedRows, Reduction, Request, SumsUpstream, Upstream
 from .operators import center_sum, class_pass, row_gradient, row_pass, scale_gradient
 from .operators import upstream as upstream_of
 
@@ -25,6 +25,7 @@ class SumOptions:
     Attributes:
         non_target: the transform of non-target similarities.
         normalize_embedding, normalize_weight: as the margin has them.
+        reduction: the sum that is wanted, LOG_SUM_EXP or SOFTPLUS_SUM.
         logit_sum: also the sum of the non-target logits, for label smoothing.
         center_norm: also the norm of each row's own class center, for its gradient.
         grad: whether a backward pass may follow.
@@ -37,6 +38,7 @@ class SumOptions:
     non_target: NonTarget
     normalize_embedding: bool
     normalize_weight: bool
+    reduction: Reduction
     logit_sum: bool
     center_norm: bool
     grad: bool
@@ -51,7 +53,7 @@ class ClassSums:
     """(N,) each, float64 but for ``max_logit``.
 
     Attributes:
-        lse: the non-target log-sum-exp lambda.
+        lse: the non-target log-sum-exp lambda, or the sum that is wanted in its place.
         target_similarity, target_bias: c_y and b_y, passed through so that the gradients that come back for them join the one write of dw.
         logit_sum: the sum of the non-target logits, 0 where it was not asked for.
         center_norm: |w_y|, passed through like the two, 0 where it was not asked for.
@@ -292,7 +294,7 @@ def _forward(
     workspace = options.workspace_bytes if need_w else 0
     if workspace:
         workspace = backends.get(options.backend).workspace_bytes(x.shape[0], w.shape[0], x.dtype, workspace, options.sub_centers)
-    request = Request.log_sum_exp(need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
+    request = Request.of_loss(options.reduction, need_center=need_center, need_cos=need_cos, workspace_bytes=workspace)
     out = row_pass(pass_inputs, request, options.backend)
     zeros = _nothing if options.fused else torch.zeros_like
     logit_sum, cos_sum, all_centers = out.lse, None, None
@@ -356,12 +358,14 @@ def _upstream(
     assert g_bias is not None
     assert g_logit_sum is not None
     acc_dtype = accumulation_dtype(s.x.dtype)
+    lse = torch.zeros_like(s.lse) if o.reduction == Reduction.SOFTPLUS_SUM else torch.where(s.lse == -torch.inf, torch.inf, s.lse)
     return Upstream(
-        lse=torch.where(s.lse == -torch.inf, torch.inf, s.lse),
+        lse=lse,
         d_lse=(g_lse * s.scale).to(acc_dtype),
         d_logit_sum=(g_logit_sum * s.scale).to(acc_dtype) if o.logit_sum else None,
         d_target_cos=g_similarity.to(acc_dtype),
         d_target_bias=g_bias.to(acc_dtype) if need_bias else None,
+        reduction=o.reduction,
     )
 
 

@@ -369,8 +369,11 @@ def workspace(case, groups):
     return {"workspace_mb": (groups + 0.9) * saved_layout.group_bytes(case.x.shape[0], case.x.dtype) / 2**20}
 
 
-#: One for each transform, kind of scale and of normalization: more the kernels do not see of a head.
-WORKSPACE_HEADS = ("softmax", "sphereface", "arcface", "mv-arc", "curricularface", "l2-softmax-trainable", "adacos")
+#: One for each kind of transform, sum, scale and normalization: more the kernels do not see of a head.
+WORKSPACE_HEADS = (
+    *("softmax", "sphereface", "arcface", "mv-arc", "curricularface", "l2-softmax-trainable", "adacos"),
+    *("sphereface2", "sphereface2-arc", "uniface"),
+)
 
 
 @pytest.mark.parametrize("head", WORKSPACE_HEADS)

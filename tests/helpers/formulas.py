@@ -337,6 +337,78 @@ def sphereface_r(version, m, s=None, exact=False):
     return logits
 
 
+def softplus(z):
+    """log(1 + exp(z))."""
+    return torch.log1p(torch.exp(-z.abs())) + torch.relu(z)
+
+
+def binary(c, y, target, other, own_weight, other_weight, ignore_index=-100):
+    """(N,) losses of a binary classifier for each class: ``target(c_y)`` and ``other(c_j, j)`` are the logits of a row's own class and of
+    the other classes ``j``."""
+    rows = []
+    for i, label in enumerate(y.tolist()):
+        if label == ignore_index:
+            rows.append(c[i].sum() * 0)
+            continue
+        others = [j for j in range(c.shape[1]) if j != label]
+        rows.append(own_weight * softplus(-target(c[i, label], label)) + other_weight * softplus(other(c[i, others], others)).sum())
+    return torch.stack(rows)
+
+
+def sphereface2_g(z, t):
+    return 2 * ((z + 1) / 2) ** t - 1
+
+
+def sphereface2_turned(theta, m, kind):
+    """The angle of the own class with its margin."""
+    return {"A": theta + m, "M": m * theta}[kind].clamp(max=math.pi)
+
+
+def sphereface2(r, m, t, lam, lw, kind, exact=False):
+    """(N,) losses of embeddings, class centers, labels, the bias b and biases of the classes, or 0."""
+
+    def passed(c, value):
+        return value if exact else c + (value - c).detach()
+
+    def rows(x, w, y, b, of_class):
+        def bias(j):
+            return b + (of_class[j] if isinstance(of_class, torch.Tensor) else 0)
+
+        def target(c, j):
+            at = c if kind == "C" else torch.cos(sphereface2_turned(torch.acos(c), m, kind))
+            return r * passed(c, sphereface2_g(at, t) - (m if kind == "C" else 0)) + bias(j)
+
+        def other(c, j):
+            return r * passed(c, sphereface2_g(c, t) + (m if kind == "C" else 0)) + bias(j)
+
+        return binary(cosines(x, w), y, target, other, lw / r * lam, lw / r * (1 - lam))
+
+    return rows
+
+
+def sphereface2_pull(b, classes, r, m, t, lam, kind):
+    """The derivative in b of a row's loss, r/lw apart, where all its cosines are 0: plain numbers."""
+    right = torch.tensor(math.pi / 2, dtype=torch.float64)
+    own = sphereface2_g(0.0, t) - m if kind == "C" else sphereface2_g(math.cos(float(sphereface2_turned(right, m, kind))), t)
+    other = sphereface2_g(0.0, t) + (m if kind == "C" else 0.0)
+    return (1 - lam) * (classes - 1) / (1 + math.exp(-(r * other + b))) - lam / (1 + math.exp(r * own + b))
+
+
+def uniface(s, m, weight=1.0, clamp=False):
+    """As :func:`sphereface2`; ``clamp`` cuts both exponents off at -s and s, biases of the classes apart."""
+
+    def cut(v):
+        return v.clamp(-s, s) if clamp else v
+
+    def rows(x, w, y, b, of_class):
+        def bias(j):
+            return of_class[j] if isinstance(of_class, torch.Tensor) else 0
+
+        return binary(cosines(x, w), y, lambda c, j: cut(s * (c - m) - b) + bias(j), lambda c, j: cut(s * c - b) + bias(j), 1.0, weight)
+
+    return rows
+
+
 def curricularface(s, m, t):
     def other(i, row, cy):
         hard = row > torch.cos(torch.acos(cy) + m).detach()

@@ -134,6 +134,8 @@ def check_options():
     against_one_process(case(37), mk.ArcFace(focal_gamma=2.0), label_smoothing=0.2)
     for reduction in ("none", "sum"):
         against_one_process(case(37, bias=True), mk.MVSoftmax(), reduction=reduction, label_smoothing=0.1)
+        for make in (mk.SphereFace2, mk.UniFace):
+            against_one_process(case(37, bias=True), make(37), reduction=reduction, batch_size=9)
     whole = case(37)
     some = (torch.arange(len(whole.labels)) % 3 == 0) | (whole.labels == -100)
     ignored = testing.Case(whole.x, whole.w, torch.where(some, 7, whole.labels), None)
@@ -242,6 +244,8 @@ def check_fewer_classes_than_ranks():
     for c in (1, 2, 3):
         for make in (mk.CosFace, mk.Softmax, mk.CurricularFace):
             against_one_process(case(c, bias=True), make(), label_smoothing=0.1 if c > 1 else 0.0)  # with one class everything is exactly 0
+        for margin in (mk.SphereFace2(c), mk.UniFace(c, 16.0)):
+            against_one_process(case(c, bias=True), margin)
     assert mk.MarginHead(D, 3, mk.ArcFace(), process_group=dist.group.WORLD).topk(torch.randn(2, D), 3)[0].isfinite().all()
 
 
@@ -500,9 +504,16 @@ def check_sampling():
     """Only drawn rows have a gradient, that of the loss over the classes drawn by all ranks; the optimizer changes no other rows."""
     whole, own, size = case(400, bias=True), mine(), dist.get_world_size()
     weights = torch.rand(400, generator=torch.Generator().manual_seed(3))
-    for log_q, smoothing, weight in ((False, 0.0, None), (True, 0.0, None), (True, 0.2, None), (True, 0.2, weights)):
+    for make, log_q, smoothing, weight in (
+        (mk.ArcFace, False, 0.0, None),
+        (mk.ArcFace, True, 0.0, None),
+        (mk.ArcFace, True, 0.2, None),
+        (mk.ArcFace, True, 0.2, weights),
+        (lambda: mk.SphereFace2(400), False, 0.0, None),
+        (lambda: mk.UniFace(400, 16.0), False, 0.0, None),
+    ):
         options = {"label_smoothing": smoothing, "class_weight": weight}
-        head = sharded(whole, mk.ArcFace(), sample_rate=0.2, sample_seed=4, log_q=log_q, **options)
+        head = sharded(whole, make(), sample_rate=0.2, sample_seed=4, log_q=log_q, **options)
         optimizer = optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
         for _ in range(3):
             before = head.weight.detach().clone()
@@ -534,10 +545,13 @@ def check_sampling():
             b = [torch.empty(0)] * size
             dist.all_gather_object(b, head.bias.detach())
             leaf = [whole.x.double().requires_grad_(), torch.cat(w)[every].double().requires_grad_()]
+            margin = copy.deepcopy(head.margin)
+            margin.num_classes = len(every)  # where it has one: the head of all classes may sample
+            margin.zero_grad()
             want = mk.margin_cross_entropy(
                 *leaf,
                 torch.where(whole.labels < 0, -100, place),
-                margin=copy.deepcopy(head.margin),
+                margin=margin,
                 bias=torch.cat(b)[every].double() + biases[every],
                 class_weight=None if weight is None else weight[every],
                 label_smoothing=smoothing,
@@ -553,6 +567,9 @@ def check_sampling():
             compare(x.grad / size, leaf[0].grad[own], "dx", float(leaf[0].grad.norm()))
             part = (every >= start) & (every < start + held)
             compare(head.weight.grad.values(), leaf[1].grad[part], "dw", float(leaf[1].grad.norm()))
+            for p, q in zip(head.margin.parameters(), margin.parameters(), strict=True):
+                same_everywhere(p.grad)
+                compare(p.grad, q.grad, "gradient of the margin")
             optimizer.step()
             still = torch.ones(held, dtype=torch.bool)
             still[index] = False

@@ -13,6 +13,7 @@ from marginkernels.core.types import PassInputs, Reduction, Request, Upstream
 #: Tensors of a row pass's output by reduction.
 FIELDS = {
     Reduction.LOG_SUM_EXP: ("lse", "max_logit", "mean_cos", "mean_center", "class_factor"),
+    Reduction.SOFTPLUS_SUM: ("lse", "max_logit", "mean_cos", "mean_center", "class_factor"),
     Reduction.LOGIT_SUM: ("logit_sum", "cos_sum", "center_sum", "class_factor"),
 }
 
@@ -36,6 +37,7 @@ def pass_inputs(
     labels = case.labels.clone()
     labels[:4] = torch.tensor([-1, c, 2**40, 2**32 + 5])
     hard = non_target != NonTarget.IDENTITY
+    least, most = (1.0, 4.0) if non_target in (NonTarget.POWER, NonTarget.POWER_DETACHED) else (0.0, 0.6)
     return PassInputs(
         x=(case.x.double() / case.x.double().norm(dim=1, keepdim=True) * 0.7).to(dtype),
         row_factor=torch.full((n,), 1 / 0.7, dtype=accumulation_dtype(dtype)),
@@ -44,7 +46,7 @@ def pass_inputs(
         labels=labels,
         scale=(torch.rand(n, generator=g) * 20 + 1).to(accumulation_dtype(dtype)),
         threshold=(torch.rand(n, generator=g) * 0.2 - 0.1).to(accumulation_dtype(dtype)) if hard else None,
-        t=(torch.rand(n, generator=g) * 0.6).to(accumulation_dtype(dtype)) if hard else None,
+        t=(torch.rand(n, generator=g) * (most - least) + least).to(accumulation_dtype(dtype)) if hard else None,
         non_target=non_target,
         normalize_weight=normalize_weight,
         sub_centers=sub_centers,
@@ -59,11 +61,12 @@ def upstream_of(inputs: PassInputs, lse: torch.Tensor, reduction: Reduction, ste
     """A random upstream gradient; ``steep`` is how large that of the target cosine is in every third row, as where the cosine is near 1."""
     rest = torch.rand(4, inputs.x.shape[0], generator=torch.Generator().manual_seed(2)).to(inputs.acc_dtype)
     return Upstream(
-        lse=lse,
+        lse=torch.zeros_like(lse) if reduction == Reduction.SOFTPLUS_SUM else lse,
         d_lse=rest[0],
         d_logit_sum=rest[1] if reduction == Reduction.LOGIT_SUM else None,
         d_target_cos=(rest[2] - 0.5) * torch.where(torch.arange(len(lse)) % 3 == 0, steep, 1.0),
         d_target_bias=rest[3],
+        reduction=Reduction.SOFTPLUS_SUM if reduction == Reduction.SOFTPLUS_SUM else Reduction.LOG_SUM_EXP,
     )
 
 
@@ -80,7 +83,7 @@ def longhand(
     unit = w * factor[:, None]
     product = unit.to(p.x.dtype).double() if rounded else unit
     c = rows @ product.T
-    t = p.t.double()[:, None] if p.t is not None else 0
+    t = p.t.double()[:, None] if p.t is not None else torch.zeros(())
     hard = c > p.threshold.double()[:, None] if p.threshold is not None else c > torch.inf
     if p.non_target == NonTarget.HARD_LINEAR:
         value, slope = torch.where(hard, (1 + t) * c + t, c), torch.where(hard, 1 + t, 1)
@@ -91,6 +94,14 @@ def longhand(
     elif p.non_target == NonTarget.HINGE:
         slope = torch.where(c > -t, c + t, 0)
         value = slope * (c - t)
+    elif p.non_target == NonTarget.CLIPPED:
+        value, slope = torch.minimum(torch.maximum(c, p.threshold.double()[:, None]), t), ((c > p.threshold[:, None]) & (c < t)).double()
+    elif p.non_target in (NonTarget.POWER, NonTarget.POWER_DETACHED):
+        base = (0.5 + 0.5 * c).clamp_min(2.0**-40)
+        value = 2 * torch.exp(t * base.log()) - 1 + p.threshold.double()[:, None]
+        slope = t * torch.exp((t - 1) * base.log())
+        if p.non_target == NonTarget.POWER_DETACHED:
+            slope = torch.ones_like(c)
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
         sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))
@@ -112,6 +123,9 @@ def longhand(
     total = (torch.exp(z - top[:, None]) * away).sum(1)
     lse = total.log() + top
     share = torch.exp(z - lse[:, None]) * away
+    if reduction == Reduction.SOFTPLUS_SUM:
+        share = away / (1 + torch.exp(-z))
+        lse = (torch.log1p(torch.exp(-z.abs())) + z.clamp_min(0)).masked_fill(~away, 0).sum(1)
     row = {
         "lse": lse,
         "max_logit": highest,
@@ -129,8 +143,9 @@ def longhand(
     v = torch.where(own, up.d_target_cos.double()[:, None], g * slope).T @ rows
     if p.normalize_weight:
         v = factor[:, None] * (v - (v * unit).sum(1, keepdim=True) * unit)
-    d_bias = torch.where(own, up.d_target_bias.double()[:, None], g / scale).sum(0)
-    return row, {"d_weight": v, "d_bias": d_bias.view(-1, k).sum(1)}
+    held = (slope == 0) & (p.non_target == NonTarget.CLIPPED)
+    moved = torch.where(own, up.d_target_bias.double()[:, None], (g / scale).masked_fill(held, 0))
+    return row, {"d_weight": v, "d_bias": moved.sum(0).view(-1, k).sum(1)}
 
 
 def check_passes(
@@ -152,7 +167,8 @@ def check_passes(
             if getattr(got, name).numel() or (wanted and with_cos) or name in ("lse", "max_logit", "logit_sum"):
                 near(getattr(got, name), row[name], name)
     size = backend.workspace_bytes(*inputs.x.shape[:1], inputs.w.shape[0], inputs.x.dtype, workspace, inputs.sub_centers)
-    first = backend.row_pass(inputs, Request.log_sum_exp(workspace_bytes=size))
+    kind = Reduction.SOFTPLUS_SUM if reduction == Reduction.SOFTPLUS_SUM else Reduction.LOG_SUM_EXP
+    first = backend.row_pass(inputs, Request.of_loss(kind, need_center=False, need_cos=False, workspace_bytes=size))
     upstream = upstream_of(inputs, first.lse, reduction, steep)
     for need_weight, need_bias in ((True, True), (True, False), (False, True)):
         found = backend.class_pass(inputs, upstream, first.class_factor, first.saved, need_weight, need_bias)

@@ -57,7 +57,12 @@ def table(header: str, rows: list[tuple]) -> str:
 
 
 #: Margins that need an argument, or have state only with one.
-MADE = {mk.AdaCos: lambda: mk.AdaCos(10), mk.SphereFace: lambda: mk.SphereFace(annealing=True)}
+MADE = {
+    mk.AdaCos: lambda: mk.AdaCos(10),
+    mk.SphereFace: lambda: mk.SphereFace(annealing=True),
+    mk.SphereFace2: lambda: mk.SphereFace2(10),
+    mk.UniFace: lambda: mk.UniFace(10),
+}
 
 
 def heads_table(page: Path) -> str:
@@ -72,7 +77,9 @@ def heads_table(page: Path) -> str:
         state = ", ".join(f"`{name}`" for name, _ in made.named_buffers())
         if cls is mk.L2Softmax:
             state = "`alpha`, if trainable"
-        rows.append((f"`{cls.__name__}`", f"`{cls.__name__}{inspect.Signature(plain)}`", first, cls.non_target.label, state or "-"))
+        elif not state:
+            state = ", ".join(f"`{name}`, trained" for name, _ in made.named_parameters())
+        rows.append((f"`{cls.__name__}`", f"`{cls.__name__}{inspect.Signature(plain)}`", first, made.non_target.label, state or "-"))
     return table("Margin | Constructor | What it is | Non-target logits | State", rows)
 
 

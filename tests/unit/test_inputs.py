@@ -301,6 +301,8 @@ def test_odd_but_legal(name, backend):
             continue  # their scale is made for C >= 3, and for the head's C
         case = testing.Case(x.to(dtype), w, y, odd_bias(w))
         for i, options in enumerate(ODD_OPTIONS):
+            if head in testing.HEADS and testing.accepted(head, **options) != options:
+                continue
             out = testing.run(case, SMALL_HEADS[head](w.shape[0]), backend, **options)
             assert all_finite(out), (head, dtype, options, {k: float(v.abs().max()) if v.numel() else None for k, v in out.items()})
             want = odd_reference(name, head, dtype, i)

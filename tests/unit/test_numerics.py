@@ -127,11 +127,30 @@ def test_transforms_in_plain_numbers():
         ),
         mk.NonTarget.ANGLE_PART_DETACHED: (lambda c, t: math.cos(t * math.acos(c)), lambda c, t: 1.0),
     }
-    assert {*formulas, *everywhere} == {*mk.NonTarget}
+    both = {
+        mk.NonTarget.CLIPPED: (lambda c, low, high: min(max(c, low), high), lambda c, low, high: float(low <= c <= high)),
+        mk.NonTarget.POWER: (
+            lambda c, m, t: 2 * math.pow((1 + c) / 2, t) - 1 + m,
+            lambda c, m, t: t * math.pow((1 + c) / 2, t - 1),
+        ),
+        mk.NonTarget.POWER_DETACHED: (lambda c, m, t: 2 * math.pow((1 + c) / 2, t) - 1 + m, lambda c, m, t: 1.0),
+    }
+    assert {*formulas, *everywhere, *both} == {*mk.NonTarget}
     for kind, (value, slope) in everywhere.items():
         for got, formula in ((nontarget.value(kind, cos, threshold, t), value), (nontarget.slope(kind, cos, threshold, t), slope)):
             for i in range(2):
                 assert got[i].tolist() == pytest.approx([formula(c, float(t[i])) for c in cos[i].tolist()], rel=1e-12), kind
+    for kind, (value, slope) in both.items():
+        t = torch.tensor([0.25, 0.75]) if kind == mk.NonTarget.CLIPPED else torch.tensor([1.0, 3.5])
+        for got, formula in ((nontarget.value(kind, cos, threshold, t), value), (nontarget.slope(kind, cos, threshold, t), slope)):
+            for i in range(2):
+                want = [formula(c, threshold[i].item(), t[i].item()) for c in cos[i].tolist()]
+                assert got[i].tolist() == pytest.approx(want, rel=1e-12), kind
+        moves = nontarget.moves(kind, cos, threshold, t)
+        if kind == mk.NonTarget.CLIPPED:
+            assert moves.tolist() == [[False, True, True, False], [True, True, True, False]]
+        else:
+            assert moves is None
 
 
 @pytest.mark.parametrize("kind", mk.NonTarget)
@@ -140,6 +159,8 @@ def test_transforms_have_the_slope_that_autograd_gives(kind):
     cos = torch.cat([torch.linspace(-1, 1, 2001, dtype=torch.float64), torch.tensor([1 - 1e-9, 1 - 1e-12, 1e-12 - 1, 1e-7 - 1])])
     cos = cos.repeat(3, 1).requires_grad_()
     threshold, t = torch.tensor([-0.4, 0.0003, 0.7]), torch.tensor([0.1, 0.7, 1.0])
+    if kind in (mk.NonTarget.POWER, mk.NonTarget.POWER_DETACHED):
+        t = torch.tensor([1.0, 1.7, 10.0])
     value = nontarget.value(kind, cos, threshold, t)
     (slope,) = torch.autograd.grad(value.sum(), cos)
     assert torch.isfinite(slope).all()

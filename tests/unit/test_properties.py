@@ -49,7 +49,7 @@ def test_any_problem(backend):
         case = testing.Case.random(*shape, dtype[0], weight_dtype=dtype[1], bias=bias, seed=seed)
         case = testing.Case(relaid(case.x, layout), relaid(case.w, layout), case.labels, case.bias)
         upstream = torch.randn(shape[0], generator=torch.Generator().manual_seed(seed)) if options["reduction"] == "none" else None
-        margin = testing.HEADS[head](shape[2])
+        margin, options = testing.HEADS[head](shape[2]), testing.accepted(head, **options)
         want = testing.run(case, margin, "reference", dtype=torch.float64, upstream=upstream, **options)
         with chunks_of(width if backend == "torch" else None):
             got = testing.run(case, margin, backend, upstream=upstream, **options)

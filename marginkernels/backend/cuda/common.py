@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...core.device import on_device_of
 from ...core.nontarget import NonTarget
-from ...core.types import ClassPassOutput, PassInputs, Reduction, Request, RowPassOutput, Upstream
+from ...core.types import ClassPassOutput, PassInputs, Request, RowPassOutput, Upstream
 from .. import _extension
 from .._extension import DTYPES, address
 from ..gpu_rows import GpuRows
@@ -36,7 +36,7 @@ MAX_WIDTH = 8192
 ROW_THREADS = {False: 256, True: 1024}
 #: Kernels take classes in groups of so many: buffers are padded to it.
 GROUP = 128
-#: Half precision has few bits below 1: weights of at most 1 (times a slope, at most 3 or so) are stored times this. A power of two.
+#: Half precision has few bits below 1: weights of at most 1 (times a slope, at most 10) are stored times this. A power of two.
 HALF_POW2 = 2.0**12
 
 
@@ -87,7 +87,7 @@ class ExtensionBackend(GpuRows):
         self, inputs: PassInputs, upstream: Upstream, class_factor: Tensor, saved: Tensor, need_weight: bool, need_bias: bool
     ) -> ClassPassOutput:
         contiguous: dict[str, Any] = {
-            name: None if v is None else v.contiguous() for name, v in vars(upstream.rounded(torch.float32)).items()
+            name: v.contiguous() if isinstance(v, Tensor) else v for name, v in vars(upstream.rounded(torch.float32)).items()
         }
         with on_device_of(inputs.x):
             return self._class_pass(inputs, Upstream(**contiguous), class_factor, saved, need_weight, need_bias)
@@ -191,7 +191,7 @@ def stream_row_chunks(chunks: Chunks, last: int, sums: OnlineSoftmax, saved: Ten
             max_logit=sums.max_logit.data_ptr(),
             pow2=chunks.pow2,
             threads=ROW_THREADS[n < 256],
-            logit_sum=request.reduction == Reduction.LOGIT_SUM,
+            reduction=int(request.reduction),
             bias=chunks.bias(start),
             ld=chunks.width,
             start=start,

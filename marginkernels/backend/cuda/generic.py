@@ -52,6 +52,7 @@ class CudaBackend(ExtensionBackend):
                 lse=upstream.lse.data_ptr(),
                 d_lse=upstream.d_lse.data_ptr(),
                 d_logit_sum=address(upstream.d_logit_sum),
+                reduction=int(upstream.reduction),
                 pow2=address(writer.pow2),
                 bias=chunks.bias(start),
                 ld=chunks.width,

@@ -83,8 +83,10 @@ class HopperBackend(ExtensionBackend):
             common.stream_row_chunks(Chunks(p, self.kernels, width), first, own, saved, request)
             for v in (own.running_max, own.max_logit):  # the fused kernels' logits are in units of log2
                 v.mul_(LOG2E)
-        state = parts.addresses() | {"pow2": chunks.pow2, "d": d, "logit_sum": request.reduction == Reduction.LOGIT_SUM}
-        bias, reach = self._bias(p), None if request.reduction == Reduction.LOGIT_SUM else self._reach(p)
+            if request.reduction == Reduction.SOFTPLUS_SUM:
+                own.total.mul_(LOG2E)
+        state = parts.addresses() | {"pow2": chunks.pow2, "d": d, "reduction": int(request.reduction)}
+        bias, reach = self._bias(p), self._reach(p) if request.reduction == Reduction.LOG_SUM_EXP else None
         for index, start, stop in chunks.between(first, c):
             w = chunks.centers(start, stop, parts.class_factor, given=False)
             kernels.fused_row(
@@ -127,6 +129,7 @@ class HopperBackend(ExtensionBackend):
                 count=stop - start,
                 d=d,
                 non_target=int(p.non_target),
+                reduction=int(upstream.reduction),
             )
             writer.write(start, stop)
         return writer.out

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ...core.nontarget import NonTarget
-from ...core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Request, SumsUpstream, TopkInputs, Upstream
+from ...core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, SumsUpstream, TopkInputs, Upstream
 from . import launch, rows, saved_layout
 from .launch import Device, Launch
 
@@ -67,6 +67,7 @@ def launches(
     need_center: bool = True,
     need_weight: bool = True,
     logit_sum: bool = False,
+    softplus: bool = False,
     saved: float = 0.0,
     processors: int = 132,
 ) -> list[Launch]:
@@ -76,17 +77,19 @@ def launches(
         arch: such as ``"sm_90"``.
         need_center, need_weight: whether the row pass gives its derivative in the row, and the class pass dw.
         logit_sum: the row pass sums logits instead of exponentials, and the class pass has the upstream of such a sum.
+        softplus: the row pass sums softplus of the logits.
         saved: the share of the classes whose weights the row pass saves for the class pass.
         processors: of the GPU.
     """
     found: list[Launch] = []
     device = Device(arch, processors)
     n, c = inputs.x.shape[0], inputs.w.shape[0]
+    reduction = Reduction.SOFTPLUS_SUM if softplus else Reduction.LOG_SUM_EXP
     if logit_sum:
         request = Request.logit_sum(need_center=need_center)
     else:
         workspace = -(-int(saved * c) // saved_layout.GROUP) * saved_layout.group_bytes(n, inputs.x.dtype)
-        request = Request.log_sum_exp(need_center=need_center, workspace_bytes=workspace)
+        request = Request.of_loss(reduction, need_center=need_center, need_cos=False, workspace_bytes=workspace)
     out = launch.row_pass(inputs, request, device, found.append)
     need_bias = inputs.bias is not None
     if need_weight or need_bias:
@@ -97,6 +100,7 @@ def launches(
             d_logit_sum=like if logit_sum else None,
             d_target_cos=like,
             d_target_bias=like if need_bias else None,
+            reduction=reduction,
         )
         launch.class_pass(inputs, upstream, out.class_factor, out.saved, need_weight, need_bias, device, found.append)
     return found

@@ -9,6 +9,8 @@ from .primitives import (
     SIZES,
     accumulate,
     accumulators,
+    bias_slope,
+    exp_of_minus,
     fold_sum,
     halves,
     load_labels,
@@ -17,6 +19,7 @@ from .primitives import (
     narrow,
     nontarget_slope,
     nontarget_value,
+    sigmoid_of,
     similarities,
     store_tile,
     to_product,
@@ -82,7 +85,7 @@ def class_pass_kernel(
     n, c, stride_xn, stride_wc,
     DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    NON_TARGET: tl.constexpr, NORMALIZED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    NON_TARGET: tl.constexpr, SOFTPLUS: tl.constexpr, NORMALIZED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of classes against every row; slice ``program_id(1)`` of dw's columns.
 
@@ -105,7 +108,9 @@ def class_pass_kernel(
             part = load_tile(w, None, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, DEPTH)
             query += (tl.trans(to_product(part, factor, PRESCALE, DTYPE)),)
     if bias is not None:
-        b = (tl.load(bias + col, mask=in_c, other=0.0) * LOG2E)[None, :]
+        b = tl.load(bias + col, mask=in_c, other=0.0)[None, :]
+        if not SOFTPLUS:  # whose logits are in natural units
+            b *= LOG2E
     power_of_two = 1.0
     if pow2 is not None:
         power_of_two = tl.load(pow2)
@@ -129,14 +134,18 @@ def class_pass_kernel(
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
         cos = near * f
-        logit = nontarget_value(cos, hard[:, None], param[:, None], NON_TARGET) * (s * LOG2E)
+        logit = nontarget_value(cos, hard[:, None], param[:, None], NON_TARGET) * (s if SOFTPLUS else s * LOG2E)
         if bias is not None:
             logit += b
-        g = tl.exp2(logit - log_sum * LOG2E) * up
+        if SOFTPLUS:
+            g = sigmoid_of(logit, exp_of_minus(logit)) * up
+        else:
+            g = tl.exp2(logit - log_sum * LOG2E) * up
         if d_logit_sum is not None:
             g += tl.load(d_logit_sum + row, mask=in_n, other=0.0)[:, None]
         if db is not None:
-            bias_sum += fold_sum(tl.where(own, tl.load(d_target_bias + row, mask=in_n, other=0.0)[:, None], g / s))
+            db_term = bias_slope(g, cos, hard[:, None], param[:, None], NON_TARGET) / s
+            bias_sum += fold_sum(tl.where(own, tl.load(d_target_bias + row, mask=in_n, other=0.0)[:, None], db_term))
         if dw is not None:
             g = nontarget_slope(g, cos, hard[:, None], param[:, None], NON_TARGET)
             g = tl.where(own, tl.load(d_target_cos + row, mask=in_n, other=0.0)[:, None], g)

@@ -133,15 +133,16 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
         return v if fill is None else v.fill_(fill)
 
     half = p.x.dtype == torch.float16
-    logit_sum = request.reduction == Reduction.LOGIT_SUM
+    logit_sum, softplus = (request.reduction == one for one in (Reduction.LOGIT_SUM, Reduction.SOFTPLUS_SUM))
+    plain_sum = logit_sum or softplus
     convert, wide = converts(p, device), padded(d, p.x.dtype, device.arch)
     saved = p.x.new_empty(request.workspace_bytes, dtype=torch.uint8)
     saved_weights, saved_base = saved_layout.parts(saved, n, p.x.dtype)
     saved_count = 0 if logit_sum else saved_weights.shape[0]
     factor = new(c if p.normalize_weight else 0)
-    bounded = p.normalize_weight and not logit_sum and not half
-    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or request.need_cos
-    ways = (False, True) if bounded else (not logit_sum,)
+    bounded = p.normalize_weight and not plain_sum and not half
+    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or request.need_cos or softplus
+    ways = (False, True) if bounded else (not plain_sum,)
     asked = {"accumulates": request.need_center, "busy": busy, "saves": saved_count > 0}
     tiles = [tile_for(Key.of("row", d, p.x.dtype, device.arch, online=online, **asked)) for online in ways]
     tile = tiles[0]
@@ -172,9 +173,11 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
         "stride_xn": p.x.stride(0),
         "limit": LIMIT,
     }
-    switches = {"LOGIT_SUM": logit_sum, "NEED_CENTER": request.need_center, "NEED_COS": request.need_cos}
+    switches = {"NEED_CENTER": request.need_center, "NEED_COS": request.need_cos}
     constants = {
         **switches,
+        "LOGIT_SUM": logit_sum,
+        "SOFTPLUS": softplus,
         "NON_TARGET": int(p.non_target),
         "RESUME": convert,
         "POW2": saved_pow2(p.x.dtype),
@@ -218,7 +221,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
         "center": new(n if request.need_center else 0, d),
     }
     width = min(128, power_of_two(d))
-    constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, **switches}
+    constants = {"DIM": d, "WIDTH": width, "BLOCK_N": 16, "PLAIN_SUM": plain_sum, "SOFTPLUS": softplus, **switches}
     tiles_of = (math.ceil(n / 16), math.ceil(d / width) if request.need_center else 1)
     run(Launch(combine_kernel, tiles_of, {**parts, **out, "n": n, "splits": splits}, constants))
     return RowPassOutput.of(request, **out, class_factor=factor, saved=saved)
@@ -288,7 +291,8 @@ def _class_pass(
     p: PassInputs, upstream: Upstream, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run: Run
 ) -> None:
     (n, d), c = p.x.shape, p.w.shape[0]
-    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or upstream.d_logit_sum is not None
+    softplus = upstream.reduction == Reduction.SOFTPLUS_SUM
+    busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or upstream.d_logit_sum is not None or softplus
     tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=dw is not None, busy=busy))
     half = p.x.dtype == torch.float16
     args = {
@@ -309,6 +313,7 @@ def _class_pass(
     constants = {
         **cut("class", p, tile, device),
         "NON_TARGET": int(p.non_target),
+        "SOFTPLUS": softplus,
         "NORMALIZED": p.normalize_weight,
         "PRESCALE": p.normalize_weight and half,
         "PRECISION": precision(p.x.dtype),

@@ -22,6 +22,7 @@ from . import saved_layout
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E_REST = tl.constexpr(1.92596299e-8)  # what LOG2E lacks as a float32
 
 #: Arguments that change from batch to batch and from head to head: kernels are not compiled anew for a size of 1 or a multiple of 16.
 #: First classes of a chunk and counts of saved classes are always a multiple of 16, which spares registers.
@@ -38,6 +39,10 @@ FILTERED = tl.constexpr(3)
 HINGE = tl.constexpr(4)
 ANGLE_PART = tl.constexpr(5)
 ANGLE_PART_DETACHED = tl.constexpr(6)
+CLIPPED = tl.constexpr(7)
+POWER = tl.constexpr(8)
+POWER_DETACHED = tl.constexpr(9)
+LEAST_BASE = tl.constexpr(nontarget.LEAST_BASE)
 PI = tl.constexpr(3.141592653589793)
 LEAST_SINE = tl.constexpr(nontarget.LEAST_SINE)
 
@@ -125,7 +130,12 @@ def nontarget_value(c, threshold, t, NON_TARGET: tl.constexpr):
         c = tl.where(c > threshold, 0.0, c)
     elif NON_TARGET == HINGE:
         c = tl.where(c + t < 0, 0.0, c + t) * (c - t)
-    elif NON_TARGET >= ANGLE_PART:  # detached or not
+    elif NON_TARGET == CLIPPED:
+        c = tl.where(c < threshold, threshold, c)
+        c = tl.where(c > t, t, c)
+    elif NON_TARGET >= POWER:  # detached or not
+        c = 2.0 * tl.exp2(t * tl.log2(tl.maximum(0.5 + 0.5 * c, LEAST_BASE))) + (threshold - 1.0)
+    elif NON_TARGET >= ANGLE_PART:
         theta, _ = angle(c, 0.0)
         half = sine_of(0.5 * t * theta)
         c = 1.0 - 2.0 * half * half
@@ -147,7 +157,44 @@ def nontarget_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
         theta, sine = angle(c, 1e-9)
         y = 0.5 * t * theta
         g *= t * 2.0 * sine_of(y) * cosine_of(y) / tl.maximum(sine, tl.where(c < 0, LEAST_SINE, 0.0))
+    elif NON_TARGET == CLIPPED:
+        g = tl.where((c < threshold) | (c > t), 0.0, g)
+    elif NON_TARGET == POWER:
+        g *= t * tl.exp2((t - 1) * tl.log2(tl.maximum(0.5 + 0.5 * c, LEAST_BASE)))
     return g
+
+
+@triton.jit
+def bias_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
+    """g times the slope of the logit in the bias."""
+    if NON_TARGET == CLIPPED:
+        g = tl.where((c < threshold) | (c > t), 0.0, g)
+    return g
+
+
+@triton.jit
+def exp_of_minus(z):
+    """exp(-|z|). The terms of a sum of softplus are as wrong, relatively, as their exponents absolutely, and with one error in common they
+    would not average out: hence z comes in natural units, and LOG2E to more digits than a float32 has."""
+    a = -tl.abs(z)
+    return tl.exp2(a * LOG2E + a * LOG2E_REST)
+
+
+@triton.jit
+def sigmoid_of(z, e):
+    """The slope of softplus, from ``e = exp(-|z|)``."""
+    return tl.where(z > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log1p_of(e):
+    """log(1 + e) for e in [0, 1], with its digits where e is small."""
+    q = e / (2.0 + e)
+    square = q * q
+    p = square * 0.140891671 + 0.139803007
+    p = p * square + 0.200124547
+    p = p * square + 0.333331585
+    return 2.0 * q * (p * square + 1.0)
 
 
 @triton.jit

@@ -11,15 +11,18 @@ from .primitives import (
     SIZES,
     accumulate,
     accumulators,
+    exp_of_minus,
     fold_max,
     fold_sum,
     halves,
     load_labels,
     load_tile,
     load_transform,
+    log1p_of,
     narrow,
     nontarget_slope,
     nontarget_value,
+    sigmoid_of,
     similarities,
     store_tile,
     to_unit_range,
@@ -138,7 +141,7 @@ def row_pass_kernel(
     n, first_class, count, saved_count, stride_xn, stride_wc, saved_stride, blocks_per_split, limit,
     DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    NON_TARGET: tl.constexpr, LOGIT_SUM: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
+    NON_TARGET: tl.constexpr, LOGIT_SUM: tl.constexpr, SOFTPLUS: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
     NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr, POW2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of ``count`` classes from ``first_class``; with NEED_CENTER, slice ``program_id(2)`` of
@@ -159,7 +162,9 @@ def row_pass_kernel(
     if bound is not None and (tl.load(bound) <= limit) == ONLINE:
         return
     f = tl.load(row_factor + row, mask=in_n, other=0.0)[None, :]
-    s = tl.load(scale + row, mask=in_n, other=0.0)[None, :] * LOG2E
+    s = tl.load(scale + row, mask=in_n, other=0.0)[None, :]
+    if not SOFTPLUS:  # whose logits are in natural units
+        s *= LOG2E
     if PLAIN:  # the similarities themselves are not wanted
         s *= f
     own = (load_labels(labels, row, in_n) - first_class)[None, :]
@@ -197,7 +202,9 @@ def row_pass_kernel(
         logit = value * s
         raw = cos * s
         if bias is not None:
-            b = (tl.load(bias + first_class + col, mask=in_c, other=0.0) * LOG2E)[:, None]
+            b = tl.load(bias + first_class + col, mask=in_c, other=0.0)[:, None]
+            if not SOFTPLUS:
+                b *= LOG2E
             logit += b
             raw += b
         keep = in_c[:, None] & (col[:, None] != own)
@@ -205,6 +212,11 @@ def row_pass_kernel(
         if LOGIT_SUM:
             g = keep.to(tl.float32)
             total += fold_sum(tl.where(keep, logit, 0.0))
+        elif SOFTPLUS:
+            logit = tl.where(keep, logit, float("-inf"))
+            e = exp_of_minus(logit)
+            total += fold_sum(tl.maximum(logit, 0.0) + log1p_of(e))
+            g = sigmoid_of(logit, e)
         else:
             logit = tl.where(keep, logit, float("-inf"))
             if ONLINE:
@@ -251,9 +263,10 @@ def combine_kernel(
     center,  # (N, D), out
     n, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOGIT_SUM: tl.constexpr, NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr,
+    PLAIN_SUM: tl.constexpr, SOFTPLUS: tl.constexpr, NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of the classes, always in the same order."""
+    """Join the splits of the classes, always in the same order. PLAIN_SUM: of what needs no running maximum."""
+    UNIT: tl.constexpr = 1.0 if SOFTPLUS else LN2
     first_row = tl.program_id(0) * BLOCK_N
     first_dim = tl.program_id(1) * WIDTH
     row = first_row + tl.arange(0, BLOCK_N)
@@ -275,7 +288,7 @@ def combine_kernel(
             mean += share * tl.load(part_cos + at + row, mask=in_n, other=0.0)
         if NEED_CENTER:
             joint += share[:, None] * load_tile(part_center + at * DIM, None, DIM, first_row, n, first_dim, DIM, BLOCK_N, WIDTH, WIDTH)
-    if LOGIT_SUM:
+    if PLAIN_SUM:
         log_mass = mass
     else:
         log_mass = tl.where(mass == 0, float("-inf"), tl.log2(mass) + base)
@@ -283,8 +296,8 @@ def combine_kernel(
         mean *= share
         joint *= share[:, None]
     if tl.program_id(1) == 0:
-        tl.store(value + row, log_mass * LN2, mask=in_n)
-        tl.store(max_logit + row, best * LN2, mask=in_n)
+        tl.store(value + row, log_mass * UNIT, mask=in_n)
+        tl.store(max_logit + row, best * UNIT, mask=in_n)
         if NEED_COS:
             tl.store(cos + row, mean, mask=in_n)
     if NEED_CENTER:

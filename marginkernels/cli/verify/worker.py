@@ -195,7 +195,7 @@ class Worker:
         (n, d, c), (x, w) = check.shape, (DTYPES[name] for name in check.pair)
         case = testing.Case.random(n, d, c, x, weight_dtype=w, bias=check.extras, seed=self.seed, device=self.device)
         workspace = math.inf if check.workspace_mb is not None and check.workspace_mb < 0 else check.workspace_mb
-        options = {"label_smoothing": 0.1 if check.extras else 0.0, "workspace_mb": workspace}
+        options = testing.accepted(check.head, label_smoothing=0.1 if check.extras else 0.0, workspace_mb=workspace)
         return case, testing.HEADS[check.head](c), options
 
     def _drawn(self, check: Check) -> testing.Case:

@@ -86,7 +86,8 @@ def test_every_dtype(backend, k):
     for (n, d, c), dtype in ((shape, dtype) for shape in ((7, 33, 43), (1, 64, 129), (33, 64, 1)) for dtype in FUSED[backend].dtypes):
         case = problem(n, d, c, k, dtype)
         case = testing.Case(case.x, case.w, case.labels, None)
-        for name in ("arcface", "curricularface", "adacos", "l2-softmax-trainable", "arcface-per-class", "softmax"):
+        heads = ("arcface", "curricularface", "adacos", "l2-softmax-trainable", "arcface-per-class", "softmax", "sphereface2-arc")
+        for name in heads:
             # Of one row rounding is not averaged, and the gradient of a scale is the difference of two numbers that are nearly equal.
             if c > 1 and (n > 1 or (dtype.itemsize > 2 and name != "l2-softmax-trainable")):
                 found = testing.errors(case, testing.HEADS[name](c), backend, sub_centers=k)
@@ -100,9 +101,10 @@ def test_every_dtype(backend, k):
 def test_equal_sub_centers_are_one(name, backend):
     """Every head: with K times the same centers all is as with one, and together they have its gradient."""
     case = testing.Case.random(9, 16, 23, torch.float32, bias=True)
-    want = testing.run(case, testing.HEADS[name](23), "reference", dtype=torch.float64, label_smoothing=0.1)
+    options = testing.accepted(name, label_smoothing=0.1)
+    want = testing.run(case, testing.HEADS[name](23), "reference", dtype=torch.float64, **options)
     thrice = testing.Case(case.x, case.w.repeat_interleave(3, 0), case.labels, case.bias)
-    got = testing.run(thrice, testing.HEADS[name](23), backend, sub_centers=3, label_smoothing=0.1)
+    got = testing.run(thrice, testing.HEADS[name](23), backend, sub_centers=3, **options)
     got["dw"] = got["dw"].view(23, 3, 16).sum(1)
     for key, v in want.items():
         assert testing.relative_error(got[key], v) <= testing.TOLERANCE[torch.float32], key

@@ -16,7 +16,7 @@ namespace mk {
 // marginkernels/core/nontarget.py. A new one is a name here, and its lines in nontarget_value and nontarget_slope.
 #define MK_TRANSFORMS(one)                                                                                                          \
   one(IDENTITY) one(HARD_LINEAR) one(HARD_QUADRATIC) one(FILTERED) one(HINGE) one(ANGLE_PART) one(ANGLE_PART_DETACHED) one(CLIPPED) \
-      one(POWER) one(POWER_DETACHED)
+      one(POWER) one(POWER_DETACHED) one(LIFTED) one(LIFTED_ANGLE)
 #define MK_NAME_TRANSFORM(name) name,
 enum NonTarget : int { MK_TRANSFORMS(MK_NAME_TRANSFORM) };
 #define MK_COUNT_TRANSFORM(name) +1
@@ -110,6 +110,7 @@ constexpr float LEAST_BASE = 0x1p-40f;
 constexpr float PI = 3.14159265358979323846f;
 // See marginkernels/core/nontarget.py.
 constexpr float LEAST_SINE = 0x1p-4f;
+constexpr float LEAST_LIFTED_SINE = 0x1p-7f;
 
 // theta = acos(c), and its sine; |c| may exceed 1 by rounding. `least` is what sin(theta/2)^2, at the nearer end, is taken for at least.
 // asin(s)/s is a polynomial in s^2 up to 1/2, to 2e-8.
@@ -172,6 +173,11 @@ MK_HOST_DEVICE T nontarget_value(T c, T threshold, T t) {
     const T base = 0.5f + 0.5f * c;
     return 2.0f * power_of<T>(base < LEAST_BASE ? T{} + LEAST_BASE : base, t) + (threshold - 1.0f);
   }
+  if constexpr (NON_TARGET == LIFTED) return c > threshold ? c + t : c;
+  if constexpr (NON_TARGET == LIFTED_ANGLE) {
+    const T square = 1.0f - c * c;
+    return c > threshold ? c * cosine_of(t) + square_root(square < 0.0f ? T{} : square) * sine_of(t) : c;
+  }
   return c;
 }
 
@@ -192,6 +198,10 @@ MK_HOST_DEVICE T nontarget_slope(T c, T threshold, T t) {
   if constexpr (NON_TARGET == POWER) {
     const T base = 0.5f + 0.5f * c;
     return t * power_of<T>(base < LEAST_BASE ? T{} + LEAST_BASE : base, t - 1.0f);
+  }
+  if constexpr (NON_TARGET == LIFTED_ANGLE) {
+    const T square = 1.0f - c * c, least = T{} + LEAST_LIFTED_SINE * LEAST_LIFTED_SINE;
+    return c > threshold ? cosine_of(t) - c * sine_of(t) / square_root(square < least ? least : square) : one;
   }
   return one;
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend as backends
@@ -16,9 +17,10 @@ from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers, target_rows
 from .core.transforms import transforming
-from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request
+from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, TopkInputs
 from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
+from .margins.base import Nearest
 from .margins.contract import Evaluated, advance, check_binary, evaluate, restored_on_error
 
 if TYPE_CHECKING:
@@ -412,8 +414,10 @@ def _fused_losses(
     inputs = HeadInputs(embeddings, classes.w, own, margin.normalize_embedding, margin.normalize_weight)
     rows, owner_bias, center_norm = _prepare(inputs, classes, backend, margin.needs_center_norm)
     parts = _parts(batches)
-    if center_norm is not None:
-        batches = [batch.with_center_norm(center_norm[part]) for batch, part in zip(batches, parts, strict=True)]
+    batches = [
+        batch.with_classes(None if center_norm is None else center_norm[part], _nearest(inputs, classes, part, backend))
+        for batch, part in zip(batches, parts, strict=True)
+    ]
     first = parts[0]
     if margin.training:
         _update_state(margin, batches[0], rows.part(first), classes, own[first], backend)
@@ -455,6 +459,23 @@ def _fused_losses(
         losses = losses + target.regularizer
     valid = torch.cat([batch.valid for batch in batches]) if len(batches) > 1 else batches[0].valid
     return torch.where(valid, losses, 0), _statistics(batches[0], rows.part(first), sums, target)
+
+
+def _nearest(inputs: HeadInputs, classes: LocalClasses, part: slice, backend: str) -> Nearest:
+    """What :meth:`BatchInfo.nearest` gives of some of the rows."""
+
+    @torch.no_grad()
+    def nearest(count: int) -> Tensor:
+        sides = (inputs.normalize_embedding, inputs.normalize_weight)
+        search = TopkInputs(inputs.x.detach()[part], inputs.w.detach(), None, None, *sides, classes.sub_centers)
+        found = ops.topk(search, min(count + 1, inputs.w.shape[0] // classes.sub_centers), backend)
+        scores = found.scores.masked_fill(found.classes == classes.labels[part, None], -torch.inf)
+        scores = F.pad(scores, (0, count + 1 - scores.shape[1]), value=-torch.inf)
+        if classes.shard is not None:
+            scores = classes.shard.gathered(scores)
+        return scores.topk(count, 1).values
+
+    return nearest
 
 
 def _parts(batches: list[BatchInfo]) -> list[slice]:

@@ -84,7 +84,12 @@ def losses(
         cos, nearest = cos.unflatten(1, (c, sub_centers)).max(2)
         row = (column * sub_centers + nearest.gather(1, column))[:, 0]
     center_norm = torch.linalg.vector_norm(w, dim=1)[row] if margin.needs_center_norm else None
-    batch = BatchInfo(x, labels, c, center_norm=center_norm)
+
+    def highest(count: int) -> Tensor:
+        others = torch.nn.functional.pad(cos.detach().masked_fill(own, -torch.inf), (0, count), value=-torch.inf)
+        return others.topk(count, 1).values
+
+    batch = BatchInfo(x, labels, c, center_norm=center_norm, nearest=highest)
     target = cos.gather(1, column)[:, 0]
     if margin.normalize_embedding and margin.normalize_weight:  # rounding may leave [-1, 1]
         target = target + (target.clamp(-1, 1) - target).detach()

@@ -60,6 +60,8 @@ HEADS: dict[str, Callable[[int], m.Margin]] = {
     "arcface-per-class": lambda c: m.ArcFace(margin=m.margins_from_counts(torch.arange(1, c + 1))),
     "adaface": lambda c: m.AdaFace(momentum=0.5),
     "magface": lambda c: m.MagFace(norm_range=(1.0, 30.0)),
+    "inter-topk": lambda c: m.InterTopK(penalty=0.2),
+    "inter-topk-cos": lambda c: m.InterTopK("cos", 16.0, 0.35, k=3, penalty=0.1),
     "elasticface": lambda c: m.ElasticFace(std=0.05),
     "elasticface-plus": lambda c: m.ElasticFace("cos", margin=0.35, std=0.05, plus="paper"),
 }
@@ -226,7 +228,13 @@ def check_margin(margin: m.Margin, num_classes: int | None = None) -> None:
     labels = torch.arange(len(cos)) * 7 % min(classes, 10)
     directions = torch.randn(len(cos), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     embeddings = directions * (norms / torch.linalg.vector_norm(directions, dim=1))[:, None]
-    batch = m.BatchInfo(embeddings, labels, classes, center_norm=3.0 + labels.to(torch.float64))
+    batch = m.BatchInfo(
+        embeddings,
+        labels,
+        classes,
+        center_norm=3.0 + labels.to(torch.float64),
+        nearest=lambda count: torch.linspace(0.5, -0.5, count, dtype=torch.float64).expand(len(cos), count),
+    )
     buffers = {key: v.clone() for key, v in margin.named_buffers()}
 
     def at(cos: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ transform               ``N(c)``                                             ``N
 ``CLIPPED``             ``c`` within [threshold, t], else the nearer end     1 within, else 0
 ``POWER``               ``2 ((1 + c) / 2)^t - 1 + threshold``, t in [1, 10]  its derivative
 ``POWER_DETACHED``      the same                                             1
+``LIFTED``              ``c + t`` where ``c > threshold``, else ``c``        1
+``LIFTED_ANGLE``        ``cos(acos(c) - t)`` there, t in [0, pi/2], else ``c``  its derivative, see :data:`LEAST_LIFTED_SINE`
 ======================  ===================================================  =======================================
 
 ``threshold`` and the parameter ``t`` are one number a row; ``POWER`` adds the former, a margin. Neither is differentiated, nor is the mask.
@@ -37,6 +39,9 @@ from torch import Tensor
 #: slope ``t sin(t theta) / sin(theta)`` goes to infinity. The gradient that reaches an embedding is this slope times sin(theta). A slope of
 #: at most 10 leaves room in float16.
 LEAST_SINE = 2.0**-4
+#: What ``LIFTED_ANGLE`` takes sin(theta) for in its slope ``sin(theta - t) / sin(theta)`` where it is smaller, within half a degree of a
+#: class center or its opposite: there the slope goes to infinity, and the gradient that reaches an embedding is this slope times sin(theta).
+LEAST_LIFTED_SINE = 2.0**-7
 
 
 class NonTarget(IntEnum):
@@ -52,6 +57,8 @@ class NonTarget(IntEnum):
     CLIPPED = 7
     POWER = 8
     POWER_DETACHED = 9
+    LIFTED = 10
+    LIFTED_ANGLE = 11
 
     @property
     def label(self) -> str:
@@ -167,6 +174,17 @@ def _differentiable_power(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
 def _clipped(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
     c = torch.where(c < threshold, threshold, c)
     return torch.where(c > t, t, c)
+def _lifted_angle(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    at = c.detach()
+    lifted = at * t.cos() + (1 - at * at).clamp_min(0).sqrt() * t.sin()
+    if c.requires_grad:
+        lifted = lifted + _lifted_angle_slope(at, threshold, t) * (c - at)
+    return torch.where(c > threshold, lifted, c)
+
+
+def _lifted_angle_slope(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
+    sine = (1 - c * c).clamp_min(LEAST_LIFTED_SINE**2).sqrt()
+    return torch.where(c > threshold, t.cos() - c * t.sin() / sine, 1.0)
 
 
 _TRANSFORMS = {
@@ -227,6 +245,17 @@ _TRANSFORMS = {
         lambda c, threshold, t: _power(c.detach(), threshold, t) + (c - c.detach()),
         lambda c, threshold, t: 1.0,
         lambda c, threshold, t: _power(c, threshold.abs(), t).clamp_min(1 + threshold.abs()),
+    NonTarget.LIFTED: _Transform(
+        lambda c, threshold, t: torch.where(c > threshold, c + t, c),
+        lambda c, threshold, t: 1.0,
+        lambda c, threshold, t: c + t.abs(),
+        needs_threshold=True,
+        needs_t=True,
+    ),
+    NonTarget.LIFTED_ANGLE: _Transform(
+        _lifted_angle,
+        _lifted_angle_slope,
+        lambda c, threshold, t: torch.maximum(c, torch.ones_like(c)),
         needs_threshold=True,
         needs_t=True,
     ),

@@ -51,6 +51,7 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "combined": lambda c: m.CombinedMargin(SCALE, m1=1.1, m2=0.15, m3=0.1),
     "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
+    "inter-topk": lambda c: m.InterTopK("arc", SCALE, ANGLE),
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
     "cosface-per-class": lambda c: m.CosFace(SCALE, torch.linspace(0.5 * COSINE, COSINE, c)),

@@ -224,6 +224,11 @@ class Shard:
         best_scores, best_classes = (v.transpose(0, 1).flatten(1) for v in every)
         return best_scores, best_classes
 
+    def gathered(self, scores: Tensor) -> Tensor:
+        """(N, R k) the ``scores`` (N, k) of all ranks, the same rows on each."""
+        every: Tensor = collectives.all_gather(scores, self.group, self.size, "candidates")
+        return every.transpose(0, 1).flatten(1)
+
     @torch.no_grad()
     def draw_normal(self, weight: Tensor, std: float, sub_centers: int = 1) -> None:
         """Fill this shard's ``weight``, ``sub_centers`` rows a class, with N(0, std^2), seeded by rank 0. The values of a class do not

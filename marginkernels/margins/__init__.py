@@ -8,6 +8,7 @@ from .binary import SphereFace2, UniFace
 from .circle import Circle
 from .elastic import ElasticFace
 from .hard_negative import CurricularFace, MVSoftmax
+from .inter_topk import InterTopK
 from .per_class import margins_from_counts
 from .quality import AdaFace, MagFace
 from .softmax import L2Softmax, NormFace, Softmax
@@ -27,6 +28,7 @@ ALL = (
     AdaCos,
     MVSoftmax,
     CurricularFace,
+    InterTopK,
     Circle,
     AdaFace,
     MagFace,
@@ -47,6 +49,7 @@ __all__ = [
     "CosFace",
     "CurricularFace",
     "ElasticFace",
+    "InterTopK",
     "L2Softmax",
     "LSoftmax",
     "MVSoftmax",

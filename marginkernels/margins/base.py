@@ -17,6 +17,8 @@ from ..core.types import Reduction
 
 #: ``non_target_lse(s)`` gives (N,) float64 ``log sum_{j != y} exp(s c_ij)`` for a scale s: one more pass over the classes.
 NonTargetLSE = Callable[[Tensor], Tensor]
+#: ``nearest(count)`` gives (N, count) what :meth:`BatchInfo.nearest` does.
+Nearest = Callable[[int], Tensor]
 
 
 def check_range(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False, unit: str = "") -> float:
@@ -76,7 +78,14 @@ class BatchInfo:
     """
 
     def __init__(
-        self, embeddings: Tensor, labels: Tensor, num_classes: int, *, own: slice = slice(None), center_norm: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        *,
+        own: slice = slice(None),
+        center_norm: Tensor | None = None,
+        nearest: Nearest | None = None,
     ):
         self.embeddings = embeddings
         self.labels = labels
@@ -84,14 +93,15 @@ class BatchInfo:
         self.num_classes = num_classes
         self.own = own
         self._center_norm = center_norm
+        self._nearest = nearest
 
     def with_labels(self, labels: Tensor) -> BatchInfo:
         """The same rows with other labels."""
-        return BatchInfo(self.embeddings, labels, self.num_classes, own=self.own, center_norm=self._center_norm)
+        return BatchInfo(self.embeddings, labels, self.num_classes, own=self.own, center_norm=self._center_norm, nearest=self._nearest)
 
-    def with_center_norm(self, center_norm: Tensor) -> BatchInfo:
-        """The same rows with the norms (N,) of their class centers."""
-        return BatchInfo(self.embeddings, self.labels, self.num_classes, own=self.own, center_norm=center_norm)
+    def with_classes(self, center_norm: Tensor | None, nearest: Nearest) -> BatchInfo:
+        """The same rows with what :attr:`center_norm` and :meth:`nearest` give."""
+        return BatchInfo(self.embeddings, self.labels, self.num_classes, own=self.own, center_norm=center_norm, nearest=nearest)
 
     @property
     def norm(self) -> Tensor:
@@ -103,6 +113,13 @@ class BatchInfo:
     def center_norm(self) -> Tensor:
         """(N,) norm of each row's own class center, for a margin that says ``needs_center_norm``; else ones."""
         return torch.ones_like(self.labels, dtype=torch.float64) if self._center_norm is None else self._center_norm
+
+    def nearest(self, count: int) -> Tensor:
+        """(N, count) the highest similarities of each row with the classes that are not its own, falling, -inf where there are fewer
+        classes; one more pass over them, or over those drawn. For :meth:`Margin.threshold`; not differentiated."""
+        if self._nearest is None:
+            raise RuntimeError("nearest: expected a call from threshold(), got one where the classes are not known")
+        return self._nearest(count)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` (..., N) over the valid rows, 0 where there is none. Never waits for the device."""

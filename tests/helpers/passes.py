@@ -102,6 +102,15 @@ def longhand(
         slope = t * torch.exp((t - 1) * base.log())
         if p.non_target == NonTarget.POWER_DETACHED:
             slope = torch.ones_like(c)
+    elif p.non_target == NonTarget.LIFTED:
+        value, slope = torch.where(hard, c + t, c), torch.ones_like(c)
+    elif p.non_target == NonTarget.LIFTED_ANGLE:
+        theta = torch.acos(c.clamp(-1, 1))
+        sine = torch.sin(theta).clamp_min(1 / 128)
+        value, slope = (
+            torch.where(hard, torch.cos(theta - t), c),
+            torch.where(hard, torch.cos(t + 0 * c) - c * torch.sin(t + 0 * c) / sine, 1),
+        )
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
         sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))

@@ -110,6 +110,11 @@ def test_transforms_in_plain_numbers():
         mk.NonTarget.HARD_LINEAR: (lambda c, t: c + t * c + t, lambda c, t: 1 + t),
         mk.NonTarget.HARD_QUADRATIC: (lambda c, t: t * c + c * c, lambda c, t: t + c + c),
         mk.NonTarget.FILTERED: (lambda c, t: 0.0, lambda c, t: 0.0),
+        mk.NonTarget.LIFTED: (lambda c, t: c + t, lambda c, t: 1.0),
+        mk.NonTarget.LIFTED_ANGLE: (
+            lambda c, t: math.cos(math.acos(c) - t),
+            lambda c, t: math.sin(math.acos(c) - t) / math.sin(math.acos(c)),
+        ),
     }
     for kind, (value, slope) in formulas.items():
         for got, formula, else_ in (

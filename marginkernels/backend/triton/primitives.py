@@ -43,8 +43,11 @@ CLIPPED = tl.constexpr(7)
 POWER = tl.constexpr(8)
 POWER_DETACHED = tl.constexpr(9)
 LEAST_BASE = tl.constexpr(nontarget.LEAST_BASE)
+LIFTED = tl.constexpr(10)
+LIFTED_ANGLE = tl.constexpr(11)
 PI = tl.constexpr(3.141592653589793)
 LEAST_SINE = tl.constexpr(nontarget.LEAST_SINE)
+LEAST_LIFTED_SINE = tl.constexpr(nontarget.LEAST_LIFTED_SINE)
 
 
 @triton.jit
@@ -130,6 +133,11 @@ def nontarget_value(c, threshold, t, NON_TARGET: tl.constexpr):
         c = tl.where(c > threshold, 0.0, c)
     elif NON_TARGET == HINGE:
         c = tl.where(c + t < 0, 0.0, c + t) * (c - t)
+    elif NON_TARGET == LIFTED:
+        c = tl.where(c > threshold, c + t, c)
+    elif NON_TARGET == LIFTED_ANGLE:
+        lifted = c * cosine_of(t) + tl.sqrt_rn(tl.maximum(1.0 - c * c, 0.0)) * sine_of(t)
+        c = tl.where(c > threshold, lifted, c)
     elif NON_TARGET == CLIPPED:
         c = tl.where(c < threshold, threshold, c)
         c = tl.where(c > t, t, c)
@@ -161,6 +169,9 @@ def nontarget_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
         g = tl.where((c < threshold) | (c > t), 0.0, g)
     elif NON_TARGET == POWER:
         g *= t * tl.exp2((t - 1) * tl.log2(tl.maximum(0.5 + 0.5 * c, LEAST_BASE)))
+    elif NON_TARGET == LIFTED_ANGLE:
+        sine = tl.sqrt_rn(tl.maximum(1.0 - c * c, LEAST_LIFTED_SINE * LEAST_LIFTED_SINE))
+        g = tl.where(c > threshold, g * (cosine_of(t) - c * sine_of(t) / sine), g)
     return g
 
 

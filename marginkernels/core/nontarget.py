@@ -40,7 +40,7 @@ from torch import Tensor
 #: at most 10 leaves room in float16.
 LEAST_SINE = 2.0**-4
 #: What ``LIFTED_ANGLE`` takes sin(theta) for in its slope ``sin(theta - t) / sin(theta)`` where it is smaller, within half a degree of a
-#: class center or its opposite: there the slope goes to infinity, and the gradient that reaches an embedding is this slope times sin(theta).
+#: class center or its opposite, where the slope goes to infinity. The gradient that reaches an embedding is this slope times sin(theta).
 LEAST_LIFTED_SINE = 2.0**-7
 
 

@@ -107,10 +107,8 @@ def longhand(
     elif p.non_target == NonTarget.LIFTED_ANGLE:
         theta = torch.acos(c.clamp(-1, 1))
         sine = torch.sin(theta).clamp_min(1 / 128)
-        value, slope = (
-            torch.where(hard, torch.cos(theta - t), c),
-            torch.where(hard, torch.cos(t + 0 * c) - c * torch.sin(t + 0 * c) / sine, 1),
-        )
+        value = torch.where(hard, torch.cos(theta - t), c)
+        slope = torch.where(hard, torch.cos(t) - c * torch.sin(t) / sine, 1)
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
         sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))

@@ -194,6 +194,13 @@ def check_sub_centers():
         compare(head.eval()(whole.x[own], whole.labels[own]), single.eval()(whole.x, whole.labels), "pruned")
 
 
+def check_nearest_classes():
+    """The classes that are raised are the nearest of all ranks, also where a rank has fewer than k of them or none."""
+    for c, k in ((37, 5), (37, 1), (6, 5), (2, 3)):
+        for make in (lambda k=k: mk.InterTopK(scale=16.0, k=k, penalty=0.3), lambda k=k: mk.InterTopK("cos", 16.0, k=k, penalty=0.2)):
+            against_one_process(case(c), make(), label_smoothing=0.1 if k == 1 else 0.0)
+
+
 def check_statistics():
     """By value, of rows whose own class is the nearest, or is it in its shard alone, where another shard has a nearer one."""
     c, own, size = 37, mine(8), dist.get_world_size()

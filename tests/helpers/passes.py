@@ -105,10 +105,9 @@ def longhand(
     elif p.non_target == NonTarget.LIFTED:
         value, slope = torch.where(hard, c + t, c), torch.ones_like(c)
     elif p.non_target == NonTarget.LIFTED_ANGLE:
-        theta = torch.acos(c.clamp(-1, 1))
-        sine = torch.sin(theta).clamp_min(1 / 128)
-        value = torch.where(hard, torch.cos(theta - t), c)
-        slope = torch.where(hard, torch.cos(t) - c * torch.sin(t) / sine, 1)
+        sine = (1 - c * c).clamp_min(0).sqrt()  # 0 beyond the ends, where centers that are not normalized may lie
+        value = torch.where(hard, c * torch.cos(t) + sine * torch.sin(t), c)
+        slope = torch.where(hard, torch.cos(t) - c * torch.sin(t) / sine.clamp_min(1 / 128), 1)
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
         sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))

@@ -52,6 +52,7 @@ TRAINING: dict[str, Callable[[int], Margin]] = {
     "mv-arc": lambda c: m.MVSoftmax("arc", SCALE, ANGLE),
     "mv-am": lambda c: m.MVSoftmax("am", SCALE, COSINE),
     "inter-topk": lambda c: m.InterTopK("arc", SCALE, ANGLE),
+    "inter-topk-cos": lambda c: m.InterTopK("cos", SCALE, COSINE),
     "curricularface": lambda c: m.CurricularFace(SCALE, ANGLE),
     "arcface-focal": lambda c: m.ArcFace(SCALE, ANGLE, focal_gamma=2.0),
     "cosface-per-class": lambda c: m.CosFace(SCALE, torch.linspace(0.5 * COSINE, COSINE, c)),
@@ -82,8 +83,14 @@ def make(name: str, num_classes: int) -> Margin:
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     """The mean loss as it is usually written: all N x C logits, with the target column replaced, then cross-entropy."""
     cos = (F.normalize(x) if margin.normalize_embedding else x) @ (F.normalize(w) if margin.normalize_weight else w).T
-    batch = BatchInfo(x, labels, len(w), center_norm=w.double().norm(dim=1)[labels] if margin.needs_center_norm else None)
-    column = labels[:, None]
+    column, similarity = labels[:, None], cos.detach()
+    batch = BatchInfo(
+        x,
+        labels,
+        len(w),
+        center_norm=w.double().norm(dim=1)[labels] if margin.needs_center_norm else None,
+        nearest=lambda count: F.pad(similarity.scatter(1, column, -torch.inf), (0, count), value=-torch.inf).topk(count, 1).values,
+    )
     target = cos.gather(1, column)[:, 0]
     if margin.training:
         with torch.no_grad():

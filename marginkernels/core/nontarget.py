@@ -174,6 +174,8 @@ def _differentiable_power(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
 def _clipped(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
     c = torch.where(c < threshold, threshold, c)
     return torch.where(c > t, t, c)
+
+
 def _lifted_angle(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
     at = c.detach()
     lifted = at * t.cos() + (1 - at * at).clamp_min(0).sqrt() * t.sin()
@@ -245,6 +247,9 @@ _TRANSFORMS = {
         lambda c, threshold, t: _power(c.detach(), threshold, t) + (c - c.detach()),
         lambda c, threshold, t: 1.0,
         lambda c, threshold, t: _power(c, threshold.abs(), t).clamp_min(1 + threshold.abs()),
+        needs_threshold=True,
+        needs_t=True,
+    ),
     NonTarget.LIFTED: _Transform(
         lambda c, threshold, t: torch.where(c > threshold, c + t, c),
         lambda c, threshold, t: 1.0,

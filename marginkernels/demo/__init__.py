@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     heads = list(testing.HEADS)
     add("--head", default="arcface", choices=heads, metavar="NAME", help=f"one of {', '.join(heads)} (default: %(default)s)")
-    add("--compare", nargs="*", choices=heads, metavar="NAME", help=f"train several heads (default: {' '.join(COMPARED)})")
+    several = f"train several heads, or all (default: {' '.join(COMPARED)})"
+    add("--compare", nargs="*", choices=[*heads, "all"], metavar="NAME", help=several)
     add("--fonts", type=folder, metavar="DIR", help="a folder with more fonts (.ttf, .otf, .ttc), in addition to those of matplotlib")
     add("--min-typefaces", type=integer(), default=4, metavar="N", help="fewest distinct images of an identity (default: %(default)s)")
     add("--epochs", type=number(0, 1e6, open_low=True), default=8, help="passes over the training images (default: %(default)s)")
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return refuse(f"--{error}")
     names = [args.head] if args.compare is None else list(dict.fromkeys(args.compare or COMPARED))
+    names = heads.names() if "all" in names else names
     quick = {"max_identities": 400} if args.quick else {}
     try:
         glyphs = data.load(args.fonts, min_typefaces=args.min_typefaces, seed=args.seed, **quick)
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
                 "largest_difference": max(r.differences),
                 "seconds": r.seconds,
                 "losses": r.losses,
+                "unusual": heads.unusual(r.head, classes),
             }
             for r in runs
         ],
@@ -158,6 +161,9 @@ def _print_report(results: dict[str, Any], fars: Sequence[float]) -> None:
     ]
     print(table(header, rows, right=range(1, len(header))))
     print("(rank-1: the nearest other image shows the same character; fused vs. eager: largest relative difference of a step's loss)\n")
+    notes = [r["unusual"] for r in results["heads"] if r["unusual"]]
+    if notes:
+        print("\n".join(notes) + "\n")
     print(f"Loss and gradients of the {results['heads'][0]['head']} head in float32, fused and in eager PyTorch, timed in turn")
     header = ["batch", "classes", "", "median time", "peak memory"]
     rows = [

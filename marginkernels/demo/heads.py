@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import gc
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -78,6 +79,31 @@ def make(name: str, num_classes: int) -> Margin:
     if name not in testing.HEADS:
         raise ValueError(f"head: expected one of {', '.join(testing.HEADS)}, got {name!r}")
     return TRAINING.get(name, testing.HEADS[name])(num_classes)
+
+
+#: What the usual value of a setting is meant for, where the demo has another.
+MEANT_FOR = {
+    **dict.fromkeys(("scale", "margin", "m1", "m2", "m3", "margin_range", "loss_weight"), "far more identities"),
+    **dict.fromkeys(("norm_range", "norm_weight"), "longer embeddings"),
+}
+
+
+def unusual(name: str, num_classes: int) -> str | None:
+    """A sentence on the settings of a head that are not the usual ones, and what those are for; None where all are."""
+    margin = make(name, num_classes)
+    found = []
+    for setting, parameter in inspect.signature(type(margin)).parameters.items():
+        mine: Any = getattr(margin, setting, None)
+        usual: Any = parameter.default
+        both_known = all(isinstance(value, (int, float, tuple)) for value in (mine, usual))
+        if setting in MEANT_FOR and both_known and mine != usual:
+            reason = f", for {MEANT_FOR[setting]}" if usual > mine else ""
+            found.append(f"{setting} {_number(mine)} (usually {_number(usual)}{reason})")
+    return f"{name} has {', '.join(found)}." if found else None
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def eager_loss(x: Tensor, w: Tensor, labels: Tensor, margin: Margin) -> Tensor:

@@ -163,6 +163,18 @@ def test_bins_of_cosines():
         assert found.rank1 == pytest.approx(2 / 5)
 
 
+def test_unusual_settings_are_told():
+    assert heads.unusual("arcface", 100) == (
+        "arcface has scale 32 (usually 64, for far more identities), margin 0.3 (usually 0.5, for far more identities)."
+    )
+    assert "norm_range (1.0, 30.0) (usually (10.0, 110.0), for longer embeddings)" in heads.unusual("magface", 100)
+    assert (
+        heads.unusual("sphereface-r", 100) == "sphereface-r has scale 32 (usually 30), margin 1.2 (usually 1.5, for far more identities)."
+    )
+    assert heads.unusual("softmax", 100) is None
+    assert [name for name in heads.TRAINING if not heads.unusual(name, 100)] == ["inter-topk-cos"]
+
+
 @pytest.mark.parametrize("name", heads.names())
 def test_what_is_timed_as_eager_is_the_same_loss(name):
     case = testing.Case.random(32, 16, 300, ignored=False)

@@ -154,6 +154,13 @@ MK_HOST_DEVICE T cosine_of(T y) {
   return p * square + 1.0f;
 }
 
+// Within [-1, 1]; a cosine may lie beyond by rounding.
+template <class T>
+MK_HOST_DEVICE T clamped(T c) {
+  c = c < -1.0f ? T{} - 1.0f : c;
+  return c > 1.0f ? T{} + 1.0f : c;
+}
+
 // N(c) of a non-target similarity c; the logit is s N(c) + b. `threshold` and `t` are the row's.
 template <int NON_TARGET, class T>
 MK_HOST_DEVICE T nontarget_value(T c, T threshold, T t) {
@@ -175,8 +182,8 @@ MK_HOST_DEVICE T nontarget_value(T c, T threshold, T t) {
   }
   if constexpr (NON_TARGET == LIFTED) return c > threshold ? c + t : c;
   if constexpr (NON_TARGET == LIFTED_ANGLE) {
-    const T square = 1.0f - c * c;
-    return c > threshold ? c * cosine_of(t) + square_root(square < 0.0f ? T{} : square) * sine_of(t) : c;
+    const T at = clamped(c), square = 1.0f - at * at;
+    return c > threshold ? at * cosine_of(t) + square_root(square) * sine_of(t) : c;
   }
   return c;
 }
@@ -200,8 +207,8 @@ MK_HOST_DEVICE T nontarget_slope(T c, T threshold, T t) {
     return t * power_of<T>(base < LEAST_BASE ? T{} + LEAST_BASE : base, t - 1.0f);
   }
   if constexpr (NON_TARGET == LIFTED_ANGLE) {
-    const T square = 1.0f - c * c, least = T{} + LEAST_LIFTED_SINE * LEAST_LIFTED_SINE;
-    return c > threshold ? cosine_of(t) - c * sine_of(t) / square_root(square < least ? least : square) : one;
+    const T at = clamped(c), square = 1.0f - at * at, least = T{} + LEAST_LIFTED_SINE * LEAST_LIFTED_SINE;
+    return c > threshold ? cosine_of(t) - at * sine_of(t) / square_root(square < least ? least : square) : one;
   }
   return one;
 }

@@ -84,7 +84,7 @@ struct Case {
     has_bias = bit(4), need_cos = bit(5), need_center = bit(6) || bit(7), need_max = bit(8);
     workspace = int(generator() % 3);
     // Where an angle is taken, similarities are cosines: beyond the ends of the interval a rounded one would be of another branch.
-    if (non_target == mk::ANGLE_PART || non_target == mk::ANGLE_PART_DETACHED) normalize_weight = true;
+    if (non_target == mk::ANGLE_PART || non_target == mk::ANGLE_PART_DETACHED || non_target == mk::LIFTED_ANGLE) normalize_weight = true;
     pitch = s.d + bit(9);
     x = matrix(s.n, s.d, s.d, x_dtype), w = matrix(s.c, s.d, pitch, w_dtype);
     one.assign(s.n, 1.0f), row_factor.assign(s.n, (normalize_weight ? 0.5f : 1.0f) / std::sqrt(float(s.d)));

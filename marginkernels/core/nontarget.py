@@ -177,16 +177,17 @@ def _clipped(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
 
 
 def _lifted_angle(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
-    at = c.detach()
+    at = c.detach().clamp(-1, 1)
     lifted = at * t.cos() + (1 - at * at).clamp_min(0).sqrt() * t.sin()
     if c.requires_grad:
-        lifted = lifted + _lifted_angle_slope(at, threshold, t) * (c - at)
+        lifted = lifted + _lifted_angle_slope(at, threshold, t) * (c - c.detach())
     return torch.where(c > threshold, lifted, c)
 
 
 def _lifted_angle_slope(c: Tensor, threshold: Tensor, t: Tensor) -> Tensor:
-    sine = (1 - c * c).clamp_min(LEAST_LIFTED_SINE**2).sqrt()
-    return torch.where(c > threshold, t.cos() - c * t.sin() / sine, 1.0)
+    at = c.clamp(-1, 1)
+    sine = (1 - at * at).clamp_min(LEAST_LIFTED_SINE**2).sqrt()
+    return torch.where(c > threshold, t.cos() - at * t.sin() / sine, 1.0)
 
 
 _TRANSFORMS = {

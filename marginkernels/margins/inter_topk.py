@@ -15,6 +15,9 @@ from .angles import added
 from .angular import beyond, checked_beyond_pi
 from .base import BatchInfo, Margin, check_range, setting
 
+#: Cosines that are no farther apart count as equal.
+TIED = 2.0**-20
+
 
 class InterTopK(Margin):
     """Inter-top-k penalty: target ``cos(theta + m)`` or ``cos(theta) - m``, and the ``k`` non-target classes of the highest cosines of each
@@ -90,8 +93,11 @@ class InterTopK(Margin):
         return beyond(cos, *added(cos, cos_margin, sin_margin), self.beyond_pi, end, drop)
 
     def threshold(self, cos: Tensor, batch: BatchInfo) -> Tensor:
-        found = batch.nearest(self.k + 1)
-        return found[:, -2:].mean(1).to(cos.dtype)
+        found = batch.nearest(self.k + 1).to(torch.float64)
+        last, following = found[:, -2], found[:, -1]
+        # Where the two are equal, those above them are raised: the middle to the next higher.
+        above = torch.where(found > last[:, None] + TIED, found, torch.inf).amin(1)
+        return torch.where(last - following > TIED, 0.5 * (last + following), 0.5 * (above + last)).to(cos.dtype)
 
     def extra_repr(self) -> str:
         shown = f"kind={self.kind!r}, scale={self.scale}, margin={self.margin}, k={self.k}, penalty={self.penalty}"

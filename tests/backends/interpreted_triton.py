@@ -623,7 +623,8 @@ def _loss_of_pytorch(p, own):
     """The assembly of the loss as it is where no kernel makes it."""
     sums = ClassSums(p.lse, own, own * 0 if p.bias is None else p.bias, own * 0 if p.logit_sum is None else p.logit_sum, own, p.max_logit)
     target = Evaluated(p.value, p.slope, p.scale, None, None, None)
-    losses = loss_module._assemble(sums, target, p.similarity, None, p.num_classes, p.label_smoothing, p.focal_gamma)
+    target_logit = loss_module._target_logit(sums, target, p.similarity, None)
+    losses = loss_module._assemble(sums, target_logit, p.num_classes, p.label_smoothing, p.focal_gamma, None, None)
     valid = p.labels >= 0
     return reduce_losses(torch.where(valid, losses, 0), valid, p.reduction)
 

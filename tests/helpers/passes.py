@@ -105,9 +105,10 @@ def longhand(
     elif p.non_target == NonTarget.LIFTED:
         value, slope = torch.where(hard, c + t, c), torch.ones_like(c)
     elif p.non_target == NonTarget.LIFTED_ANGLE:
-        sine = (1 - c * c).clamp_min(0).sqrt()  # 0 beyond the ends, where centers that are not normalized may lie
-        value = torch.where(hard, c * torch.cos(t) + sine * torch.sin(t), c)
-        slope = torch.where(hard, torch.cos(t) - c * torch.sin(t) / sine.clamp_min(1 / 128), 1)
+        at = c.clamp(-1, 1)  # where centers are not normalized, c may lie beyond
+        sine = (1 - at * at).sqrt()
+        value = torch.where(hard, at * torch.cos(t) + sine * torch.sin(t), c)
+        slope = torch.where(hard, torch.cos(t) - at * torch.sin(t) / sine.clamp_min(1 / 128), 1)
     elif p.non_target != NonTarget.IDENTITY:
         theta = torch.acos(c.clamp(-1, 1 - 1e-12))
         sine = torch.where(c < 0, torch.sin(theta).clamp_min(1 / 16), torch.sin(theta))

@@ -177,6 +177,7 @@ def test_mixed_labels_have_their_own_nearest():
 def test_compile_and_set_margin():
     """One graph; a new margin and a new penalty are read by it."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     case = testing.Case.random(8, 16, 30, torch.float32)
     head = mk.MarginHead(16, 30, mk.InterTopK())
     other = copy.deepcopy(head)

@@ -136,7 +136,8 @@ def nontarget_value(c, threshold, t, NON_TARGET: tl.constexpr):
     elif NON_TARGET == LIFTED:
         c = tl.where(c > threshold, c + t, c)
     elif NON_TARGET == LIFTED_ANGLE:
-        lifted = c * cosine_of(t) + tl.sqrt_rn(tl.maximum(1.0 - c * c, 0.0)) * sine_of(t)
+        at = tl.clamp(c, -1.0, 1.0)
+        lifted = at * cosine_of(t) + tl.sqrt_rn(1.0 - at * at) * sine_of(t)
         c = tl.where(c > threshold, lifted, c)
     elif NON_TARGET == CLIPPED:
         c = tl.where(c < threshold, threshold, c)
@@ -170,8 +171,9 @@ def nontarget_slope(g, c, threshold, t, NON_TARGET: tl.constexpr):
     elif NON_TARGET == POWER:
         g *= t * tl.exp2((t - 1) * tl.log2(tl.maximum(0.5 + 0.5 * c, LEAST_BASE)))
     elif NON_TARGET == LIFTED_ANGLE:
-        sine = tl.sqrt_rn(tl.maximum(1.0 - c * c, LEAST_LIFTED_SINE * LEAST_LIFTED_SINE))
-        g = tl.where(c > threshold, g * (cosine_of(t) - c * sine_of(t) / sine), g)
+        at = tl.clamp(c, -1.0, 1.0)
+        sine = tl.sqrt_rn(tl.maximum(1.0 - at * at, LEAST_LIFTED_SINE * LEAST_LIFTED_SINE))
+        g = tl.where(c > threshold, g * (cosine_of(t) - at * sine_of(t) / sine), g)
     return g
 
 

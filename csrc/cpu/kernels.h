@@ -224,7 +224,7 @@ struct PackChunk {
     const int64_t pitch = p.w_stride * SIZE;
     const char* row = (const char*)p.w + first * pitch;
     for (int64_t j = 0; j < up(count, 32); j += 2, row += 2 * pitch) {
-      float pow2[2] = {1.0f, 1.0f};
+      [[maybe_unused]] float pow2[2] = {1.0f, 1.0f};
       for (int h = 0; h < 2; ++h) {
         const bool normalize = j + h < count && p.normalize_weight;
         factor[j + h] = !normalize ? 1.0f : known ? known[j + h] : inverse_norm<DTYPE>(row + h * pitch, p.d);

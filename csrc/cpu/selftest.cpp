@@ -83,8 +83,10 @@ struct Case {
     softplus = !logit_sum && bit(10);
     has_bias = bit(4), need_cos = bit(5), need_center = bit(6) || bit(7), need_max = bit(8);
     workspace = int(generator() % 3);
-    // Where an angle is taken, similarities are cosines: beyond the ends of the interval a rounded one would be of another branch.
-    if (non_target == mk::ANGLE_PART || non_target == mk::ANGLE_PART_DETACHED || non_target == mk::LIFTED_ANGLE) normalize_weight = true;
+    // Where an angle or a power is taken, similarities are cosines: beyond the ends of the interval a rounded one would be of another
+    // branch.
+    if ((non_target >= mk::ANGLE_PART && non_target <= mk::POWER_DETACHED && non_target != mk::CLIPPED) || non_target == mk::LIFTED_ANGLE)
+      normalize_weight = true;
     pitch = s.d + bit(9);
     x = matrix(s.n, s.d, s.d, x_dtype), w = matrix(s.c, s.d, pitch, w_dtype);
     one.assign(s.n, 1.0f), row_factor.assign(s.n, (normalize_weight ? 0.5f : 1.0f) / std::sqrt(float(s.d)));
@@ -200,8 +202,8 @@ int main(int count, char**) {
             // Products of plain bfloat16 round the centers to it, and the weights.
             const bool rounds = k->dtypes == 1 << mk::BFLOAT16;
             const double tolerance = rounds ? 5e-2 : 1e-3;
-            // A filtered logit jumps where its cosine crosses the threshold, as it may when the center is rounded.
-            const bool jumps = rounds && w_dtype != mk::BFLOAT16 && non_target == mk::FILTERED;
+            // A filtered logit, and the slope of a clipped one, jump where a cosine crosses a bound, as it may when the center is rounded.
+            const bool jumps = rounds && w_dtype != mk::BFLOAT16 && (non_target == mk::FILTERED || non_target == mk::CLIPPED);
             for (int threads = 1; threads <= 2; ++threads) {
               Result got;
               const bool is_finite = run(*k, p, threads, count > 1, got);

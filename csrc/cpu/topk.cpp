@@ -82,7 +82,7 @@ bool topk(const Kernels& kernels, const HeadInputs& given, int threads, int64_t 
     std::fill(labels, labels + given.n, -1);
     head.labels = labels;
     double *similarity = memory.take<double>(given.n), *cos = memory.take<double>(given.n);
-    prepare_inputs(head, threads, x, factor, similarity, cos);
+    if (!prepare_inputs(head, threads, x, factor, similarity, cos, poll)) return false;
   }
   PassInputs p{};
   p.n = given.n, p.d = given.d, p.c = given.c;

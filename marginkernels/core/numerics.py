@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: A row or a center whose norm lies below this counts as the zero vector: similarity 0 to everything, gradient 0.
 TINY = 1e-30
+#: A power of two that brings float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
+FLOAT16_POW2 = 256.0
 #: Logits, or numbers of its centers, that a chunk holds at once: 4M float32 are 16 MB, small against any weight worth a chunk. On a GPU one
 #: for each ``GPU_BYTES`` of its memory, 40M on one of 80 GB: the chip must be busy longer than its launches take.
 CHUNK_ELEMENTS, GPU_BYTES = 1 << 22, 1 << 11

@@ -179,7 +179,9 @@ OPTIONS = {
     mk.CurricularFace: [{}, {"margin": 1.7}],
     mk.ElasticFace: [{"kind": k, "std": s, "plus": p} for k in ("arc", "cos") for s in (0.0, 0.5) for p in (None, "paper", "code")],
     mk.MagFace: [{"beyond_pi": b, "margin_range": r} for b in BEYOND_PI for r in ((0.45, 0.8), (0.0, 3.0), (0.5, 0.5))],
-    mk.SphereFace2: [{"num_classes": 50, "kind": k, "gradient": g} for k in ("C", "A", "M") for g in GRADIENTS],
+    mk.SphereFace2: [
+        {"num_classes": 50, "kind": k, "margin": m, "gradient": g} for k, m in (("C", 0.4), ("A", 0.5), ("M", 1.7)) for g in GRADIENTS
+    ],
     mk.UniFace: [{"num_classes": 50}, {"num_classes": 50, "margin": 0.0}],
     mk.AdaFace: [{}, {"h": 5.0}, {"h": 5.0, "margin": 1.7}, {"margin": 0.0}],
 }

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...core.device import on_device_of
 from ...core.nontarget import NonTarget
+from ...core.numerics import FLOAT16_POW2
 from ...core.types import ClassPassOutput, PassInputs, Request, RowPassOutput, Upstream
 from .. import _extension
 from .._extension import DTYPES, address
@@ -36,8 +37,6 @@ MAX_WIDTH = 8192
 ROW_THREADS = {False: 256, True: 1024}
 #: Kernels take classes in groups of so many: buffers are padded to it.
 GROUP = 128
-#: Half precision has few bits below 1: weights of at most 1 (times a slope, at most 10) are stored times this. A power of two.
-HALF_POW2 = 2.0**12
 
 
 def chunk_width(n: int, c: int) -> int:
@@ -117,7 +116,7 @@ class Chunks:
         self.converted = torch.empty((width, p.w.shape[1]), dtype=p.x.dtype, device=p.x.device) if convert else None
         stream = torch.cuda.current_stream(p.x.device).cuda_stream if p.x.device.type == "cuda" else 0
         self.launch = (DTYPES[p.x.dtype], stream)
-        self.pow2 = HALF_POW2 if p.x.dtype == torch.float16 else 1.0
+        self.pow2 = FLOAT16_POW2 if p.x.dtype == torch.float16 else 1.0
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(number, start, stop) of the chunks of classes [first, last)."""
@@ -293,13 +292,13 @@ def matrix_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def class_pow2(inputs: PassInputs, upstream: Upstream) -> Tensor | None:
-    """() the power of two that brings the largest |G_ij f_i| near ``HALF_POW2``, for float16, whose smallest number is 6e-8; else None."""
+    """() the power of two that brings the largest |G_ij f_i| near ``FLOAT16_POW2``; None unless the products are of float16."""
     if inputs.x.dtype != torch.float16:
         return None
     weight = upstream.d_lse.abs() if upstream.d_logit_sum is None else upstream.d_lse.abs() + upstream.d_logit_sum.abs()
     largest = (weight * inputs.row_factor).amax()
     exponent = torch.frexp(torch.where(largest.isfinite() & (largest > 0), largest, 1.0)).exponent
-    return torch.ldexp(torch.full_like(largest, HALF_POW2), -exponent)
+    return torch.ldexp(torch.full_like(largest, FLOAT16_POW2), -exponent)
 
 
 def saved_bytes(n: int, width: int, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core import nontarget
 from ...core.nontarget import NonTarget
-from ...core.numerics import TINY
+from ...core.numerics import FLOAT16_POW2, TINY
 from ...core.types import ClassPassOutput, PassInputs, PreparedRows, Reduction, Request, RowPassOutput, TopkInputs, TopkOutput, Upstream
 from . import saved_layout
 from .class_kernel import class_pass_kernel, saved_pass_kernel
@@ -33,8 +33,6 @@ LIMIT = 85.0
 #: buffer, converted and read by turns: two of half the size, on two streams, would double the launches of a step that the host bounds, and
 #: share the memory's bandwidth with a pass that needs it; which wins is for a GPU to say.
 CHUNK_BYTES = 40 << 20
-#: A power of two that brings float16 exponentials, at most 1, away from its smallest number 6e-8; leaves room for slopes up to 255.
-FLOAT16_POW2 = 256.0
 #: Numbers of a tile of the kernel that bounds the exponents.
 REACH_TILE = 2048
 Run = Callable[["Launch"], None]

@@ -467,7 +467,7 @@ def _nearest(inputs: HeadInputs, classes: LocalClasses, part: slice, backend: st
     @torch.no_grad()
     def nearest(count: int) -> Tensor:
         sides = (inputs.normalize_embedding, inputs.normalize_weight)
-        search = TopkInputs(inputs.x.detach()[part], inputs.w.detach(), None, None, *sides, classes.sub_centers)
+        search = TopkInputs(inputs.x.detach()[part], inputs.w.detach(), None, None, *sides, classes.sub_centers, as_in_passes=True)
         found = ops.topk(search, min(count + 1, inputs.w.shape[0] // classes.sub_centers), backend)
         scores = found.scores.masked_fill(found.classes == classes.labels[part, None], -torch.inf)
         scores = F.pad(scores, (0, count + 1 - scores.shape[1]), value=-torch.inf)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.device import capabilities, capability
-from ..core.numerics import accumulation_dtype, target_centers, unit_rows
+from ..core.numerics import prepared_rows, target_centers, unit_rows
 from ..core.types import (
     ClassPassOutput,
     HeadInputs,
@@ -121,12 +121,9 @@ class Backend(ABC):
 
     def prepare_inputs(self, inputs: HeadInputs) -> PreparedRows:
         """Prepare the embeddings for the passes and take their similarities to their own class centers, in float64."""
-        x, acc_dtype = inputs.x, accumulation_dtype(inputs.x.dtype)
+        x = inputs.x
         unit, norm, inverse = unit_rows(x)
-        # float32's largest power of two; where it does not reach, a prepared row is longer than 1.
-        pow2 = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent.clamp_max(127))
-        prepared = (x.to(torch.float64) / pow2[:, None]).to(x.dtype).contiguous()
-        factor = pow2 * inverse if inputs.normalize_embedding else pow2
+        prepared, factor = prepared_rows(x, norm, inverse, inputs.normalize_embedding)
         center = target_centers(inputs.w, inputs.labels)
         unit_center = unit_rows(center)[0]
         cos = (unit * unit_center).sum(1).clamp(-1, 1)
@@ -135,7 +132,7 @@ class Backend(ABC):
         else:
             side = unit if inputs.normalize_embedding else x.to(torch.float64)
             similarity = (side * (unit_center if inputs.normalize_weight else center)).sum(1)
-        return PreparedRows(prepared, factor.to(acc_dtype), similarity, cos)
+        return PreparedRows(prepared, factor, similarity, cos)
 
     def row_gradient(self, inputs: HeadInputs, upstream: Upstream, mean_center: Tensor, center_sum: Tensor | None) -> Tensor:
         """dx (N, D) in x's dtype: ``d_lse mean_center + d_logit_sum center_sum + d_target_cos w_y`` through the normalization's

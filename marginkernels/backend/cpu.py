@@ -155,8 +155,8 @@ class CpuBackend(Backend):
     def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
         """The same bits for any number of threads."""
         x, w, out = inputs.x.contiguous(), _with_unit_stride(inputs.w), TopkOutput.allocate(inputs, k)
-        if x.dtype == torch.bfloat16 and w.dtype != torch.bfloat16:
-            x = x.float()  # products of bfloat16 pairs would round the centers to it
+        if x.dtype == torch.bfloat16 and w.dtype != torch.bfloat16 and not inputs.as_in_passes:
+            x = x.float()  # products of bfloat16 pairs round the centers to it
         (n, d), sides = x.shape, {"normalize_embedding": inputs.normalize_embedding, "normalize_weight": inputs.normalize_weight}
         at = {"x": x.data_ptr(), "x_dtype": DTYPES[x.dtype], "w": w.data_ptr(), "w_dtype": DTYPES[w.dtype], "w_stride": w.stride(0)}
         native = _cpu.HeadInputs(n=n, d=d, c=w.shape[0], labels=0, **at, **sides)

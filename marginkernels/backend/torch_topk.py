@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.numerics import best, chunks, falling, inverse_norm, matmul, unit_rows
+from ..core.numerics import best, chunks, falling, inverse_norm, matmul, prepared_rows, unit_rows
 from ..core.types import TopkInputs, TopkOutput
 
 #: Scores of a chunk on a processor, in its last cache, and the fewest classes worth a step of Python.
@@ -28,20 +28,26 @@ def _search(inputs: TopkInputs, k: int) -> TopkOutput:
     p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0] // inputs.sub_centers
     on_cpu = p.x.device.type == "cpu"
     # Processors have no products of half precision worth the rounding of unit vectors to it.
-    dtype = p.acc_dtype if on_cpu else p.x.dtype
-    x = unit_rows(p.x)[0].to(dtype) if p.normalize_embedding else p.x.to(dtype)
+    rounds = p.as_in_passes and p.x.dtype != p.acc_dtype
+    dtype = p.acc_dtype if on_cpu and not rounds else p.x.dtype
+    if rounds:
+        x, row_factor = prepared_rows(p.x, *unit_rows(p.x)[1:], p.normalize_embedding)
+    else:
+        x, row_factor = unit_rows(p.x)[0].to(dtype) if p.normalize_embedding else p.x.to(dtype), None
     # Of the products and the centers, the fewer numbers are multiplied by 1/|w|. An embedding that keeps its norm could overflow first.
-    after = on_cpu and p.normalize_weight and p.normalize_embedding and n <= d
+    after = on_cpu and not rounds and p.normalize_weight and p.normalize_embedding and n <= d
 
     def scores_of(start: int, stop: int) -> Tensor:
         w, factor = p.w[start * p.sub_centers : stop * p.sub_centers].to(p.acc_dtype), None
         if p.normalize_weight:
-            w, factor = _almost_unit(w) if on_cpu else (w, inverse_norm(w))
+            w, factor = _almost_unit(w) if on_cpu and not rounds else (w, inverse_norm(w))
             if not after:
                 w = w * factor[:, None]
         found = matmul(x, w.to(dtype).T, p.acc_dtype)
         if after and factor is not None:
             found *= factor
+        if row_factor is not None:
+            found *= row_factor[:, None]
         if p.sub_centers > 1:
             found = found.unflatten(1, (-1, p.sub_centers)).amax(2)
         return found if p.bias is None or p.scale is None else torch.addcmul(p.bias[start:stop], p.scale[:, None], found)

@@ -47,6 +47,15 @@ def unit_rows(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return v * inverse[:, None], norm, inverse
 
 
+def prepared_rows(x: Tensor, norm: Tensor, inverse: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, D) with norms (N,) and inverse norms, in float64, as the passes take them: times a power of two that brings their
+    norm into [1/2, 1), and row_factor (N,), which brings a product to the similarity, of x/|x| if ``normalize``."""
+    # float32's largest power of two; where it does not reach, a prepared row is longer than 1.
+    pow2 = torch.ldexp(torch.ones_like(norm), torch.frexp(norm).exponent.clamp_max(127))
+    prepared = (x.to(torch.float64) / pow2[:, None]).to(x.dtype).contiguous()
+    return prepared, (pow2 * inverse if normalize else pow2).to(accumulation_dtype(x.dtype))
+
+
 def inverse_norm(w: Tensor) -> Tensor:
     """1/|w_j| (C,), 0 for a zero center; squares neither overflow nor vanish, whatever the norm."""
     exponent = torch.frexp(torch.linalg.vector_norm(w, torch.inf, dim=1)).exponent

@@ -415,6 +415,8 @@ class TopkInputs:
         scale: (N,) acc_dtype, contiguous, what a similarity is multiplied by before the bias is added; None where ``bias`` is.
         normalize_embedding, normalize_weight: whether the similarity uses x/|x| and w/|w|.
         sub_centers: K, as in :class:`PassInputs`.
+        as_in_passes: whether centers are rounded as the two passes round them, so that a number between two scores parts the same classes
+            there; else scores are as exact as the backend can have them.
     """
 
     x: Tensor
@@ -424,6 +426,7 @@ class TopkInputs:
     normalize_embedding: bool
     normalize_weight: bool
     sub_centers: int = 1
+    as_in_passes: bool = False
 
     @property
     def acc_dtype(self) -> torch.dtype:

@@ -72,7 +72,7 @@ class SphereFace2(Binary):
     Args:
         num_classes: C; the bias of a single class starts as that of two.
         scale: s > 0, r in the paper.
-        margin: m, in [0, 2] for ``"C"``, radians in [0, pi) for ``"A"``, >= 1 for ``"M"``.
+        margin: m, in [0, 2] for ``"C"``, radians in [0, pi) for ``"A"``, > 0 for ``"M"``, where 1 is no margin and less eases.
         t: of g, in [1, 10].
         balance: lambda in (0, 1): the weight of a row's own class.
         loss_weight: lw > 0; 1 is the paper's loss, 50 the published code's.
@@ -110,7 +110,7 @@ class SphereFace2(Binary):
 
     def _checked(self, name: str, value: Any) -> float:
         if self.kind == "M":
-            return check_range("margin", value, 1.0)
+            return check_range("margin", value, 0.0, open_low=True)
         return check_range("margin", value, 0.0, 2.0 if self.kind == "C" else math.nextafter(math.pi, 0))
 
     def start(self) -> float:

@@ -1,15 +1,18 @@
 """The inter-top-k penalty against the formula of the paper, on every backend and of sampled classes; which classes are raised; refusals."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.chunks import chunks_of
 
 import marginkernels as mk
 from marginkernels import testing
 from marginkernels.backend import FUSED
+from marginkernels.margins.inter_topk import TIED
 
 SERVING = [name for name, b in FUSED.items() if b.unavailable_reason() is None and "cpu" in b.device_types and b.max_sub_centers != 1]
 PAST_PI = {
@@ -120,6 +123,26 @@ def test_exactly_the_nearest_are_raised():
     assert raised(2, even) == [1]
     assert raised(3, even) == [1, 2, 3]
     assert float(c[0, 1]) < 1
+
+
+@pytest.mark.parametrize("backend", SERVING)
+@pytest.mark.parametrize("dtypes", itertools.product((torch.bfloat16, torch.float16), (None, torch.float32)))
+def test_as_many_are_raised_where_centers_are_rounded(backend, dtypes):
+    """Between the k-th cosine and the next may lie less than rounding the centers moves them: the search rounds as the passes do. One
+    class more or less is worth log(6/5) or more."""
+    dtype, weight_dtype = dtypes[0], dtypes[1] or dtypes[0]
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(400, 64, generator=g).to(dtype), torch.randn(2000, 64, generator=g).to(weight_dtype)
+    y = torch.randint(2000, (400,), generator=g)
+    got = mk.margin_cross_entropy(x, w, y, margin=mk.InterTopK("cos", 32.0, 0.2, 5, 0.5), backend=backend, reduction="none")
+    cos = F.normalize(x.double()) @ F.normalize(w.double()).T
+    own = F.one_hot(y, 2000).bool()
+    highest = cos.masked_fill(own, -2).topk(6)
+    apart = highest.values[:, 4] - highest.values[:, 5] > 2 * TIED
+    assert apart.sum() > 390
+    raised = torch.zeros_like(own).scatter_(1, highest.indices[:, :5], True)
+    want = F.cross_entropy(32 * torch.where(own, cos - 0.2, torch.where(raised, cos + 0.5, cos)), y, reduction="none")
+    assert (got - want)[apart].abs().max() < 0.05
 
 
 def test_without_a_penalty_it_is_arcface_and_cosface():

@@ -22,11 +22,11 @@ from marginkernels.ops import ClassSums, fused_loss
 pytest.importorskip("triton")
 from helpers import tensor_cores
 from helpers.grids import ORDERS, set_grid_order
-from helpers.passes import compare_passes, pass_inputs
+from helpers.passes import check_passes, compare_passes, pass_inputs
 
-from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, use_tiles
+from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, slots, use_tiles
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow", "ignore:All-NaN")
 
 #: dtypes of embeddings and weight.
 DTYPES = {
@@ -362,6 +362,90 @@ def test_passes_against_the_torch_backend(non_target, reduction, normalize, narr
     for kind, bias in (("float32", True), ("float16-mixed", False)):
         inputs = pass_inputs(64, DTYPES[kind], non_target, bias=bias, normalize_weight=normalize)
         compare_passes(TRITON, inputs, reduction, 1e-5 if kind == "float32" else 4e-3)
+
+
+#: Centers a class, classes, D, dtypes, transform, reduction, whether weights are normalized, and the share of the centers that is saved.
+SUB_CENTERS = [
+    (2, 137, 40, "float32", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, True, 1.0),
+    (3, 91, 100, "float32", NonTarget.HARD_LINEAR, Reduction.LOGIT_SUM, True, 0.0),
+    (3, 100, 40, "mixed", NonTarget.HARD_QUADRATIC, Reduction.LOG_SUM_EXP, True, 1.0),
+    (3, 91, 100, "float16", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, False, 0.5),
+    (4, 40, 40, "bfloat16", NonTarget.FILTERED, Reduction.LOGIT_SUM, True, 0.0),
+    (5, 61, 40, "float16-mixed", NonTarget.HARD_LINEAR, Reduction.LOG_SUM_EXP, True, 0.5),
+    (16, 9, 40, "float32", NonTarget.IDENTITY, Reduction.LOGIT_SUM, False, 0.0),
+    (2, 61, 40, "float32", NonTarget.HINGE, Reduction.LOG_SUM_EXP, True, 0.0),
+    (3, 61, 40, "bfloat16", NonTarget.ANGLE_PART, Reduction.LOGIT_SUM, True, 0.0),
+    (5, 40, 40, "float32", NonTarget.ANGLE_PART_DETACHED, Reduction.LOG_SUM_EXP, True, 0.5),
+    (2, 61, 40, "float16", NonTarget.CLIPPED, Reduction.SOFTPLUS_SUM, True, 0.5),
+    (3, 61, 40, "mixed", NonTarget.POWER, Reduction.SOFTPLUS_SUM, True, 1.0),
+    (4, 40, 40, "float32", NonTarget.POWER_DETACHED, Reduction.SOFTPLUS_SUM, True, 0.0),
+    (5, 40, 40, "bfloat16", NonTarget.IDENTITY, Reduction.SOFTPLUS_SUM, False, 0.5),
+    (3, 61, 40, "float16-mixed", NonTarget.LIFTED, Reduction.LOG_SUM_EXP, True, 0.5),
+    (3, 61, 40, "float32", NonTarget.LIFTED_ANGLE, Reduction.LOG_SUM_EXP, True, 1.0),
+]
+
+
+def check_sub_centers(k, c, dim, kind, non_target, reduction, normalize, saved):
+    p = pass_inputs(dim, DTYPES[kind], non_target, bias=True, normalize_weight=normalize, n=70, c=c * k, sub_centers=k)
+    p.labels[4] = 2**31 - 1
+    size = saved_layout.group_bytes(70, p.x.dtype) * math.ceil(saved * slots.slots(c * k, k) / saved_layout.GROUP)
+    check_passes(TRITON, p, reduction, 1e-5 if kind == "float32" else 6e-3, workspace=size)
+
+
+@pytest.mark.parametrize("problem", SUB_CENTERS, ids=str)
+def test_sub_centers(problem, ran, monkeypatch):
+    """Both passes from their definition: several chunks of converted centers, a ragged last group, and labels of no class."""
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 1)
+    check_sub_centers(*problem)
+    k, c, *_, saved = problem
+    assert {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel} == set(range(0, slots.slots(c * k, k), 128))
+    each = 128 // slots.of_class(k) * k
+    share = min(c * k, math.ceil(saved * slots.slots(c * k, k) / 128) * each)
+    assert {one.args["c"] for one in ran if one.kernel is launch.saved_pass_kernel} == ({share} if saved else set())
+
+
+def test_sub_centers_in_splits_and_by_registers(by_registers, ran):
+    """Several splits of one chunk, and key blocks in parts."""
+    check_sub_centers(3, 150, 40, "bfloat16", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, True, 0.7)
+    assert {one.grid[1] for one in ran if one.kernel is launch.row_pass_kernel} == {2}
+
+
+@pytest.mark.parametrize(("k", "where"), [(2, 3), (3, 8)])
+def test_equal_sub_centers_and_nan(k, where):
+    """Of equal centers the first has the whole gradient, be they of a row's own class or of another; NaN comes through, as it does in
+    plain PyTorch."""
+    case = testing.Case.random(9, 40, 20)
+    w = case.w.repeat_interleave(k, 0)
+    got = testing.run(testing.Case(case.x, w, case.labels, None), mk.ArcFace(), "triton", sub_centers=k)
+    one = testing.run(case, mk.ArcFace(), "triton")
+    each = got["dw"].view(20, k, 40)
+    assert (each[:, 1:] == 0).all()
+    assert testing.relative_error(each[:, 0], one["dw"]) <= TOLERANCE["float32"]
+    assert testing.relative_error(got["dx"], one["dx"]) <= TOLERANCE["float32"]
+    for bad in (w, case.x):
+        bad[where, 5] = torch.nan
+        found = [mk.margin_cross_entropy(case.x, w, case.labels, margin=mk.CosFace(), sub_centers=k, reduction="none", backend=name)
+                 for name in ("triton", "torch")]  # fmt: skip
+        assert torch.equal(*(v.isnan() for v in found))
+        assert found[0].isnan().any()
+        bad[where, 5] = 1.0
+
+
+def test_topk_by_class(ran, monkeypatch):
+    """The order of a float64 search on products that are exact: ties, NaN, a bias, several splits."""
+    monkeypatch.setattr(launch, "_splits", lambda programs, blocks, processors: min(blocks, 3))
+    torch.manual_seed(0)
+    for k, (n, d, c), best in ((2, (5, 40, 130), 64), (3, (33, 20, 66), 5), (16, (3, 8, 9), 9)):
+        x, w, bias = torch.randint(-2, 3, (n, d)).float(), torch.randint(-2, 3, (c * k, d)).float(), torch.randint(-9, 9, (c,)).float()
+        w[c // 2 * k + 1] = torch.nan
+        for dtype, b in (("float32", bias), ("float16-mixed", None)):
+            x_dtype, w_dtype = DTYPES[dtype]
+            scores = (x.double() @ w.double().T).unflatten(1, (c, k)).amax(2) + (0 if b is None else b)
+            order = torch.where(scores.isnan(), torch.inf * 2, scores).argsort(dim=1, descending=True, stable=True)[:, :best]
+            found = mk.topk(x.to(x_dtype), w.to(w_dtype), best, mk.Softmax(), b, sub_centers=k, backend="triton")
+            assert torch.equal(found[1], order), (k, dtype)
+            torch.testing.assert_close(found[0].double(), scores.gather(1, order), rtol=0, atol=0, equal_nan=True)
+    assert [one.kernel for one in ran].count(launch.topk_kernel) == 6
 
 
 def workspace(case, groups):

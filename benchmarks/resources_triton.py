@@ -118,6 +118,7 @@ EXPLAINED = (
         "two registers, of 98, which the compiler gives up for a fifth program a multiprocessor",
     ),
     *(Explained((f"{kernel}_pass_kernel", f"D={dim}"), arch, 64, BY_REGISTERS) for kernel, dim, arch in HELD_BY_REGISTERS),
+    *(Explained(("class_pass_kernel", f"D={dim}", "sub-centers"), "sm_120", 160, BY_REGISTERS) for dim in (500, 512)),
     *(
         Explained(("class_pass_kernel", f"D={dim}", "logit sum"), arch, 104, BY_REGISTERS)
         for dim, arch in itertools.product((500, 512), ("sm_80", "sm_120"))

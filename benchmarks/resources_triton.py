@@ -111,12 +111,6 @@ EXPLAINED = (
     ),
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_90", 8, "two registers, with Triton 3.6 only"),
     Explained(("prepare_kernel", "D=512"), "sm_80", 8, "two registers, in a kernel without a loop, with Triton 3.6 only"),
-    Explained(
-        ("topk_kernel", "D=128", "sub-centers"),
-        "sm_80",
-        8,
-        "two registers, of 98, which the compiler gives up for a fifth program a multiprocessor",
-    ),
     *(Explained((f"{kernel}_pass_kernel", f"D={dim}"), arch, 64, BY_REGISTERS) for kernel, dim, arch in HELD_BY_REGISTERS),
     *(Explained(("class_pass_kernel", f"D={dim}", "sub-centers"), "sm_120", 160, BY_REGISTERS) for dim in (500, 512)),
     *(

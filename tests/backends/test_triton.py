@@ -42,8 +42,10 @@ def test_under_the_interpreter(part):
 
 
 def test_sub_centers_under_the_interpreter():
-    """Every head, and the search."""
-    _interpret(CHECKS.parents[1] / "unit" / "test_sub_centers.py", "triton and (equal_sub or first_of or topk_is)")
+    """Heads of each kind, and the search; every transform meets sub-centers in the passes' own tests."""
+    heads = "inter or uniface or sphereface2 or lsoftmax or filtered or curricular or trainable"
+    words = f"triton and (equal_sub and ({heads}) or first_of or topk_is)"
+    _interpret(CHECKS.parents[1] / "unit" / "test_sub_centers.py", words)
 
 
 def _compiled(arch, dim, dtype, weight_dtype, saved=0.0, sub_centers=1):

@@ -25,9 +25,11 @@ DTYPES = (
     (torch.float16, torch.float32),
     (torch.float32, torch.float32),
 )
+#: Centers of a class where it has several: that of the paper, and no power of two.
+SUB_CENTERS = 3
 #: Variants of the kernels by name, as arguments of ``aot.meta_inputs`` and ``aot.launches``: the common case; a hard transform and a bias;
 #: no gradients; centers that are not normalized; the logit sum of label smoothing, which only a transform asks of the passes; softmax
-#: weights saved between the passes.
+#: weights saved between the passes; several centers a class.
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "hard-linear, bias": {"non_target": NonTarget.HARD_LINEAR, "bias": True},
@@ -37,6 +39,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hard-linear, logit sum": {"non_target": NonTarget.HARD_LINEAR, "logit_sum": True},
     "saved weights": {"saved": 1.0},
     "saved weights, hard-quadratic": {"saved": 1.0, "non_target": NonTarget.HARD_QUADRATIC},
+    "sub-centers": {"sub_centers": SUB_CENTERS},
+    "sub-centers, saved weights": {"sub_centers": SUB_CENTERS, "saved": 1.0},
+    "sub-centers, hard-linear, bias": {"sub_centers": SUB_CENTERS, "non_target": NonTarget.HARD_LINEAR, "bias": True},
 }
 #: Variants of what a step does per row, as arguments of ``aot.row_launches``.
 ROW_VARIANTS: dict[str, dict[str, Any]] = {
@@ -107,6 +112,7 @@ EXPLAINED = (
     Explained(("row_pass_kernel", "D=512", "saved weights"), "sm_90", 8, "two registers, with Triton 3.6 only"),
     Explained(("prepare_kernel", "D=512"), "sm_80", 8, "two registers, in a kernel without a loop, with Triton 3.6 only"),
     *(Explained((f"{kernel}_pass_kernel", f"D={dim}"), arch, 64, BY_REGISTERS) for kernel, dim, arch in HELD_BY_REGISTERS),
+    *(Explained(("class_pass_kernel", f"D={dim}", "sub-centers"), "sm_120", 160, BY_REGISTERS) for dim in (500, 512)),
     *(
         Explained(("class_pass_kernel", f"D={dim}", "logit sum"), arch, 104, BY_REGISTERS)
         for dim, arch in itertools.product((500, 512), ("sm_80", "sm_120"))
@@ -159,7 +165,9 @@ def _launches(arch: str, dims: Iterable[int]) -> Iterator[tuple[Any, str]]:
                 marks = "marks" if one.constants.get("MARK") else ""
                 yield one, _words(dim, dtypes, marks, variant)
         for k in NEAREST:
-            yield aot.topk_launch(n, dim, c, *dtypes, k, arch), _words(dim, dtypes, f"k={k}")
+            for sub_centers, words in ((1, ""), (SUB_CENTERS, "sub-centers")):
+                one = aot.topk_launch(n, dim, c, *dtypes, k, arch, sub_centers=sub_centers)
+                yield one, _words(dim, dtypes, f"k={k}", words)
 
 
 def _words(dim: int, dtypes: tuple[torch.dtype, torch.dtype], *more: str) -> str:

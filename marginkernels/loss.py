@@ -199,7 +199,7 @@ def local_head_losses(
     if torch.is_autocast_enabled(device) and embeddings.dtype != torch.float64:
         embeddings = embeddings.to(torch.get_autocast_dtype(device))
     if shard is None or options.backend != "auto":
-        name = _backend(options.backend, embeddings, weight, None, sampler, k)
+        name = _backend(options.backend, embeddings, weight, margin, None, sampler, k)
     else:
         name = "auto"  # until it is known how many rows the ranks have together
     if name == "reference" and (shard is not None or sampler is not None):
@@ -219,7 +219,7 @@ def local_head_losses(
         if mixed is not None:
             mixed = shard.gather_mix(*mixed, labels.shape[0], ignore_index)
         if name == "auto":
-            name = _backend(name, embeddings, weight, shard, sampler, k)
+            name = _backend(name, embeddings, weight, margin, shard, sampler, k)
     margin.bind(num_classes)
     labels = ops.checked_labels(labels, num_classes, ignore_index, embeddings, name)
     if mixed is not None:  # every row once more, at its second label
@@ -282,7 +282,9 @@ def row_weights(class_weight: Tensor | None, labels: Tensor) -> Tensor | None:
     return None if class_weight is None else class_weight.index_select(0, labels.clamp_min(0)).to(torch.float64)
 
 
-def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None, sampler: Sampler | None, sub_centers: int) -> str:
+def _backend(
+    name: str, embeddings: Tensor, weight: Tensor, margin: Margin, shard: Shard | None, sampler: Sampler | None, sub_centers: int
+) -> str:
     """The backend that serves: of all that decides, every rank of a shard sees the same."""
     rows, classes = embeddings.shape[0], weight.shape[0] // sub_centers
     if shard is not None:
@@ -291,7 +293,7 @@ def _backend(name: str, embeddings: Tensor, weight: Tensor, shard: Shard | None,
         classes = sampler.count(rows, classes)
     agreed = None if shard is None else agreed_by(shard, str(embeddings.device))
     given = (str(embeddings.device), embeddings.dtype, weight.dtype, weight.shape[1], rows, classes * sub_centers)
-    return backends.resolve(name, *given, agreed, sub_centers)
+    return backends.resolve(name, *given, agreed, sub_centers, backends.features(margin.non_target, margin.reduction, sub_centers))
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backend import Agreement, resolve
+from .backend import SEARCH, Agreement, resolve
 from .core.numerics import accumulation_dtype, per_row
 from .core.types import TopkInputs
 from .core.validation import check_centers
@@ -86,7 +86,7 @@ def nearest(
         embeddings.shape[0],
         widest * sub_centers if widest else weight.shape[0],
     )
-    chosen = resolve(backend, *served, agreed, sub_centers)
+    chosen = resolve(backend, *served, agreed, sub_centers, (SEARCH[sub_centers > 1],))
     acc_dtype, scale = accumulation_dtype(embeddings.dtype), None
     if bias is not None:
         bias = bias.detach().to(acc_dtype).contiguous()

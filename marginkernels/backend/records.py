@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from ..core.nontarget import NonTarget
+from ..core.types import Reduction
 from . import cpu
 
 SCHEMA = "marginkernels.verified/1"
@@ -72,6 +74,16 @@ def size_class(rows: int | None, classes: int | None, dim: int) -> str:
 def pair(dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     """How a record names the dtypes of embeddings and weight: ``"bfloat16/float32"``."""
     return f"{dtype}/{weight_dtype}".replace("torch.", "")
+
+
+#: What a search for the nearest classes asks of a backend, with one center a class and with several.
+SEARCH = ("search", "search of sub-centers")
+
+
+def features(non_target: NonTarget, reduction: Reduction, sub_centers: int) -> tuple[str, ...]:
+    """What a loss asks of a backend's kernels, as a record names it: the transform of non-target similarities, the sum over the classes,
+    and several centers a class."""
+    return (non_target.label, reduction.label, *(["sub-centers"] if sub_centers > 1 else []))
 
 
 # -- machines ----------------------------------------------------------------------------------------------------------------------
@@ -175,6 +187,8 @@ class Verdict:
         checks: by kind of check, how many passed, or why none was made.
         errors: by pair, the largest relative error of each output.
         seconds: how long it took.
+        features: what the checks in each of ``pairs`` tried, as :func:`features` and :data:`SEARCH` name it; ``auto`` takes the backend for
+            nothing else.
     """
 
     verdict: str
@@ -183,6 +197,7 @@ class Verdict:
     checks: Mapping[str, int | str] = field(default_factory=dict)
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float = 0.0
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,7 +247,10 @@ class Record:
             return cls(
                 machine=Machine(**found["machine"]),
                 made=str(found["made"]),
-                backends={name: Verdict(**(v | {"pairs": tuple(v["pairs"])})) for name, v in found["backends"].items()},
+                backends={
+                    name: Verdict(**(v | {"pairs": tuple(v["pairs"]), "features": tuple(v.get("features", ()))}))
+                    for name, v in found["backends"].items()
+                },
                 times={
                     size: {dtype: {name: Time(**one) for name, one in of.items()} for dtype, of in each.items()}
                     for size, each in found["times"].items()
@@ -354,14 +372,14 @@ def bad(record: Record | None) -> dict[str, str]:
     return {name: f"{v.verdict}: {v.why}" if v.why else v.verdict for name, v in record.backends.items() if v.verdict in BAD}
 
 
-def fastest(record: Record, candidates: Sequence[str], dtypes: str, size: str) -> str | None:
-    """The fastest of ``candidates`` that the record verifies in these dtypes and was timed at this size; ``FALLBACK`` needs no time, since
-    the others are timed against it."""
+def fastest(record: Record, candidates: Sequence[str], dtypes: str, size: str, asked: Sequence[str] = ()) -> str | None:
+    """The fastest of ``candidates`` that the record verifies in these dtypes, for all that is ``asked`` (see :func:`features`), and was
+    timed at this size; ``FALLBACK`` needs no time, since the others are timed against it."""
     timed = record.times.get(size, {}).get(dtypes.partition("/")[0], {})
     ratios = {}
     for name in candidates:
         verdict = record.backends.get(name)
-        if verdict is not None and verdict.verdict == RIGHT and dtypes in verdict.pairs:
+        if verdict is not None and verdict.verdict == RIGHT and dtypes in verdict.pairs and {*asked} <= {*verdict.features}:
             ratio = 1.0 if name == FALLBACK else timed[name].ratio if name in timed else math.inf
             if math.isfinite(ratio):
                 ratios[name] = ratio

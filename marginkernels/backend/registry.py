@@ -50,6 +50,7 @@ def resolve(
     classes: int | None = None,
     agreed: Agreement | None = None,
     sub_centers: int = 1,
+    features: tuple[str, ...] = (),
 ) -> str:
     """The name of the backend that serves. An explicit backend never falls back; it raises and lists the reasons.
 
@@ -59,15 +60,17 @@ def resolve(
         rows, classes: N and C, of which ``auto`` on a GPU takes the size class; while tracing, those that are traced, without a guard.
         agreed: what the ranks of a sharded head may choose from; None where this process decides for itself.
         sub_centers: rows of the weight that a class has.
+        features: what else is asked of a backend, as :func:`records.features` or :data:`records.SEARCH` names it: a record that lacks it
+            does not count.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot serve, with each one's reason.
     """
     if torch.compiler.is_dynamo_compiling():
         comptime(_note_sizes)
-        traced: str = _resolve_traced(name, device, dtype, weight_dtype, dim, agreed, sub_centers)
+        traced: str = _resolve_traced(name, device, dtype, weight_dtype, dim, agreed, sub_centers, features)
         return traced
-    return _resolve(name, device, dtype, weight_dtype, dim, _hint(rows), _hint(classes), agreed, sub_centers)
+    return _resolve(name, device, dtype, weight_dtype, dim, _hint(rows), _hint(classes), agreed, sub_centers, features)
 
 
 def _note_sizes(context: Any) -> None:
@@ -85,9 +88,16 @@ def _hint(size: Any) -> int | None:
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve_traced(
-    name: str, device: str, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, agreed: Agreement | None, sub_centers: int
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    dim: int,
+    agreed: Agreement | None,
+    sub_centers: int,
+    features: tuple[str, ...],
 ) -> str:
-    return _resolve(name, device, dtype, weight_dtype, dim, *_TRACED[0], agreed, sub_centers)
+    return _resolve(name, device, dtype, weight_dtype, dim, *_TRACED[0], agreed, sub_centers, features)
 
 
 def _resolve(
@@ -100,6 +110,7 @@ def _resolve(
     classes: int | None,
     agreed: Agreement | None,
     sub_centers: int,
+    features: tuple[str, ...],
 ) -> str:
     name, kind = backend_name(name), device.partition(":")[0]
     if name not in NAMES and name not in FUSED:
@@ -127,7 +138,8 @@ def _resolve(
             if any(one != FALLBACK for one in serving):
                 _warn_once(found)
         elif agreed is None or agreed[0]:
-            chosen = records.fastest(found.record, serving, records.pair(dtype, weight_dtype), records.size_class(rows, classes, dim))
+            size = records.size_class(rows, classes, dim)
+            chosen = records.fastest(found.record, serving, records.pair(dtype, weight_dtype), size, features)
         if chosen is None and FALLBACK in serving:
             chosen = FALLBACK
     if chosen is None:

@@ -34,6 +34,10 @@ class Reduction(IntEnum):
     LOGIT_SUM = 1  #: ``sum_{j != y} z_ij``, for label smoothing; each term times its class weight, where the inputs have one
     SOFTPLUS_SUM = 2  #: ``sum_{j != y} log(1 + exp(z_ij))``, of a binary classifier for each class
 
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", "-")
+
 
 @dataclass(frozen=True)
 class HeadInputs:

@@ -22,11 +22,11 @@ from marginkernels.ops import ClassSums, fused_loss
 pytest.importorskip("triton")
 from helpers import tensor_cores
 from helpers.grids import ORDERS, set_grid_order
-from helpers.passes import compare_passes, pass_inputs
+from helpers.passes import check_passes, compare_passes, pass_inputs
 
-from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, use_tiles
+from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, slots, use_tiles
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow", "ignore:All-NaN")
 
 #: dtypes of embeddings and weight.
 DTYPES = {
@@ -39,7 +39,7 @@ DTYPES = {
 }
 #: Largest relative error by kind: dw comes in the weight's dtype.
 TOLERANCE = {kind: max(testing.TOLERANCE[dtype] for dtype in pair) for kind, pair in DTYPES.items()}
-SHAPES = [(7, 40, 101), (31, 64, 1000), (33, 128, 517)]
+SHAPES = [(7, 40, 101), (31, 64, 300), (33, 128, 261)]
 TRITON = FUSED["triton"]
 
 
@@ -65,10 +65,11 @@ def ways(ran):
 
 @pytest.mark.parametrize("head", testing.HEADS)
 def test_heads(head):
-    """Every head: float32 on one shape after another, and two of the other dtypes by turns."""
+    """Every head: float32 on one shape after another, and one of the other dtypes by turns. What the kernels see of a head meets every
+    dtype below."""
     number = list(testing.HEADS).index(head)
     others = list(DTYPES)[1:]
-    for shape, kind in ((SHAPES[number % 3], "float32"), (SHAPES[0], others[number % 5]), (SHAPES[0], others[(number + 2) % 5])):
+    for shape, kind in ((SHAPES[number % 3], "float32"), (SHAPES[0], others[number % 5])):
         x, w = DTYPES[kind]
         case = testing.Case.random(*shape, x, weight_dtype=w, bias=number % 2 == 1)
         found = testing.errors(case, testing.HEADS[head](shape[2]), "triton")
@@ -78,12 +79,12 @@ def test_heads(head):
 @pytest.mark.parametrize("kind", DTYPES)
 def test_options(kind, narrow_chunks, ran):
     x, w = DTYPES[kind]
-    case = testing.Case.random(17, 64, 600, x, weight_dtype=w, bias=True)
+    case = testing.Case.random(17, 64, 400, x, weight_dtype=w, bias=True)
     for head in ("curricularface", "l2-softmax-trainable"):
-        found = testing.errors(case, testing.HEADS[head](600), "triton", label_smoothing=0.1)
+        found = testing.errors(case, testing.HEADS[head](400), "triton", label_smoothing=0.1)
         assert max(found.values()) <= TOLERANCE[kind], (head, found)
     chunks = {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel}
-    assert chunks == {0} if x == w == torch.float32 or kind == "bfloat16" else chunks == set(range(0, 600, 256 * 2 // x.itemsize))
+    assert chunks == {0} if x == w == torch.float32 or kind == "bfloat16" else chunks == set(range(0, 400, 256 * 2 // x.itemsize))
 
 
 @pytest.fixture
@@ -96,8 +97,14 @@ def by_registers(monkeypatch):
     monkeypatch.setattr(launch, "padded", lambda dim, dtype, arch: -(-dim // 16) * 16)
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("head", ["arcface", "curricularface", "l2-softmax-trainable", "softmax"])
+#: Each head with dtypes whose products such tensor cores take from parts of a key block; those of float32 they do not.
+FEEDING = [
+    *itertools.product(["arcface"], ["bfloat16", "mixed", "float16", "float16-mixed"]),
+    *(("curricularface", "bfloat16"), ("curricularface", "float16-mixed"), ("l2-softmax-trainable", "mixed"), ("softmax", "float16")),
+]
+
+
+@pytest.mark.parametrize(("head", "kind"), FEEDING)
 def test_keys_that_feed_both_products(head, kind, by_registers, narrow_chunks, ran):
     """By every way: with a running maximum and without, saved weights and none, columns that do not fill the last part."""
     x, w = DTYPES[kind]
@@ -356,12 +363,98 @@ def test_float16_holds_any_upstream(upstream):
     assert testing.relative_error(got["dw"], want["dw"]) <= 3e-2
 
 
-@pytest.mark.parametrize(("non_target", "reduction", "normalize"), list(itertools.product(NonTarget, Reduction, (True, False))))
-def test_passes_against_the_torch_backend(non_target, reduction, normalize, narrow_chunks):
-    """Everything the two passes may be asked for, and for nothing else, against plain PyTorch."""
+@pytest.mark.parametrize(("non_target", "reduction"), list(itertools.product(NonTarget, Reduction)))
+def test_passes_against_the_torch_backend(non_target, reduction, narrow_chunks):
+    """Everything the two passes may be asked for, and for nothing else, against plain PyTorch; centers are normalized and not by turns."""
     for kind, bias in (("float32", True), ("float16-mixed", False)):
-        inputs = pass_inputs(64, DTYPES[kind], non_target, bias=bias, normalize_weight=normalize)
+        normalize = bias == ((non_target + reduction) % 2 == 0)
+        n = 70 if non_target == NonTarget.IDENTITY else 33  # two blocks of rows are two for any transform
+        inputs = pass_inputs(64, DTYPES[kind], non_target, bias=bias, normalize_weight=normalize, n=n)
         compare_passes(TRITON, inputs, reduction, 1e-5 if kind == "float32" else 4e-3)
+
+
+#: Centers a class, classes, D, dtypes, transform, reduction, whether weights are normalized, and the share of the centers that is saved.
+SUB_CENTERS = [
+    (2, 137, 40, "float32", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, True, 1.0),
+    (3, 91, 100, "float32", NonTarget.HARD_LINEAR, Reduction.LOGIT_SUM, True, 0.0),
+    (3, 100, 40, "mixed", NonTarget.HARD_QUADRATIC, Reduction.LOG_SUM_EXP, True, 1.0),
+    (3, 91, 100, "float16", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, False, 0.5),
+    (4, 40, 40, "bfloat16", NonTarget.FILTERED, Reduction.LOGIT_SUM, True, 0.0),
+    (5, 61, 40, "float16-mixed", NonTarget.HARD_LINEAR, Reduction.LOG_SUM_EXP, True, 0.5),
+    (16, 9, 40, "float32", NonTarget.IDENTITY, Reduction.LOGIT_SUM, False, 0.0),
+    (2, 61, 40, "float32", NonTarget.HINGE, Reduction.LOG_SUM_EXP, True, 0.0),
+    (3, 61, 40, "bfloat16", NonTarget.ANGLE_PART, Reduction.LOGIT_SUM, True, 0.0),
+    (5, 40, 40, "float32", NonTarget.ANGLE_PART_DETACHED, Reduction.LOG_SUM_EXP, True, 0.5),
+    (2, 61, 40, "float16", NonTarget.CLIPPED, Reduction.SOFTPLUS_SUM, True, 0.5),
+    (3, 61, 40, "mixed", NonTarget.POWER, Reduction.SOFTPLUS_SUM, True, 1.0),
+    (4, 40, 40, "float32", NonTarget.POWER_DETACHED, Reduction.SOFTPLUS_SUM, True, 0.0),
+    (5, 40, 40, "bfloat16", NonTarget.IDENTITY, Reduction.SOFTPLUS_SUM, False, 0.5),
+    (3, 61, 40, "float16-mixed", NonTarget.LIFTED, Reduction.LOG_SUM_EXP, True, 0.5),
+    (3, 61, 40, "float32", NonTarget.LIFTED_ANGLE, Reduction.LOG_SUM_EXP, True, 1.0),
+]
+
+
+def check_sub_centers(k, c, dim, kind, non_target, reduction, normalize, saved):
+    p = pass_inputs(dim, DTYPES[kind], non_target, bias=True, normalize_weight=normalize, n=70, c=c * k, sub_centers=k)
+    p.labels[4] = 2**31 - 1
+    size = saved_layout.group_bytes(70, p.x.dtype) * math.ceil(saved * slots.slots(c * k, k) / saved_layout.GROUP)
+    check_passes(TRITON, p, reduction, 1e-5 if kind == "float32" else 6e-3, workspace=size)
+
+
+@pytest.mark.parametrize("problem", SUB_CENTERS, ids=str)
+def test_sub_centers(problem, ran, monkeypatch):
+    """Both passes from their definition: several chunks of converted centers, a ragged last group, and labels of no class."""
+    monkeypatch.setattr(launch, "CHUNK_BYTES", 1)
+    check_sub_centers(*problem)
+    k, c, *_, saved = problem
+    assert {one.args["first_class"] for one in ran if one.kernel is launch.row_pass_kernel} == set(range(0, slots.slots(c * k, k), 128))
+    each = 128 // slots.of_class(k) * k
+    share = min(c * k, math.ceil(saved * slots.slots(c * k, k) / 128) * each)
+    assert {one.args["c"] for one in ran if one.kernel is launch.saved_pass_kernel} == ({share} if saved else set())
+
+
+def test_sub_centers_in_splits_and_by_registers(by_registers, ran):
+    """Several splits of one chunk, and key blocks in parts."""
+    check_sub_centers(3, 150, 40, "bfloat16", NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, True, 0.7)
+    assert {one.grid[1] for one in ran if one.kernel is launch.row_pass_kernel} == {2}
+
+
+@pytest.mark.parametrize(("k", "where"), [(2, 3), (3, 8)])
+def test_equal_sub_centers_and_nan(k, where):
+    """Of equal centers the first has the whole gradient, be they of a row's own class or of another; NaN comes through, as it does in
+    plain PyTorch."""
+    case = testing.Case.random(9, 40, 20)
+    w = case.w.repeat_interleave(k, 0)
+    got = testing.run(testing.Case(case.x, w, case.labels, None), mk.ArcFace(), "triton", sub_centers=k)
+    one = testing.run(case, mk.ArcFace(), "triton")
+    each = got["dw"].view(20, k, 40)
+    assert (each[:, 1:] == 0).all()
+    assert testing.relative_error(each[:, 0], one["dw"]) <= TOLERANCE["float32"]
+    assert testing.relative_error(got["dx"], one["dx"]) <= TOLERANCE["float32"]
+    for bad in (w, case.x):
+        bad[where, 5] = torch.nan
+        found = [mk.margin_cross_entropy(case.x, w, case.labels, margin=mk.CosFace(), sub_centers=k, reduction="none", backend=name)
+                 for name in ("triton", "torch")]  # fmt: skip
+        assert torch.equal(*(v.isnan() for v in found))
+        assert found[0].isnan().any()
+        bad[where, 5] = 1.0
+
+
+def test_topk_by_class(ran, monkeypatch):
+    """The order of a float64 search on products that are exact: ties, NaN, a bias, several splits."""
+    monkeypatch.setattr(launch, "_splits", lambda programs, blocks, processors: min(blocks, 3))
+    torch.manual_seed(0)
+    for k, (n, d, c), best in ((2, (5, 40, 130), 64), (3, (33, 20, 66), 5), (16, (3, 8, 9), 9)):
+        x, w, bias = torch.randint(-2, 3, (n, d)).float(), torch.randint(-2, 3, (c * k, d)).float(), torch.randint(-9, 9, (c,)).float()
+        w[c // 2 * k + 1] = torch.nan
+        for dtype, b in (("float32", bias), ("float16-mixed", None)):
+            x_dtype, w_dtype = DTYPES[dtype]
+            scores = (x.double() @ w.double().T).unflatten(1, (c, k)).amax(2) + (0 if b is None else b)
+            order = torch.where(scores.isnan(), torch.inf * 2, scores).argsort(dim=1, descending=True, stable=True)[:, :best]
+            found = mk.topk(x.to(x_dtype), w.to(w_dtype), best, mk.Softmax(), b, sub_centers=k, backend="triton")
+            assert torch.equal(found[1], order), (k, dtype)
+            torch.testing.assert_close(found[0].double(), scores.gather(1, order), rtol=0, atol=0, equal_nan=True)
+    assert [one.kernel for one in ran].count(launch.topk_kernel) == 6
 
 
 def workspace(case, groups):
@@ -378,8 +471,10 @@ WORKSPACE_HEADS = (
 
 @pytest.mark.parametrize("head", WORKSPACE_HEADS)
 def test_workspace_heads(head):
-    """Part of the classes saved, and all; a ragged last group."""
-    for kind, (x, w) in DTYPES.items():
+    """Part of the classes saved, and all; a ragged last group; in float32, and in two of the other dtypes by turns."""
+    number, kinds = WORKSPACE_HEADS.index(head), list(DTYPES)
+    for kind in ("float32", kinds[1 + number % 5], kinds[1 + (number + 2) % 5]):
+        x, w = DTYPES[kind]
         case = testing.Case.random(9, 24, 300, x, weight_dtype=w)
         margin = testing.HEADS[head](300)
         want = testing.run(case, margin, "reference", dtype=torch.float64)
@@ -468,7 +563,7 @@ def heuristic_tiles():
 
 def test_tuning(tmp_path, ran, heuristic_tiles):
     """Everything but the GPU's own times: what stays out, what is timed, what is chosen, written, read and taken."""
-    shape = tune.Shape(40, 100, 300, torch.float32, torch.float32)
+    shape = tune.Shape(20, 100, 150, torch.float32, torch.float32)
     calls = []
 
     def look(shape, key, tile):
@@ -481,7 +576,7 @@ def test_tuning(tmp_path, ran, heuristic_tiles):
         calls.append(key)
         return {32: 1.0, 16: 3.0, 64: 2.0}[tile.queries] + (key.kernel == "saved" and tile.keys == 32) * -0.5
 
-    size = TRITON.workspace_bytes(40, 300, torch.float32, 10**9)
+    size = TRITON.workspace_bytes(20, 150, torch.float32, 10**9)
     rows = tune.tune(shape, "cpu", "interpreter", workspace=size, rounds=2, timer=timer, look=look)
     best = {row["what"]: row["tile"] for row in rows if row["best"]}
     assert list(best) == [f"row pass{what}" for what in ("", ", no gradient", ", weights saved")] + [
@@ -497,8 +592,8 @@ def test_tuning(tmp_path, ran, heuristic_tiles):
     tune.save(tmp_path / "tiles.json", rows, gpu="none")
     keys = use_tiles(tmp_path / "tiles.json")
     assert len(keys) == 5
-    case = testing.Case.random(40, 100, 300)
-    for options in ({}, workspace(case, 3)):
+    case = testing.Case.random(20, 100, 150)
+    for options in ({}, workspace(case, 2)):
         ran.clear()
         assert max(testing.errors(case, mk.CosFace(scale=16.0), "triton", **options).values()) <= 2e-5
         bounded = next(one for one in ran if one.kernel is launch.row_pass_kernel and not one.constants["ONLINE"])
@@ -581,7 +676,7 @@ def test_rows_beyond_the_largest_power(normalize):
 def test_the_sum_of_centers_is_exact_to_float64(kind, monkeypatch):
     monkeypatch.setattr(rows, "SUM_PROGRAMS", 2)
     w_dtype = DTYPES[kind][1]
-    for c, d in ((1, 1), (17, 40), (3001, 130)):
+    for c, d in ((1, 1), (17, 40), (601, 130)):
         w = _head_inputs(1, d, c, w_dtype, w_dtype, (True, True)).w
         for factor in (torch.rand(c) + 0.5, torch.empty(0)):
             each = w.double() * (factor.double()[:, None] if factor.numel() else 1)

@@ -27,32 +27,45 @@ CHECKS = Path(__file__).with_name("interpreted_triton.py")
 PARTS = ("test_heads", "test_workspace_heads", "test_options or test_passes")
 
 
-@pytest.mark.parametrize("part", [*PARTS, " and ".join(f"not ({part})" for part in PARTS)])
-def test_under_the_interpreter(part):
-    """In parts, so that parallel workers share them."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS), "-k", part]
+def _interpret(file, words):
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(file), "-k", words]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}  # tiles are too small to share
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parents[2])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-def _compiled(arch, dim, dtype, weight_dtype, saved=0.0):
+@pytest.mark.parametrize("part", [*PARTS, " and ".join(f"not ({part})" for part in PARTS)])
+def test_under_the_interpreter(part):
+    """In parts, so that parallel workers share them."""
+    _interpret(CHECKS, part)
+
+
+def test_sub_centers_under_the_interpreter():
+    """Heads of each kind, and the search; every transform meets sub-centers in the passes' own tests."""
+    heads = "inter or uniface or sphereface2 or lsoftmax or filtered or curricular or trainable"
+    words = f"triton and (equal_sub and ({heads}) or first_of or topk_is)"
+    _interpret(CHECKS.parents[1] / "unit" / "test_sub_centers.py", words)
+
+
+def _compiled(arch, dim, dtype, weight_dtype, saved=0.0, sub_centers=1):
     """Kernel name -> compiled kernel, of the launches that do the work of a step."""
     from marginkernels.backend.triton import aot
 
-    p = aot.meta_inputs(1024, dim, 1_000_000, dtype, weight_dtype)
+    p = aot.meta_inputs(1024, dim, 1_000_000, dtype, weight_dtype, sub_centers=sub_centers)
     wanted = [
         one for one in aot.distinct(aot.launches(p, arch, saved=saved)) if "pass" in one.kernel.__name__ and not one.constants.get("ONLINE")
     ]
     return {one.kernel.__name__: aot.compile(one, arch) for one in wanted}
 
 
-def test_the_million_class_kernels_on_hopper():
-    """What the heuristics promise for D = 512: no stack, Hopper's tensor cores, keys loaded by TMA, two products a step."""
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_the_million_class_kernels_on_hopper(sub_centers):
+    """What the heuristics promise for D = 512: no stack, Hopper's tensor cores, keys loaded by TMA, two products a step, between which
+    no tile changes its layout, be a class's highest product looked for or not."""
     from marginkernels.backend.triton import aot, heuristics
 
-    found = _compiled("sm_90", 512, torch.bfloat16, torch.bfloat16)
+    found = _compiled("sm_90", 512, torch.bfloat16, torch.bfloat16, sub_centers=sub_centers)
     assert set(found) == {"row_pass_kernel", "class_pass_kernel"}
     for kernel in found.values():
         used = aot.resources(kernel)
@@ -61,6 +74,7 @@ def test_the_million_class_kernels_on_hopper():
         assert kernel.asm["ttgir"].count("= ttng.warp_group_dot ") == 2
         assert "wgmma.mma_async" in kernel.asm["ptx"]
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+        assert "ttg.convert_layout" not in kernel.asm["ttgir"].split("= ttng.warp_group_dot ")[1]  # between the products
 
 
 @pytest.mark.parametrize(("arch", "dim"), [("sm_80", 128), ("sm_89", 512)])
@@ -96,35 +110,40 @@ def test_rows_that_begin_anywhere_are_loaded_as_wide(arch):
 
 
 @pytest.mark.parametrize(
-    ("arch", "dim", "dtype"),
+    ("arch", "dim", "dtype", "sub_centers"),
     [
-        ("sm_80", 64, torch.float16),
-        ("sm_86", 512, torch.bfloat16),
-        ("sm_90", 64, torch.float32),
-        ("sm_100", 64, torch.bfloat16),
-        ("sm_120", 512, torch.bfloat16),
+        ("sm_80", 64, torch.float16, 1),
+        ("sm_80", 512, torch.float32, 16),
+        ("sm_86", 512, torch.bfloat16, 1),
+        ("sm_90", 64, torch.float32, 1),
+        ("sm_100", 64, torch.bfloat16, 1),
+        ("sm_100", 128, torch.bfloat16, 2),
+        ("sm_120", 512, torch.bfloat16, 1),
+        ("sm_120", 500, torch.float16, 5),
     ],
 )
-def test_compiles_ahead_of_time(arch, dim, dtype):
+def test_compiles_ahead_of_time(arch, dim, dtype, sub_centers):
     from marginkernels.backend.triton import aot, heuristics
 
-    for name, kernel in _compiled(arch, dim, dtype, torch.float32, saved=0.5).items():
+    for name, kernel in _compiled(arch, dim, dtype, torch.float32, saved=0.5, sub_centers=sub_centers).items():
         assert aot.resources(kernel).shared_bytes <= heuristics.shared_limit(arch), name
 
 
 @pytest.mark.parametrize(
-    ("arch", "dim", "dtype", "k"),
+    ("arch", "dim", "dtype", "k", "sub_centers"),
     [
-        ("sm_80", 512, torch.float32, 5),
-        ("sm_90", 512, torch.bfloat16, 64),
-        ("sm_100", 512, torch.float16, 5),
-        ("sm_120", 500, torch.float16, 64),
+        ("sm_80", 512, torch.float32, 5, 1),
+        ("sm_90", 512, torch.bfloat16, 64, 1),
+        ("sm_90", 512, torch.bfloat16, 5, 3),
+        ("sm_100", 512, torch.float16, 5, 16),
+        ("sm_120", 500, torch.float16, 64, 1),
     ],
 )
-def test_topk_compiles_ahead_of_time(arch, dim, dtype, k):
+def test_topk_compiles_ahead_of_time(arch, dim, dtype, k, sub_centers):
     from marginkernels.backend.triton import aot, heuristics
 
-    used = aot.resources(aot.compile(aot.topk_launch(1024, dim, 1_000_000, dtype, torch.float32, k, arch), arch))
+    one = aot.topk_launch(1024, dim, 1_000_000, dtype, torch.float32, k, arch, sub_centers=sub_centers)
+    used = aot.resources(aot.compile(one, arch))
     assert used.shared_bytes <= heuristics.shared_limit(arch)
     assert not used.stack_bytes
 
@@ -367,7 +386,8 @@ def test_refusals_say_why():
 def test_the_package_does_not_import_the_kernels():
     code = (
         "import sys, marginkernels; marginkernels.backends()\n"
-        "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(('.backend', '.heuristics', '.saved_layout'))]\n"
+        "plain = ('.backend', '.heuristics', '.saved_layout', '.slots')\n"
+        "kernels = [n for n in sys.modules if 'backend.triton.' in n and not n.endswith(plain)]\n"
         "assert not kernels, kernels"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CHECKS.parents[2])

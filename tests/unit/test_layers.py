@@ -42,9 +42,9 @@ LAYERS: dict[str, set[str]] = {
     "backend.triton.aot": {"core", "backend.triton", "backend.triton.rows"},
     # The row arithmetic that all backends of a GPU share.
     "backend.gpu_rows": {"core", "backend.base", "backend.triton.rows"},
-    "backend.records": {"backend.cpu"},
+    "backend.records": {"core", "backend.cpu"},
     "backend.registry": {"core", "backend.base", "backend.records", "backend.chunked", "backend.cpu", "backend.cuda", "backend.triton"},
-    "backend": {"backend.base", "backend.registry"},
+    "backend": {"backend.base", "backend.records", "backend.registry"},
     "ops": {"core", "backend"},
     "reference": {"core", "margins"},
     "distributed._collectives": {"core"},

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import marginkernels as mk
-from marginkernels import loss
+from marginkernels import NonTarget, loss, retrieval
 from marginkernels.backend import FUSED, agreement, cpu, offer, records, registry, resolve
 from marginkernels.backend.base import Backend
 from marginkernels.backend.chunked import ChunkedBackend
 from marginkernels.backend.records import BAD, RIGHT, UNFINISHED, Machine, Record, Time, Verdict
 from marginkernels.backend.triton import heuristics
 from marginkernels.backend.triton.heuristics import Key, Tile
+from marginkernels.core.types import Reduction
 
 GPU = Machine("cuda", "NVIDIA Pretended 9000", "3.7", "0123456789ab", "2.13.0", "580.65.06")
 PAIRS = ("bfloat16/float32", "float32/float32")
@@ -297,6 +298,55 @@ def test_no_warning_where_nothing_is_to_be_had(gpu):
 def test_the_fastest_that_is_verified(gpu, options, want):
     records.write(record())
     assert chosen(**options) == want
+
+
+PLAIN = ("identity", "log-sum-exp")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("asked", "lacking"),
+    [
+        (records.features(NonTarget.IDENTITY, Reduction.LOG_SUM_EXP, 3), "sub-centers"),
+        (records.features(NonTarget.LIFTED_ANGLE, Reduction.LOG_SUM_EXP, 1), "lifted-angle"),
+        (records.features(NonTarget.POWER_DETACHED, Reduction.SOFTPLUS_SUM, 1), "softplus-sum"),
+        ((records.SEARCH[True],), "search of sub-centers"),
+    ],
+)
+def test_what_a_record_has_not_tried_it_does_not_unlock(gpu, asked, lacking):
+    """Nor does one that was made before records named it."""
+    every = {*PLAIN, *records.SEARCH, *asked}
+    for features, want in ((every, "hopper"), (every - {lacking}, "torch"), ((), "torch")):
+        tried = replace(verdict(), features=tuple(sorted(features)))
+        records.write(record(verdicts={"hopper": tried}, ratios={LARGE: {"hopper": 0.3}}))
+        registry.forget()
+        assert chosen(features=asked) == want, features
+        assert chosen(features=PLAIN) == ("hopper" if features else "torch")
+    whole = json.loads(record().as_json())
+    for v in whole["backends"].values():
+        del v["features"]
+    records.write(Record.of_json(json.dumps(whole)))
+    registry.forget()
+    assert chosen(features=asked) == "torch"
+    assert chosen() == "hopper"
+
+
+def test_a_call_asks_for_what_its_head_takes(monkeypatch):
+    asked = []
+
+    def resolve(*given):
+        asked.append(given[-1])
+        return "torch"
+
+    monkeypatch.setattr(loss.backends, "resolve", resolve)
+    monkeypatch.setattr(retrieval, "resolve", resolve)
+    x, w, labels = torch.randn(4, 8), torch.randn(18, 8), torch.arange(4)
+    for margin, k in ((mk.ArcFace(), 1), (mk.InterTopK(), 2), (mk.SphereFace2(18), 1), (mk.UniFace(9), 2)):
+        mk.margin_cross_entropy(x, w, labels, margin=margin, sub_centers=k)
+        mk.topk(x, w, 2, sub_centers=k)
+    lifted, binary = ("lifted-angle", "log-sum-exp"), ("power-detached", "softplus-sum")
+    assert asked[::2] == [PLAIN, (*lifted, "sub-centers"), binary, ("identity", "softplus-sum", "sub-centers")]
+    assert asked[1::2] == [("search",), ("search of sub-centers",)] * 2
 
 
 def test_times_of_the_same_dtype_decide(gpu):

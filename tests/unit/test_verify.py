@@ -12,13 +12,14 @@ import pytest
 import torch
 from helpers import planted_backends
 
-from marginkernels import testing
+from marginkernels import NonTarget, testing
 from marginkernels.__main__ import main
 from marginkernels.backend import FUSED, cpu, records, registry, resolve
 from marginkernels.backend.records import RIGHT, UNFINISHED, Time
 from marginkernels.cli import verify as command
 from marginkernels.cli.verify import plan, processes, worker
 from marginkernels.cli.verify.plan import Candidate, Check
+from marginkernels.core.types import Reduction
 
 TESTS = Path(__file__).parents[1]
 PAIR = ("float32", "float32")
@@ -71,7 +72,16 @@ def check(monkeypatch, kind, *checks):
         ("right", VALUES, RIGHT, ""),
         ("right", Check("values", PAIR, (33, 67, 259), "curricularface", True, -1.0), RIGHT, ""),
         ("right", Check("bits", ("bfloat16", "float32"), (5, 24, 19)), RIGHT, ""),
+        ("right", Check("values", PAIR, (33, 67, 259), "sphereface2", True, -1.0), RIGHT, ""),
+        ("right", Check("values", PAIR, (5, 24, 19), "uniface-clamped"), RIGHT, ""),
+        ("right", Check("values", ("bfloat16", "float32"), (33, 128, 517), "inter-topk", True, sub_centers=3), RIGHT, ""),
+        ("right", Check("bits", PAIR, (5, 24, 19), "inter-topk", sub_centers=5), RIGHT, ""),
         ("right", Check("topk", PAIR, (33, 67, 259)), RIGHT, ""),
+        ("right", Check("topk", PAIR, (33, 67, 259), sub_centers=5), RIGHT, ""),
+        ("right", Check("size", PAIR, (6, 24, 40), size="medium, wide", sub_centers=3), RIGHT, ""),
+        ("first_center", VALUES, RIGHT, ""),
+        ("first_center", Check("values", PAIR, (5, 24, 19), sub_centers=3), "wrong value", "is off by"),
+        ("first_center", Check("topk", PAIR, (33, 67, 259), sub_centers=3), "wrong value", "scores is off by"),
         ("right", Check("size", PAIR, (6, 24, 40), size="small, narrow"), RIGHT, ""),
         ("wrong", VALUES, "wrong value", "loss is off by"),
         ("wrong", Check("bits", PAIR, (5, 24, 19)), "wrong value", "loss is off by"),
@@ -93,6 +103,26 @@ def test_what_a_check_finds(monkeypatch, kind, checked, word, why):
     assert found["verdict"] == word, found
     assert why in found.get("why", "")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rows_whose_nearest_hang_on_rounding_are_not_settled():
+    """Ten thousand classes in bfloat16: some rows have the last class that is lifted within rounding of the next."""
+    margin, case = testing.HEADS["inter-topk"](10_000), testing.Case.random(65, 64, 10_000, torch.bfloat16)
+    left = testing.settled(case, margin).labels
+    gone = (left < 0) & (case.labels >= 0)
+    assert 5 < gone.sum() < 60
+    assert torch.equal(left[~gone], case.labels[~gone])
+    assert testing.settled(case, testing.HEADS["arcface"](10_000)) is case
+    exact = testing.Case(case.x.double(), case.w.double(), case.labels, None)
+    assert torch.equal(testing.settled(exact, margin).labels, case.labels)
+    near = torch.nn.functional.normalize(exact.x) @ torch.nn.functional.normalize(exact.w).T
+    near.scatter_(1, case.labels.clamp_min(0)[:, None], -1.0)
+    top = near.topk(margin.k + 1, 1).values
+    gaps = top[:, -2] - top[:, -1]
+    valid = case.labels >= 0
+    assert gaps[gone].max() < gaps[valid & ~gone].min()
+    twice = testing.Case(case.x, case.w.repeat_interleave(2, 0), case.labels, None)
+    assert torch.equal(testing.settled(twice, margin, 2).labels, left)
 
 
 def test_times_are_taken_in_turn_with_torch(monkeypatch):
@@ -211,6 +241,22 @@ def test_verdicts():
     assert judged()[0].verdict == UNFINISHED
 
 
+def test_a_record_names_what_every_dtype_was_tried_with():
+    def features(*checks):
+        results = {number: {"verdict": RIGHT} for number in range(len(checks))}
+        return set(processes.verdict(checks, processes.Outcome(results=results), "cuda").features)
+
+    plain, half = {"identity", "log-sum-exp"}, ("float16",) * 2
+    binary = [Check("values", pair, (5, 24, 19), "sphereface2", sub_centers=3) for pair in (PAIR, half)]
+    assert features(VALUES) == plain
+    assert features(VALUES, Check("bits", PAIR, (5, 24, 19), "mv-arc", sub_centers=3)) == plain  # which compares with no more
+    assert features(VALUES, binary[0]) == plain | {"power-detached", "softplus-sum", "sub-centers"}
+    assert features(VALUES, *binary) == {"power-detached", "softplus-sum", "sub-centers"}
+    assert features(VALUES, Check("values", half, (5, 24, 19)), binary[0]) == plain
+    assert features(Check("topk", PAIR, (5, 24, 19), sub_centers=3)) == {"search of sub-centers"}
+    assert not judged(RIGHT, "wrong value")[0].features
+
+
 def test_the_record_has_the_largest_error_of_each_output():
     errors = ({"loss": 2e-7, "dw": 1e-7}, {"loss": 1e-3}, {"loss": 1e-7, "dw": 3e-7})
     found = processes.Outcome(results={number: {"verdict": RIGHT, "errors": one} for number, one in enumerate(errors)})
@@ -229,10 +275,17 @@ def test_the_plan_covers(device):
     values = [c for c in every if c.kind == "values"]
     pairs = {c.pair for c in values}
     assert {(x, x) for x in plan.DTYPES} | {(x, "float32") for x in ("float16", "bfloat16")} == pairs
-    assert {(c.head, c.pair) for c in values} == {(head, pair) for head in testing.HEADS for pair in pairs}
+    assert {(c.head, c.pair) for c in values} == {(head, pair) for head in plan.HEADS for pair in pairs}
+    assert plan.HEADS.keys() > testing.HEADS.keys()
+    asked = {one.label for one in (*NonTarget, Reduction.LOG_SUM_EXP, Reduction.SOFTPLUS_SUM)} | {"sub-centers", *records.SEARCH}
+    assert all({one for c in every if c.pair == pair for one in c.features} == asked for pair in pairs)
+    several = {(c.pair, c.head, c.sub_centers) for c in values if c.sub_centers > 1}
+    assert several >= {(pair, head, 3) for pair in pairs for head in plan.WITH_SUB_CENTERS}
+    assert {c.sub_centers for c in every if c.kind == "topk"} == {1, 3, 5}
     kinds = {((x, x), *kind) for x in plan.DTYPES for kind in ((True, -1.0), (False, 0.0))}
     assert {(c.pair, c.extras, c.workspace_mb) for c in values} >= kinds
     repeated = {(c.pair, c.head, c.workspace_mb) for c in every if c.kind == "bits"}
+    assert {c.pair for c in every if c.kind == "bits" and c.sub_centers > 1} == pairs
     assert repeated == {(pair, head, mb) for pair in pairs for head in plan.FAMILIES for mb in (0.0, -1.0)}
     assert {c.pair for c in every if c.kind == "topk"} == pairs
     gpu = {(c.kind, c.pair) for c in every if c.kind in plan.GPU_ONLY}
@@ -246,8 +299,12 @@ def test_the_plan_covers(device):
         assert {c.pair[0] for c in every if c.kind == "time"} == {"float16", "bfloat16", "float32"}
 
 
+def test_what_a_backend_refuses_is_not_in_its_plan():
+    assert all(c.sub_centers == 1 for c in plan.checks(Candidate("cuda", "cuda"), "cuda"))
+
+
 def test_checks_survive_json():
-    one = Check("values", PAIR, (5, 24, 19), "softmax", True, -1.0, "small, wide")
+    one = Check("values", PAIR, (5, 24, 19), "softmax", True, -1.0, "small, wide", 3)
     assert Check.of(json.loads(json.dumps(one.as_dict()))) == one
 
 

@@ -18,6 +18,7 @@ from ...core.nontarget import NonTarget
 from ...core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, SumsUpstream, TopkInputs, Upstream
 from . import launch, rows, saved_layout
 from .launch import Device, Launch
+from .slots import slots
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def meta_inputs(
     non_target: NonTarget = NonTarget.IDENTITY,
     normalize_weight: bool = True,
     bias: bool = False,
+    sub_centers: int = 1,
 ) -> PassInputs:
-    """Inputs of these shapes on the meta device: no data, no memory."""
+    """Inputs of these shapes on the meta device: no data, no memory. ``c`` is of classes."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -49,7 +51,7 @@ def meta_inputs(
     return PassInputs(
         x=new(n, dim, dtype=dtype),
         row_factor=new(n),
-        w=new(c, dim, dtype=weight_dtype),
+        w=new(c * sub_centers, dim, dtype=weight_dtype),
         bias=new(c) if bias else None,
         labels=new(n, dtype=torch.int64),
         scale=new(n),
@@ -57,6 +59,7 @@ def meta_inputs(
         t=new(n) if hard else None,
         non_target=non_target,
         normalize_weight=normalize_weight,
+        sub_centers=sub_centers,
     )
 
 
@@ -83,7 +86,7 @@ def launches(
     """
     found: list[Launch] = []
     device = Device(arch, processors)
-    n, c = inputs.x.shape[0], inputs.w.shape[0]
+    n, c = inputs.x.shape[0], slots(inputs.w.shape[0], inputs.sub_centers)
     reduction = Reduction.SOFTPLUS_SUM if softplus else Reduction.LOG_SUM_EXP
     if logit_sum:
         request = Request.logit_sum(need_center=need_center)
@@ -173,13 +176,13 @@ def row_launches(
 
 
 def topk_launch(
-    n: int, dim: int, c: int, dtype: torch.dtype, weight_dtype: torch.dtype, k: int, arch: str, processors: int = 132
+    n: int, dim: int, c: int, dtype: torch.dtype, weight_dtype: torch.dtype, k: int, arch: str, processors: int = 132, sub_centers: int = 1
 ) -> Launch:
-    """The launch of a search for the ``k`` nearest class centers."""
-    p = meta_inputs(n, dim, c, dtype, weight_dtype)
+    """The launch of a search for the ``k`` nearest classes."""
+    p = meta_inputs(n, dim, c, dtype, weight_dtype, sub_centers=sub_centers)
     rows = PreparedRows(p.x, p.row_factor, p.row_factor, p.row_factor)
     found: list[Launch] = []
-    launch.topk(TopkInputs(p.x, p.w, None, None, True, True), rows, k, Device(arch, processors), found.append)
+    launch.topk(TopkInputs(p.x, p.w, None, None, True, True, sub_centers), rows, k, Device(arch, processors), found.append)
     return found[0]
 
 

@@ -16,6 +16,7 @@ from ...core.types import ClassPassOutput, HeadInputs, PassInputs, Request, RowP
 from ..gpu_rows import GpuRows
 from . import saved_layout
 from .heuristics import MAX_DIM
+from .slots import MOST, slots
 
 if TYPE_CHECKING:
     from .launch import Device, Launch
@@ -45,6 +46,7 @@ class TritonBackend(GpuRows):
 
     name = "triton"
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    max_sub_centers = MOST
     summary = "Triton: one kernel per pass, logits in registers only"
 
     @property
@@ -73,7 +75,7 @@ class TritonBackend(GpuRows):
 
     def workspace_bytes(self, n: int, c: int, dtype: torch.dtype, limit: int, sub_centers: int = 1) -> int:
         group = saved_layout.group_bytes(n, dtype)
-        return min(limit // max(group, 1), -(-c // saved_layout.GROUP)) * group
+        return min(limit // max(group, 1), -(-slots(c, sub_centers) // saved_layout.GROUP)) * group
 
     def fuses_rows(self, x: Tensor) -> bool:
         return x.dtype in self.dtypes and (x.device.type == "cuda" or interpreting())

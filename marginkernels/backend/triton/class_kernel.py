@@ -4,12 +4,16 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    GROUP,
     LOG2E,
     SAVED_STEP,
     SIZES,
     accumulate,
     accumulators,
     bias_slope,
+    center_at,
+    class_at,
+    class_of,
     exp_of_minus,
     fold_sum,
     halves,
@@ -21,40 +25,42 @@ from .primitives import (
     nontarget_value,
     sigmoid_of,
     similarities,
+    slots_of_class,
     store_tile,
     to_product,
     wide,
+    winners,
 )
 
 
 @triton.jit
 def unit_centers(w, factor, stride_wc, first, c, first_dim,
-                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
     """Some columns (BLOCK_C, WIDTH) of the class centers, normalized, in float32."""
-    return load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER).to(tl.float32) * factor[:, None]
+    return load_tile(w, None, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER, SUB).to(tl.float32) * factor[:, None]
 
 
 @triton.jit
 def finish(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
-           DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+           DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
     """Take some columns of v (BLOCK_C, WIDTH), times ``power_of_two`` like ``along``, through the Jacobian, and write them. Where FACTORED
     both have the class factor already."""
     dv = v
     if NORMALIZED:
-        dv -= along[:, None] * unit_centers(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER)
+        dv -= along[:, None] * unit_centers(w, factor, stride_wc, first, c, first_dim, DIM, BLOCK_C, WIDTH, COVER, SUB)
         if not FACTORED:
             dv *= factor[:, None]
-    store_tile(dw, DIM, first, c, first_dim, dv * (1.0 / power_of_two), DIM, BLOCK_C, WIDTH, COVER)
+    store_tile(dw, DIM, first, c, first_dim, dv * (1.0 / power_of_two), DIM, BLOCK_C, WIDTH, COVER, SUB)
 
 
 @triton.jit
 def finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED: tl.constexpr, FACTORED: tl.constexpr,
-                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                 DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, SUB: tl.constexpr):  # fmt: skip
     """:func:`finish` of the parts of v, one after the other."""
     WIDE: tl.constexpr = WIDTH // len(v)
     for i in tl.static_range(len(v)):
         finish(v[i], along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim + i * WIDE, NORMALIZED, FACTORED,
-               DIM, BLOCK_C, WIDE, WIDTH)  # fmt: skip
+               DIM, BLOCK_C, WIDE, WIDTH, SUB)  # fmt: skip
 
 
 @triton.jit
@@ -86,17 +92,22 @@ def class_pass_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     NON_TARGET: tl.constexpr, SOFTPLUS: tl.constexpr, NORMALIZED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    SUB: tl.constexpr,
 ):  # fmt: skip
     """One block of classes against every row; slice ``program_id(1)`` of dw's columns.
 
     v_j . w^_j, which the normalization's Jacobian takes off, is sum_i G_ij f_i (x_i . w^_j): it is summed in the loop from the very numbers
     that the product with x takes, so that no reduction over v is left to the end and a large v along w_j cancels to rounding.
+
+    With SUB centers a class a block is of slots, and ``c`` of centers. Of a class the row's nearest center takes part, of its own class its
+    label.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
     WIDE: tl.constexpr = DEPTH // max(PARTS, 1)
     DTYPE: tl.constexpr = x.dtype.element_ty
     first = tl.program_id(0) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)
+    slot = first + tl.arange(0, BLOCK_C)
+    col = center_at(slot, SUB)
     in_c = col < c
     factor = 1.0
     if NORMALIZED:
@@ -105,10 +116,10 @@ def class_pass_kernel(
     if WHOLE:
         query = ()
         for i in tl.static_range(max(PARTS, 1)):
-            part = load_tile(w, None, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, DEPTH)
+            part = load_tile(w, None, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, DEPTH, SUB)
             query += (tl.trans(to_product(part, factor, PRESCALE, DTYPE)),)
     if bias is not None:
-        b = tl.load(bias + col, mask=in_c, other=0.0)[None, :]
+        b = tl.load(bias + class_at(slot, SUB), mask=in_c, other=0.0)[None, :]
         if not SOFTPLUS:  # whose logits are in natural units
             b *= LOG2E
     power_of_two = 1.0
@@ -127,10 +138,11 @@ def class_pass_kernel(
         s = tl.load(scale + row, mask=in_n, other=1.0)[:, None]
         log_sum = tl.load(lse + row, mask=in_n, other=float("inf"))[:, None]
         up = tl.load(d_lse + row, mask=in_n, other=0.0)[:, None]
-        own = col[None, :] == load_labels(labels, row, in_n)[:, None]
+        label = load_labels(labels, row, in_n)[:, None]
+        own = col[None, :] == label
         hard, param = load_transform(threshold, t, row, in_n, NON_TARGET)
         near, key = similarities(x, x_box, stride_xn, first_row, n, w, w_box, stride_wc, first, c, query, factor, PRESCALE, DTYPE,
-                                 PRECISION, PADDED, DIM, DEPTH, BLOCK_N, BLOCK_C)  # fmt: skip
+                                 PRECISION, PADDED, DIM, DEPTH, BLOCK_N, BLOCK_C, SUB)  # fmt: skip
         if NORMALIZED and not PRESCALE:
             near = near * factor[None, :]
         cos = near * f
@@ -143,6 +155,8 @@ def class_pass_kernel(
             g = tl.exp2(logit - log_sum * LOG2E) * up
         if d_logit_sum is not None:
             g += tl.load(d_logit_sum + row, mask=in_n, other=0.0)[:, None]
+        if SUB > 1:
+            g = tl.where(winners(near, SUB, 1) & (class_at(slot, SUB)[None, :] != class_of(label, SUB)), g, 0.0)
         if db is not None:
             db_term = bias_slope(g, cos, hard[:, None], param[:, None], NON_TARGET) / s
             bias_sum += fold_sum(tl.where(own, tl.load(d_target_bias + row, mask=in_n, other=0.0)[:, None], db_term))
@@ -155,15 +169,26 @@ def class_pass_kernel(
             if not WHOLE or WIDTH < DEPTH:
                 key = (load_tile(x, None, stride_xn, first_row, n, first_dim, PADDED, BLOCK_N, WIDTH, WIDTH),)
             v = accumulate(key, g, v, PARTS, PRECISION)
+    if SUB > 1:  # as they are; the compiler, which does not know that, finds addresses again rather than holds them through the loop
+        first = tl.where(c > 0, first, 0)
+        col = center_at(first + tl.arange(0, BLOCK_C), SUB)
+        in_c = col < c
     if db is not None and tl.program_id(1) == 0:
-        tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
+        if SUB > 1:
+            EACH: tl.constexpr = slots_of_class(SUB)
+            total = tl.where(in_c, tl.sum(bias_sum, 0), 0.0)
+            total = tl.sum(tl.reshape(total, (BLOCK_C // GROUP, EACH, GROUP // EACH)), 1)
+            of_class = first // EACH + tl.arange(0, BLOCK_C // EACH)
+            tl.store(db + of_class, tl.reshape(total, (BLOCK_C // EACH,)), mask=of_class < c // SUB)
+        else:
+            tl.store(db + col, tl.sum(bias_sum, 0), mask=in_c)
     if dw is not None:
         along = tl.sum(along, 0)
         if NORMALIZED:  # read again rather than held, in the layout of the end, through the loop
             factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
         if PARTS == 0:
             v = turned(quarters(v[0]))
-        finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH)
+        finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, first_dim, NORMALIZED, False, DIM, BLOCK_C, WIDTH, SUB)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -177,14 +202,14 @@ def saved_pass_kernel(
     dw,  # (C, D), out
     n, c, stride_xn, stride_wc, saved_stride,
     DIM: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    NORMALIZED: tl.constexpr, FACTORED: tl.constexpr, SAVED_POW2: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, FACTORED: tl.constexpr, SAVED_POW2: tl.constexpr, PRECISION: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One block of classes, whose weights the row pass saved, against every row, in all of D: one product a step, whatever the head.
 
-    FACTORED weights have the class factor in them.
+    FACTORED weights have the class factor in them. With SUB centers a class weights and blocks are of slots, and ``c`` of centers.
     """
     first = tl.program_id(0) * BLOCK_C
-    col = first + tl.arange(0, BLOCK_C)
+    col = center_at(first + tl.arange(0, BLOCK_C), SUB)
     in_c = col < c
     power_of_two = 1.0
     if pow2 is not None:
@@ -222,8 +247,8 @@ def saved_pass_kernel(
     if NORMALIZED:
         factor = tl.load(class_factor + col, mask=in_c, other=0.0, cache_modifier=".cg")
         for i in tl.static_range(len(v)):
-            part = unit_centers(w, factor, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, WIDTH)
+            part = unit_centers(w, factor, stride_wc, first, c, i * WIDE, DIM, BLOCK_C, WIDE, WIDTH, SUB)
             along += tl.sum(v[i] * part, 1) if PARTS else tl.sum(v[i] * tl.trans(part), 0)
     if PARTS == 0:
         v = turned(v)
-    finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH)
+    finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH, SUB)

@@ -25,6 +25,7 @@ from .heuristics import Key, Tile, by_registers, padded, parts, power_of_two
 from .heuristics import tile as tile_for
 from .row_kernel import combine_kernel, prepare_kernel, row_pass_kernel
 from .rows_kernel import reach_kernel
+from .slots import centers_before, slots
 from .topk_kernel import topk_kernel
 
 #: The largest exponent that is safe without a running maximum: float32 ends at exp(88.7) and exp(-87.3), and slopes take a little more.
@@ -98,9 +99,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def converts(p: PassInputs, device: Device) -> bool:
-    """Whether the row pass takes a converted copy of the centers: those of another dtype, those that may not fit it (float16), and those
-    whose rows begin where wide loads cannot."""
-    return p.w.dtype != p.x.dtype or (p.x.dtype == torch.float16 and p.normalize_weight) or not begins_wide(p.w, device)
+    """Whether the row pass takes a converted copy of the centers: those of another dtype, those that may not fit it (float16), those
+    whose rows begin where wide loads cannot, and several of a class, which the copy has in their slots."""
+    half = p.x.dtype == torch.float16 and p.normalize_weight
+    return p.w.dtype != p.x.dtype or half or p.sub_centers > 1 or not begins_wide(p.w, device)
 
 
 def begins_wide(v: Tensor, device: Device) -> bool:
@@ -121,10 +123,12 @@ def with_wide_rows(p: PassInputs, device: Device) -> PassInputs:
 def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> RowPassOutput:
     """The row pass, by way of ``run``.
 
-    Centers that are not in the product's dtype, or may not fit it (float16), are first converted, and normalized, a chunk at a time into a
-    buffer of ``CHUNK_BYTES`` that stays in the cache, and the kernel goes on from chunk to chunk; the others are read where they are.
+    Centers that are not in the product's dtype, may not fit it (float16), or are several of a class, are first converted, and normalized, a
+    chunk at a time into a buffer of ``CHUNK_BYTES`` that stays in the cache, and the kernel goes on from chunk to chunk; the others are
+    read where they are. Chunks are counted in slots (:mod:`.slots`), which with one center a class are centers.
     """
-    p, (n, d), c = with_wide_rows(inputs, device), inputs.x.shape, inputs.w.shape[0]
+    p, (n, d), k = with_wide_rows(inputs, device), inputs.x.shape, inputs.sub_centers
+    c = slots(inputs.w.shape[0], k)
 
     def new(*shape: int, fill: float | None = None) -> Tensor:
         v = p.x.new_empty(shape, dtype=torch.float32)
@@ -137,7 +141,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
     saved = p.x.new_empty(request.workspace_bytes, dtype=torch.uint8)
     saved_weights, saved_base = saved_layout.parts(saved, n, p.x.dtype)
     saved_count = 0 if logit_sum else saved_weights.shape[0]
-    factor = new(c if p.normalize_weight else 0)
+    factor = new(p.w.shape[0] if p.normalize_weight else 0)
     bounded = p.normalize_weight and not plain_sum and not half
     busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or request.need_cos or softplus
     ways = (False, True) if bounded else (not plain_sum,)
@@ -180,12 +184,14 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
         "RESUME": convert,
         "POW2": saved_pow2(p.x.dtype),
         "PRECISION": precision(p.x.dtype),
+        "SUB": k,
     }
     bound = None
     for first in range(0, c, chunk):
         count = min(chunk, c - first)
+        centers = min(centers_before(first + chunk, k), p.w.shape[0]) - centers_before(first, k)
         if convert or p.normalize_weight:
-            _prepare(p, factor, copy, first, count, device, run)
+            _prepare(p, factor, copy, first, centers, device, run)
         if first == 0 and bounded:
             bound = _exponent_bound(p, None if convert else factor, run)
         w = copy[:count] if copy is not None else p.w
@@ -194,7 +200,7 @@ def row_pass(inputs: PassInputs, request: Request, device: Device, run: Run) -> 
             "w": w,
             "bound": bound,
             "first_class": first,
-            "count": count,
+            "count": centers,
             "stride_wc": w.stride(0),
             "saved": saved_weights if saves else None,
             "saved_base": saved_base if saves else None,
@@ -239,15 +245,17 @@ def class_pass(
 
     Weights were saved as exp(z) N'(c): enough for dw of the log-sum-exp alone, so all is computed again where more is asked for.
     """
-    p, c, upstream = with_wide_rows(inputs, device), inputs.w.shape[0], upstream.rounded(torch.float32)
+    p, c, k = with_wide_rows(inputs, device), inputs.w.shape[0], inputs.sub_centers
+    upstream = upstream.rounded(torch.float32)
     out = ClassPassOutput.allocate(p, need_weight, need_bias)
     first = 0
     if saved.numel() and need_weight and not need_bias and upstream.d_logit_sum is None:
         weights, bases = saved_layout.parts(saved, p.x.shape[0], p.x.dtype)
-        first = min(weights.shape[0], c)
-        _class_pass_saved(p, upstream, class_factor, weights[:first], bases, out.d_weight[:first], device, run)
+        first = min(centers_before(weights.shape[0], k), c)
+        _class_pass_saved(p, upstream, class_factor, weights[: slots(first, k)], bases, out.d_weight[:first], device, run)
     if first < c:
-        rest = replace(p, w=p.w[first:], labels=p.labels - first, bias=None if p.bias is None else p.bias[first:]) if first else p
+        bias = None if p.bias is None else p.bias[first // k :]
+        rest = replace(p, w=p.w[first:], labels=p.labels - first, bias=bias) if first else p
         dw, db = out.d_weight[first:] if need_weight else None, out.d_bias if need_bias else None
         _class_pass(rest, upstream, class_factor[first:], dw, db, device, run)
     return out
@@ -256,7 +264,7 @@ def class_pass(
 def _class_pass_saved(
     p: PassInputs, upstream: Upstream, class_factor: Tensor, weights: Tensor, bases: Tensor, dw: Tensor, device: Device, run: Run
 ) -> None:
-    """dw of the leading classes, from the weights (K, stride) that the row pass saved."""
+    """dw of the leading classes, from the weights (slots, stride) that the row pass saved."""
     n, d = p.x.shape
     tile = tile_for(Key.of("saved", d, p.x.dtype, device.arch))
     args = {
@@ -269,7 +277,7 @@ def _class_pass_saved(
         "saved_base": bases,
         "dw": dw,
         "n": n,
-        "c": weights.shape[0],
+        "c": dw.shape[0],
         "stride_xn": p.x.stride(0),
         "stride_wc": p.w.stride(0),
         "saved_stride": weights.shape[1],
@@ -281,6 +289,7 @@ def _class_pass_saved(
         "FACTORED": p.normalize_weight and not converts(p, device),
         "SAVED_POW2": saved_pow2(p.x.dtype),
         "PRECISION": precision(p.x.dtype),
+        "SUB": p.sub_centers,
     }
     run(Launch(saved_pass_kernel, (math.ceil(weights.shape[0] / tile.queries),), args, constants, tile.warps, tile.stages))
 
@@ -288,7 +297,7 @@ def _class_pass_saved(
 def _class_pass(
     p: PassInputs, upstream: Upstream, class_factor: Tensor, dw: Tensor | None, db: Tensor | None, device: Device, run: Run
 ) -> None:
-    (n, d), c = p.x.shape, p.w.shape[0]
+    (n, d), c, k = p.x.shape, p.w.shape[0], p.sub_centers
     softplus = upstream.reduction == Reduction.SOFTPLUS_SUM
     busy = p.non_target != NonTarget.IDENTITY or p.bias is not None or upstream.d_logit_sum is not None or softplus
     tile = tile_for(Key.of("class", d, p.x.dtype, device.arch, accumulates=dw is not None, busy=busy))
@@ -298,7 +307,7 @@ def _class_pass(
         **{name: getattr(upstream, name) for name in ("lse", "d_lse", "d_logit_sum", "d_target_cos")},
         "d_target_bias": upstream.d_target_bias if db is not None else None,
         "x_box": boxes(p.x, tile.keys, tile.depth, device),
-        "w_box": boxes(p.w, tile.queries, tile.depth, device) if d > tile.depth else None,
+        "w_box": boxes(p.w, tile.queries, tile.depth, device) if d > tile.depth and k == 1 else None,
         "class_factor": class_factor if p.normalize_weight else None,
         "pow2": _pow2(p, upstream) if half else None,
         "dw": dw,
@@ -313,15 +322,16 @@ def _class_pass(
         "NON_TARGET": int(p.non_target),
         "SOFTPLUS": softplus,
         "NORMALIZED": p.normalize_weight,
-        "PRESCALE": p.normalize_weight and half,
+        "PRESCALE": p.normalize_weight and (half or k > 1),  # with several centers, the products of the row pass choose among them
         "PRECISION": precision(p.x.dtype),
+        "SUB": k,
     }
-    grid = (math.ceil(c / tile.queries), math.ceil(d / tile.width) if dw is not None else 1)
+    grid = (math.ceil(slots(c, k) / tile.queries), math.ceil(d / tile.width) if dw is not None else 1)
     run(Launch(class_pass_kernel, grid, args, constants, tile.warps, tile.stages))
 
 
 def _prepare(p: PassInputs, factor: Tensor, copy: Tensor | None, first: int, count: int, device: Device, run: Run) -> None:
-    """1/|w_j| of ``count`` classes from ``first`` to ``factor``, and the converted centers to ``copy``."""
+    """1/|w_j| of ``count`` centers from slot ``first`` to ``factor``, and the converted centers, in their slots, to ``copy``."""
     d = p.w.shape[1]
     block = 256 if device.arch == "interpreter" else 16
     args = {
@@ -334,8 +344,8 @@ def _prepare(p: PassInputs, factor: Tensor, copy: Tensor | None, first: int, cou
         "tiny": TINY,
     }
     row = d if copy is None else copy.shape[1]
-    constants = {"DIM": d, "PADDED": row, "BLOCK_C": block, "WIDTH": power_of_two(row)}
-    run(Launch(prepare_kernel, (math.ceil(count / block),), args, constants))
+    constants = {"DIM": d, "PADDED": row, "BLOCK_C": block, "WIDTH": power_of_two(row), "SUB": p.sub_centers}
+    run(Launch(prepare_kernel, (math.ceil(slots(count, p.sub_centers) / block),), args, constants))
 
 
 def cut(kernel: str, p: PassInputs, tile: Tile, device: Device) -> dict[str, int]:
@@ -371,7 +381,7 @@ def _exponent_bound(p: PassInputs, factor: Tensor | None, run: Run) -> Tensor:
     else:
         reach = p.row_factor * torch.linalg.vector_norm(p.x, dim=1, dtype=torch.float32)  # |c_ij| at most
         reach = nontarget.reach(p.non_target, reach, p.threshold, p.t)
-        bound = (p.scale.abs() * reach).amax() + math.log(p.w.shape[0])
+        bound = (p.scale.abs() * reach).amax() + math.log(p.num_classes)
     if factor is not None:
         low, high = torch.aminmax(torch.where(factor > 0, factor, 1.0))
         bound = bound + torch.maximum(high.log(), -low.log())
@@ -383,7 +393,7 @@ def _reach(p: PassInputs, run: Run) -> Tensor:
     (n, d), width = p.x.shape, min(power_of_two(p.x.shape[1]), REACH_TILE)
     reach = p.scale.new_empty(n)
     args: dict[str, Any] = {"x": p.x, "row_factor": p.row_factor, "scale": p.scale, "out": reach}
-    args |= {"n": n, "stride_xn": p.x.stride(0), "added": math.log(p.w.shape[0])}
+    args |= {"n": n, "stride_xn": p.x.stride(0), "added": math.log(p.num_classes)}
     constants = {"DIM": d, "WIDTH": width, "BLOCK_N": max(1, REACH_TILE // width)}
     run(Launch(reach_kernel, (math.ceil(n / constants["BLOCK_N"]),), args, constants))
     return reach
@@ -399,7 +409,7 @@ def _pow2(p: PassInputs, upstream: Upstream) -> Tensor:
 
 def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Run) -> TopkOutput:
     """The search for the nearest class centers, by way of ``run``: each program finds k of its split, and PyTorch the best of them."""
-    p, (n, d), c = inputs, inputs.x.shape, inputs.w.shape[0]
+    p, (n, d), c = inputs, inputs.x.shape, slots(inputs.w.shape[0], inputs.sub_centers)
     block_n, block_c = 32, 64
     programs, blocks = math.ceil(n / block_n), math.ceil(c / block_c)
     per_split = math.ceil(blocks / _splits(programs, blocks, device.processors))
@@ -415,7 +425,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
         "bias": p.bias,
         "best": keys,
         "n": n,
-        "c": c,
+        "c": p.w.shape[0],
         "stride_wc": p.w.stride(0),
         "blocks_per_split": per_split,
         "tiny": TINY,
@@ -429,6 +439,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
         "PLACES": 1 << (k - 1).bit_length(),
         "NORMALIZED": p.normalize_weight,
         "PRECISION": precision(p.x.dtype),
+        "SUB": p.sub_centers,
     }
     run(Launch(topk_kernel, (programs, splits), args, constants, warps=8 if scattered else 4))
     # The reverse of topk_kernel's keys_of.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ...core import nontarget
-from . import saved_layout
+from . import saved_layout, slots
 
 #: The interpreter multiplies the bits of bfloat16 numbers as integers, and cuts float32 to bfloat16 instead of rounding: there both are
 #: done by hand.
@@ -48,6 +48,12 @@ LIFTED_ANGLE = tl.constexpr(11)
 PI = tl.constexpr(3.141592653589793)
 LEAST_SINE = tl.constexpr(nontarget.LEAST_SINE)
 LEAST_LIFTED_SINE = tl.constexpr(nontarget.LEAST_LIFTED_SINE)
+
+#: Of classes with several centers; see marginkernels.backend.triton.slots.
+GROUP = tl.constexpr(slots.GROUP)
+slots_of_class = triton.constexpr_function(slots.of_class)
+#: Past every center.
+NO_CENTER = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -211,17 +217,77 @@ def log1p_of(e):
 
 
 @triton.jit
+def class_at(slot, SUB: tl.constexpr):
+    """The class of each slot, with SUB centers a class."""
+    if SUB > 1:
+        CLASSES: tl.constexpr = GROUP // slots_of_class(SUB)
+        slot = slot // GROUP * CLASSES + slot % CLASSES
+    return slot
+
+
+@triton.jit
+def center_at(slot, SUB: tl.constexpr):
+    """The center in each slot, with SUB centers a class; NO_CENTER in an empty one."""
+    if SUB > 1:
+        CLASSES: tl.constexpr = GROUP // slots_of_class(SUB)
+        sub = slot % GROUP // CLASSES
+        slot = tl.where(sub < SUB, class_at(slot, SUB) * SUB + sub, NO_CENTER)
+    return slot
+
+
+@triton.jit
+def centers_of(first, BLOCK: tl.constexpr, SUB: tl.constexpr):
+    """The center in slot ``first``, the first of a group, and how far from it those in BLOCK slots lie (BLOCK,)."""
+    far = tl.arange(0, BLOCK)
+    if SUB > 1:
+        far = center_at(first + far, SUB)
+        first = center_at(tl.zeros((), tl.int32) + first, SUB)  # see `wide`
+        far -= first
+    return first, far
+
+
+@triton.jit
+def slots_of(count, SUB: tl.constexpr):
+    """Slots of ``count`` centers, SUB a class."""
+    if SUB > 1:
+        count = tl.cdiv(count, GROUP // slots_of_class(SUB) * SUB) * GROUP
+    return count
+
+
+@triton.jit
+def class_of(center, SUB: tl.constexpr):
+    """The class of each center, -1 of a negative one."""
+    if SUB > 1:
+        center = tl.where(center < 0, -1, center // SUB)
+    return center
+
+
+@triton.jit
+def winners(near, SUB: tl.constexpr, APART: tl.constexpr):
+    """Which of a tile of products are the highest of their class, the first of equals; and NaN, so that it comes through. APART is how far
+    the products of neighboring slots lie from each other, row-major: 1, or the tile's columns."""
+    EACH: tl.constexpr = slots_of_class(SUB)
+    each = tl.reshape(near, (near.shape[0] * near.shape[1] // (GROUP * APART), EACH, GROUP // EACH * APART))
+    place = tl.arange(0, EACH)[None, :, None]
+    if EACH > SUB:
+        each = tl.where(place < SUB, each, float("-inf"))
+    highest = tl.max(each, 1, keep_dims=True)
+    first = tl.min(tl.where(each == highest, place, EACH), 1, keep_dims=True)
+    return tl.reshape((place == first) | (each != each), near.shape)
+
+
+@triton.jit
 def load_tile(matrix, box, stride, first, count, first_dim,
-              DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+              DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr, SUB: tl.constexpr = 1):  # fmt: skip
     """(BLOCK, WIDTH) of a (count, DIM) matrix from row ``first`` and column ``first_dim``; zeros outside.
 
     ``box`` is the matrix as a tensor descriptor with boxes of that size, or None to go through pointers. Those are 64-bit up to the tile
     and 32-bit inside it. Tiles go over the columns in steps of COVER, at least WIDTH: some lie partly or wholly outside where DIM is no
-    multiple of it.
+    multiple of it. With SUB > 1 the matrix has SUB centers a class, and ``first`` and BLOCK are slots of them.
     """
     if box is not None:
         return box.load([first, first_dim])
-    row = tl.arange(0, BLOCK)
+    first, row = centers_of(first, BLOCK, SUB)
     dim = first_dim + tl.arange(0, WIDTH)
     at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
     inside = row[:, None] < count - first
@@ -246,11 +312,11 @@ def to_product(v, factor, PRESCALE: tl.constexpr, DTYPE: tl.constexpr):
 def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_box, stride_q, first_query, query_count, held, factor,
                  PRESCALE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                  KEY_DIM: tl.constexpr, QUERY_DIM: tl.constexpr, DEPTH: tl.constexpr,
-                 BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+                 BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, QUERY_SUB: tl.constexpr = 1):  # fmt: skip
     """Products (BLOCK_K, BLOCK_Q) of a key block and the query block, and the parts of the key tile where that is whole.
 
     ``held`` is the query tile (DEPTH, BLOCK_Q), in parts of its rows, or None where D is deeper than DEPTH: then both blocks are read in
-    steps of it.
+    steps of it. QUERY_SUB: the centers of a class, where the queries are such.
     """
     near = tl.zeros((BLOCK_K, BLOCK_Q), tl.float32)
     if held is not None:
@@ -264,7 +330,7 @@ def similarities(keys, key_box, stride_k, first_key, key_count, queries, query_b
     else:
         key = near  # nobody's
         for d in tl.range(0, QUERY_DIM, DEPTH):
-            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, QUERY_DIM, BLOCK_Q, DEPTH, DEPTH)
+            query = load_tile(queries, query_box, stride_q, first_query, query_count, d, QUERY_DIM, BLOCK_Q, DEPTH, DEPTH, QUERY_SUB)
             part = load_tile(keys, key_box, stride_k, first_key, key_count, d, KEY_DIM, BLOCK_K, DEPTH, DEPTH)
             near = product(part, tl.trans(to_product(query, factor, PRESCALE, DTYPE)), near, PRECISION)
     return near, key
@@ -306,9 +372,9 @@ def load_transform(threshold, t, row, inside, NON_TARGET: tl.constexpr):
 
 @triton.jit
 def store_tile(matrix, stride, first, count, first_dim, value,
-               DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr):  # fmt: skip
+               DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, COVER: tl.constexpr, SUB: tl.constexpr = 1):  # fmt: skip
     """The reverse of :func:`load_tile` through pointers, in the matrix's dtype."""
-    row = tl.arange(0, BLOCK)
+    first, row = centers_of(first, BLOCK, SUB)
     dim = first_dim + tl.arange(0, WIDTH)
     at = matrix + wide(first) * stride + row[:, None] * stride + dim[None, :]
     inside = row[:, None] < count - first

@@ -11,6 +11,9 @@ from .primitives import (
     SIZES,
     accumulate,
     accumulators,
+    center_at,
+    class_at,
+    class_of,
     exp_of_minus,
     fold_max,
     fold_sum,
@@ -24,9 +27,11 @@ from .primitives import (
     nontarget_value,
     sigmoid_of,
     similarities,
+    slots_of,
     store_tile,
     to_unit_range,
     wide,
+    winners,
 )
 
 
@@ -36,25 +41,27 @@ def prepare_kernel(
     factor,  # (C,) float32, out, or None
     copy,  # (count, PADDED) in the product's dtype, out, or None
     first_class, count, stride_wc, tiny,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """For ``count`` classes from ``first_class``: 1/|w_j|, 0 where |w_j| < tiny, and the centers times that, with zeros after them.
+    """For ``count`` centers from slot ``first_class``: 1/|w_j|, 0 where |w_j| < tiny, and the centers times that in their slots, with zeros
+    after them and in empty slots.
 
     Centers are brought to [1, 2) by a power of two first: squares neither overflow nor vanish.
     """
     first = tl.program_id(0) * BLOCK_C
-    chunk = w + wide(first_class) * stride_wc
-    tile = load_tile(chunk, None, stride_wc, first, count, 0, DIM, BLOCK_C, WIDTH, WIDTH).to(tl.float32)
+    first_center = center_at(first_class, SUB)
+    chunk = w + wide(first_center) * stride_wc
+    tile = load_tile(chunk, None, stride_wc, first, count, 0, DIM, BLOCK_C, WIDTH, WIDTH, SUB).to(tl.float32)
     if factor is not None:
         power = to_unit_range(tl.max(tl.abs(tile), 1))
         unit = tile * power[:, None]
         length = tl.sqrt_rn(tl.sum(unit * unit, 1))
         zero = length < tiny * power
-        col = first + tl.arange(0, BLOCK_C)
-        tl.store(factor + first_class + col, tl.where(zero, 0.0, power / length), mask=col < count)
+        col = center_at(first + tl.arange(0, BLOCK_C), SUB)
+        tl.store(factor + first_center + col, tl.where(zero, 0.0, power / length), mask=col < count)
         tile = unit * tl.where(zero, 0.0, 1.0 / length)[:, None]
     if copy is not None:
-        store_tile(copy, PADDED, first, count, 0, tile, PADDED, BLOCK_C, WIDTH, WIDTH)
+        store_tile(copy, PADDED, first, slots_of(count, SUB), 0, tile, PADDED, BLOCK_C, WIDTH, WIDTH)
 
 
 @triton.jit
@@ -142,7 +149,7 @@ def row_pass_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     NON_TARGET: tl.constexpr, LOGIT_SUM: tl.constexpr, SOFTPLUS: tl.constexpr, ONLINE: tl.constexpr, RESUME: tl.constexpr,
-    NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr, POW2: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_CENTER: tl.constexpr, NEED_COS: tl.constexpr, POW2: tl.constexpr, PRECISION: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of ``count`` classes from ``first_class``; with NEED_CENTER, slice ``program_id(2)`` of
     its columns.
@@ -151,6 +158,9 @@ def row_pass_kernel(
     of u in the loop; where ``bound`` is given both ways are launched, and it decides on the device which of them returns at once. RESUME
     goes on from the partial results of an earlier launch. The weights of classes before ``saved_count`` are left in ``saved``,
     as the product takes them: times the class factor, if given.
+
+    With SUB centers a class ``count`` is of centers, ``w`` has them in their slots, and there is no class factor; ``first_class`` and
+    ``saved_count`` are slots. Of a class the row's nearest center takes part.
     """
     WHOLE: tl.constexpr = DIM <= DEPTH
     WIDE: tl.constexpr = DEPTH // max(PARTS, 1)
@@ -167,7 +177,7 @@ def row_pass_kernel(
         s *= LOG2E
     if PLAIN:  # the similarities themselves are not wanted
         s *= f
-    own = (load_labels(labels, row, in_n) - first_class)[None, :]
+    own = (class_of(load_labels(labels, row, in_n), SUB) - class_at(first_class, SUB))[None, :]
     hard, param = load_transform(threshold, t, row, in_n, NON_TARGET)
     query = None
     if WHOLE:
@@ -187,12 +197,16 @@ def row_pass_kernel(
     if NEED_CENTER:
         u = accumulators(PARTS, WIDTH, BLOCK_N)
     first_block = tl.program_id(1) * blocks_per_split
-    for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(count, BLOCK_C))):
+    end = slots_of(count, SUB)
+    for block in tl.range(first_block, tl.minimum(first_block + blocks_per_split, tl.cdiv(end, BLOCK_C))):
         first = block * BLOCK_C
-        col = first + tl.arange(0, BLOCK_C)
-        in_c = col < count
-        cos, key = similarities(w, w_box, stride_wc, first, count, x, x_box, stride_xn, first_row, n, query, 1.0, False, DTYPE, PRECISION,
+        slot = first + tl.arange(0, BLOCK_C)
+        col = class_at(slot, SUB)
+        in_c = center_at(slot, SUB) < count
+        cos, key = similarities(w, w_box, stride_wc, first, end, x, x_box, stride_xn, first_row, n, query, 1.0, False, DTYPE, PRECISION,
                                 PADDED, PADDED, DEPTH, BLOCK_C, BLOCK_N)  # fmt: skip
+        if SUB > 1:
+            won = winners(cos, SUB, BLOCK_N)
         if class_factor is not None:
             factor = tl.load(class_factor + first_class + col, mask=in_c, other=0.0)[:, None]
             cos = cos * factor
@@ -202,12 +216,14 @@ def row_pass_kernel(
         logit = value * s
         raw = cos * s
         if bias is not None:
-            b = tl.load(bias + first_class + col, mask=in_c, other=0.0)[:, None]
+            b = tl.load(bias + class_at(first_class, SUB) + col, mask=in_c, other=0.0)[:, None]
             if not SOFTPLUS:
                 b *= LOG2E
             logit += b
             raw += b
         keep = in_c[:, None] & (col[:, None] != own)
+        if SUB > 1:
+            keep &= won
         max_logit = tl.maximum(max_logit, fold_max(tl.where(keep, raw, float("-inf"))))
         if LOGIT_SUM:
             g = keep.to(tl.float32)
@@ -239,7 +255,7 @@ def row_pass_kernel(
             save_weights(saved, saved_box, saved_base, saved_stride, g, base, first_class + first, saved_count, first_row)
         if NEED_CENTER:
             if not WHOLE or WIDTH < DEPTH:
-                key = (load_tile(w, None, stride_wc, first, count, first_dim, PADDED, BLOCK_C, WIDTH, WIDTH),)
+                key = (load_tile(w, None, stride_wc, first, end, first_dim, PADDED, BLOCK_C, WIDTH, WIDTH),)
             u = accumulate(key, g, u, PARTS, PRECISION)
     if tl.program_id(2) == 0:
         store_row(part_max_logit + out, row, in_n, tl.max(max_logit, 0), None, RESUME)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-#: Classes are saved in groups of so many: every key block of the row pass, and every chunk of converted centers, divides it.
+#: Classes, or slots where a class has several centers, are saved in groups of so many: every key block of the row pass, and every chunk of
+#: converted centers, divides it.
 GROUP = 128
 #: What the weights' exponentials were taken against is stored once a row for so many classes; key blocks are multiples of it.
 STEP = 32

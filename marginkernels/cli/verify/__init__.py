@@ -21,7 +21,7 @@ from ...backend.records import Record, Time, Verdict
 from ...backend.triton import heuristics
 from .._progress import tqdm
 from .._text import MAX_SEED, integer, number, table, usable_device
-from .plan import COMPILED, DTYPES, Candidate, Check, candidates, checks, compiled_checks, unavailable, unsupported
+from .plan import COMPILED, DTYPES, HEADS, Candidate, Check, candidates, checks, compiled_checks, unavailable, unsupported
 from .processes import Outcome, Settings, supervise, times, verdict
 
 #: The outputs of every head; a margin with parameters also has their gradients, and a search its scores and classes.
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=number(0, open_low=True), metavar="S", help="seconds of one check that are a hang (default: 60; 300 on a GPU)")
     add("--tiles", type=tiles_file, metavar="PATH", help="verify the Triton kernels with the tiles of this file of tune, and record them")
     add("--backend", action="append", type=backend_name, choices=["reference", *FUSED], help=once)
-    add("--head", action="append", choices=list(testing.HEADS), metavar="NAME", help=once)
+    add("--head", action="append", choices=list(HEADS), metavar="NAME", help=once)
     add("--dtype", action="append", choices=list(DTYPES), help=f"of embeddings and weight; {once}")
     add("--seed", type=integer(0, MAX_SEED), default=0, help="of the random problems (default: %(default)s)")
 
@@ -180,7 +180,7 @@ def save(record: Record) -> int:
 
 def show(found: Sequence[Found], args: argparse.Namespace, peer_times: dict[str, dict[str, Time]]) -> None:
     """The tables: errors, what was not verified, what failed, and times."""
-    print(f"\n{len(args.head or testing.HEADS)} heads on {args.device}, each backend in a process of its own.")
+    print(f"\n{len(args.head or HEADS)} heads on {args.device}, each backend in a process of its own.")
     print("Largest relative error |got - want| / |want|, where want is from the float64 reference:\n")
     rows = []
     for f in found:

@@ -178,8 +178,11 @@ def verdict(checks: Sequence[Check], outcome: Outcome, device_type: str) -> Verd
         return Verdict(*first, pairs=(), checks=notes, errors=errors, seconds=outcome.seconds)
     if missed or not results:
         done = sum(passed.values())
-        return Verdict(records.UNFINISHED, f"{done} of {len(checks)} checks in the time", pairs, notes, errors, outcome.seconds)
-    return Verdict(records.RIGHT, "", pairs, notes, errors, outcome.seconds)
+        why = f"{done} of {len(checks)} checks in the time"
+        return Verdict(records.UNFINISHED, why, pairs, notes, errors, outcome.seconds)
+    tried = [{one for c in checks if "/".join(c.pair) == name for one in c.features} for name in pairs]
+    features = tuple(sorted(set.intersection(*tried))) if tried else ()
+    return Verdict(records.RIGHT, "", pairs, notes, errors, outcome.seconds, features)
 
 
 def times(checks: Sequence[Check], outcome: Outcome) -> dict[str, dict[str, Time]]:

@@ -25,7 +25,7 @@ from ...backend.cpu import CpuBackend
 from ...backend.triton import heuristics
 from ...core.types import TopkInputs
 from ...loss import margin_cross_entropy
-from .plan import COMPILED, DTYPES, Candidate, Check
+from .plan import COMPILED, DTYPES, HEADS, Candidate, Check
 
 #: Runs whose bits must be equal, failures after which a candidate is given up, and how often a step is timed, within so many seconds.
 REPEATS, MOST_FAILURES, ROUNDS, ROUND_SECONDS = 3, 20, 25, {"cpu": 1.5, "cuda": 3.0}
@@ -103,7 +103,7 @@ class Worker:
     def values(self, check: Check) -> dict[str, Any]:
         """Loss and gradients against the float64 reference, on memory that holds NaN where nothing was written."""
         case, margin, options = self._problem(check)
-        want = testing.run(case, margin, "reference", dtype=torch.float64, label_smoothing=options["label_smoothing"])
+        want = testing.run(case, margin, "reference", dtype=torch.float64, **options)
         with poisoned_memory():
             got = testing.run(case, margin, self.candidate.backend, **options)
         return {"errors": _compare(got, want, self._tolerance(check))}
@@ -111,19 +111,20 @@ class Worker:
     def bits(self, check: Check) -> dict[str, Any]:
         """Several runs: right, and the same bits."""
         case, margin, options = self._problem(check)
-        want = testing.run(case, margin, "reference", dtype=torch.float64, label_smoothing=options["label_smoothing"])
+        want = testing.run(case, margin, "reference", dtype=torch.float64, **options)
         got = self._repeated(case, margin, options)
         return {"errors": _compare(got, want, self._tolerance(check))}
 
     def topk(self, check: Check) -> dict[str, Any]:
         """Scores against float64's; the classes of equal scores may differ by rounding."""
         case, _, _ = self._problem(check)
-        inputs, k = TopkInputs(case.x, case.w, None, None, True, True), min(5, check.shape[2])
-        exact = TopkInputs(case.x.double(), case.w.double(), None, None, True, True)
+        inputs, k = TopkInputs(case.x, case.w, None, None, True, True, check.sub_centers), min(5, check.shape[2])
+        exact = TopkInputs(case.x.double(), case.w.double(), None, None, True, True, check.sub_centers)
         want = torch_topk.topk(exact, k).scores
         with poisoned_memory():
             found = FUSED[self.candidate.backend].topk(inputs, k)
         rows = torch.nn.functional.normalize(exact.x) @ torch.nn.functional.normalize(exact.w).T
+        rows = rows.unflatten(1, (-1, check.sub_centers)).amax(2)
         errors = _compare({"scores": found.scores}, {"scores": want}, self._tolerance(check))
         return {"errors": errors | _compare({"classes": rows.gather(1, found.classes)}, {"classes": want}, self._tolerance(check))}
 
@@ -167,9 +168,9 @@ class Worker:
         """A problem of the size of real work, against plain PyTorch in a wider dtype: with each workspace right, and the same bits."""
         case = self._drawn(check)
         wide = torch.float64 if check.pair[0] == "float32" and self.device == "cpu" else torch.float32
-        want, worst = testing.run(case, margins.ArcFace(), "torch", dtype=wide), dict[str, float]()
+        want, worst = testing.run(case, margins.ArcFace(), "torch", dtype=wide, sub_centers=check.sub_centers), dict[str, float]()
         for mb in (None, 0.0, math.inf):
-            options = {"workspace_mb": mb}
+            options = {"workspace_mb": mb, "sub_centers": check.sub_centers}
             for name, off in _compare(self._repeated(case, margins.ArcFace(), options, 2), want, self._tolerance(check)).items():
                 worst[name] = max(worst.get(name, 0.0), off)
         return {"errors": worst}
@@ -193,19 +194,23 @@ class Worker:
 
     def _problem(self, check: Check) -> tuple[testing.Case, margins.Margin, dict[str, Any]]:
         (n, d, c), (x, w) = check.shape, (DTYPES[name] for name in check.pair)
-        case = testing.Case.random(n, d, c, x, weight_dtype=w, bias=check.extras, seed=self.seed, device=self.device)
+        about: dict[str, Any] = {"seed": self.seed, "device": self.device, "sub_centers": check.sub_centers}
+        case = testing.Case.random(n, d, c, x, weight_dtype=w, bias=check.extras, **about)
         workspace = math.inf if check.workspace_mb is not None and check.workspace_mb < 0 else check.workspace_mb
-        options = testing.accepted(check.head, label_smoothing=0.1 if check.extras else 0.0, workspace_mb=workspace)
-        return case, testing.HEADS[check.head](c), options
+        options = {"label_smoothing": 0.1 if check.extras else 0.0, "workspace_mb": workspace, "sub_centers": check.sub_centers}
+        margin = HEADS[check.head](c)
+        return testing.settled(case, margin, check.sub_centers), margin, testing.accepted(margin, **options)
 
     def _drawn(self, check: Check) -> testing.Case:
         """A problem of real size, drawn on the device."""
         (n, d, c), (x, w) = check.shape, (DTYPES[name] for name in check.pair)
         g = torch.Generator(self.device).manual_seed(self.seed)
-        weight = torch.randn(c, d, generator=g, device=self.device).mul_(0.1)
+        k = check.sub_centers
+        weight = torch.randn(c * k, d, generator=g, device=self.device).mul_(0.1)
         labels = torch.randint(c, (n,), generator=g, device=self.device)
         rows = torch.randn(n, d, generator=g, device=self.device)
-        rows[::2] = 0.6 * rows[::2] + 12 * weight[labels[::2]]
+        own = labels if k == 1 else testing.set_apart(rows, weight, labels, k, g)
+        rows[::2] = 0.6 * rows[::2] + 12 * weight[own[::2]]
         labels[n // 2] = -100
         return testing.Case(rows.to(x), weight.to(w), labels, None)
 

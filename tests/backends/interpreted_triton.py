@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import marginkernels as mk
 from marginkernels import NonTarget, testing
@@ -15,7 +16,7 @@ from marginkernels.backend import FUSED, Backend
 from marginkernels.cli import tune
 from marginkernels.core import nontarget
 from marginkernels.core.numerics import TINY, reduce_losses
-from marginkernels.core.types import HeadInputs, LossInputs, Reduction, Request, SumsUpstream, Upstream
+from marginkernels.core.types import HeadInputs, LossInputs, Reduction, Request, SumsUpstream, TopkInputs, Upstream
 from marginkernels.margins.contract import Evaluated
 from marginkernels.ops import ClassSums, fused_loss
 
@@ -154,6 +155,20 @@ def test_topk(shape, k, ran, monkeypatch):
         tolerance = 2e-6 if dtype == torch.float32 else 2e-3
         assert (found - true.gather(1, classes)).abs().max() <= tolerance
         assert (found - true.topk(k, 1).values).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_topk_as_in_passes(weight_dtype):
+    """The row pass takes centers of another dtype normalized, then rounded; the search does so where it is asked to."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(5, 64, generator=g).bfloat16(), torch.randn(90, 64, generator=g).to(weight_dtype)
+    unit = F.normalize(w.double())
+    unit = unit if weight_dtype == torch.bfloat16 else unit.bfloat16().double()
+    want = (F.normalize(x.double()) @ unit.T).topk(4, 1)
+    rounded, closer = (TRITON.topk(TopkInputs(x, w, None, None, True, True, as_in_passes=given), 4) for given in (True, False))
+    assert torch.equal(rounded.classes, want.indices)
+    assert (rounded.scores - want.values).abs().max() < 1e-6
+    assert ((closer.scores - want.values).abs().max() > 1e-5) == (weight_dtype == torch.float32)
 
 
 def test_topk_of_many_is_left_to_pytorch(ran):

@@ -98,7 +98,7 @@ def precision(dtype: torch.dtype) -> str:
     return asked if asked in ("tf32", "ieee") else "tf32x3"
 
 
-def converts(p: PassInputs, device: Device) -> bool:
+def converts(p: PassInputs | TopkInputs, device: Device) -> bool:
     """Whether the row pass takes a converted copy of the centers: those of another dtype, those that may not fit it (float16), those
     whose rows begin where wide loads cannot, and several of a class, which the copy has in their slots."""
     half = p.x.dtype == torch.float16 and p.normalize_weight
@@ -438,6 +438,7 @@ def topk(inputs: TopkInputs, rows: PreparedRows, k: int, device: Device, run: Ru
         "K": k,
         "PLACES": 1 << (k - 1).bit_length(),
         "NORMALIZED": p.normalize_weight,
+        "PRESCALE": p.normalize_weight and (p.x.dtype == torch.float16 or (p.as_in_passes and converts(p, device))),
         "PRECISION": precision(p.x.dtype),
         "SUB": p.sub_centers,
     }

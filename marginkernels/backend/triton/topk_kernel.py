@@ -44,16 +44,15 @@ def topk_kernel(
     best,  # (splits, N, K) int64, out: keys, in any order
     n, c, stride_wc, blocks_per_split, tiny,
     DIM: tl.constexpr, DEPTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, K: tl.constexpr, PLACES: tl.constexpr,
-    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr, SUB: tl.constexpr,
+    NORMALIZED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the classes.
 
     Once some classes have been seen, few scores of a block are better than a row's k-th best: the loop that puts them in its place, one for
-    each row at a time, then hardly ever runs. With SUB centers a class ``c`` is of centers and a block of slots, and a class has the best
-    of its keys.
+    each row at a time, then hardly ever runs. With PRESCALE centers are normalized before they are rounded for the products. With SUB
+    centers a class ``c`` is of centers and a block of slots, and a class has the best of its keys.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    PRESCALE: tl.constexpr = NORMALIZED and tl.float16 == DTYPE
     EACH: tl.constexpr = slots_of_class(SUB)
     first_row = tl.program_id(0) * BLOCK_N
     row = first_row + tl.arange(0, BLOCK_N)

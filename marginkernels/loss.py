@@ -68,7 +68,7 @@ def margin_cross_entropy(
             advances once, on ``labels``, of which the statistics are too. A row with an ignored label lacks that label's term alone.
         sub_centers: K: ``weight`` is (C K, D), and class c has its rows c K to c K + K - 1. Its similarity is the highest of the K
             (Deng et al., ECCV 2020, equation 3), for the target as for the other classes, and the first row that has it gets the whole
-            gradient. ``bias`` and ``class_weight`` stay (C,). Nothing is saved for the backward pass then, whatever ``workspace_mb``.
+            gradient. ``bias`` and ``class_weight`` stay (C,).
         backend: ``"auto"``, or one of :func:`backends`; an explicit backend never falls back: it raises and lists the reasons.
         workspace_mb: how much memory (2^20 bytes) the forward pass may leave to the backward pass: the exponentials of as many classes
             as fit, for which the backward pass then needs one matrix product instead of two. 0 saves nothing, infinity all; None is the

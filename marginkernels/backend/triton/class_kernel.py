@@ -27,6 +27,7 @@ from .primitives import (
     similarities,
     slots_of_class,
     store_tile,
+    take_keys,
     to_product,
     wide,
     winners,
@@ -252,3 +253,6 @@ def saved_pass_kernel(
     if PARTS == 0:
         v = turned(v)
     finish_parts(v, along, power_of_two, factor, w, dw, stride_wc, first, c, 0, NORMALIZED, FACTORED, DIM, BLOCK_C, WIDTH, SUB)
+
+
+take_keys(globals())

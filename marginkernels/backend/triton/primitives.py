@@ -11,6 +11,8 @@ ahead by cp.async; a block that is turned around for the second product is loade
 parts, since a product reads all of its operand into registers before it begins.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -410,3 +412,14 @@ def load_labels(labels, row, inside):
     """Labels (BLOCK,) int32, -1 for those that are no class index: an int64 beyond int32 must not wrap into one."""
     label = tl.load(labels + row, mask=inside, other=-1)
     return tl.where((label >= 0) & (label <= 2147483647), label, -1).to(tl.int32)
+
+
+def take_keys(namespace: dict[str, Any]) -> None:
+    """Take Triton's key of each of a module's functions, in the order of their definition. Triton leaves the constants of a called function
+    out of the caller's key where the former's key has not been taken before, and would find nothing in its cache when kernels are compiled
+    in another order."""
+    for one in list(namespace.values()):
+        getattr(one, "cache_key", None)
+
+
+take_keys(globals())

@@ -29,6 +29,7 @@ from .primitives import (
     similarities,
     slots_of,
     store_tile,
+    take_keys,
     to_unit_range,
     wide,
     winners,
@@ -318,3 +319,6 @@ def combine_kernel(
             tl.store(cos + row, mean, mask=in_n)
     if NEED_CENTER:
         store_tile(center, DIM, first_row, n, first_dim, joint, DIM, BLOCK_N, WIDTH, WIDTH)
+
+
+take_keys(globals())

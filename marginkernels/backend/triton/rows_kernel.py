@@ -4,7 +4,7 @@ PyTorch code is, with sums in a fixed order."""
 import triton
 import triton.language as tl
 
-from .primitives import SIZES, narrow, wide
+from .primitives import SIZES, narrow, take_keys, wide
 
 #: Of :data:`marginkernels.core.numerics.TINY`; a test compares the two.
 TINY = tl.constexpr(1e-30)
@@ -420,3 +420,6 @@ def reach_kernel(
         squares += tl.sum(a * a, 1)
     reach = tl.load(row_factor + row, mask=inside, other=0.0) * tl.sqrt(squares)
     tl.store(out + row, tl.abs(tl.load(scale + row, mask=inside, other=0.0)) * reach + added, mask=inside)
+
+
+take_keys(globals())

@@ -24,11 +24,11 @@ except ImportError as error:
         "marginkernels.compat.metric_learning subclasses pytorch-metric-learning's losses: pip install pytorch-metric-learning"
     ) from error
 
-__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss"]
+__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
 
 
 class _Fused:
-    """What all five have in common; comes before the library's class among the bases.
+    """What all six have in common; comes before the library's class among the bases.
 
     Attributes:
         fuse: False computes as the library does, for instance for a second derivative, which the fused losses do not have.
@@ -108,8 +108,9 @@ class _Fused:
                 pair = embeddings, self.W.t()
                 self.distance.set_default_stats(*pair, *(self.distance.maybe_normalize(x) for x in pair))
             if self.collect_stats and hasattr(self, "get_angles"):
-                centers = self.distance.normalize(self.W.t()[labels])
-                self.get_angles((self.distance.normalize(embeddings) * centers).sum(1))
+                centers = self.W.t().unflatten(0, (self.num_classes, -1))[labels]  # (N, K, D)
+                cosines = self.distance.normalize(embeddings, dim=-1)[:, None] * self.distance.normalize(centers, dim=-1)
+                self.get_angles(cosines.sum(-1).amax(1))
 
     def compute_loss(
         self: Any, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor | None, ref_labels: Tensor | None
@@ -127,6 +128,7 @@ class _Fused:
             labels,
             margin=self._margin(),
             reduction="none",
+            sub_centers=getattr(self, "sub_centers", 1),
             backend=self.backend,
             workspace_mb=self.workspace_mb,
         )
@@ -155,6 +157,16 @@ class ArcFaceLoss(_FusedMargin, theirs.ArcFaceLoss):
     """``pytorch_metric_learning.losses.ArcFaceLoss``, fused: ``margin`` in degrees when it is made, an attribute in radians then."""
 
     _library = theirs.ArcFaceLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        return ArcFace(scale, margin, beyond_pi="linear")
+
+
+class SubCenterArcFaceLoss(_FusedMargin, theirs.SubCenterArcFaceLoss):
+    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``, fused: ``W`` is (D, C K), class c in its columns c K to c K + K - 1;
+    ``num_classes`` and ``embedding_size`` by name only, and ``get_outliers``, are the library's."""
+
+    _library = theirs.SubCenterArcFaceLoss
 
     def _made(self, scale: float, margin: float) -> Margin:
         return ArcFace(scale, margin, beyond_pi="linear")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..loss import margin_cross_entropy
 from ..margins import ArcFace, CosFace, LSoftmax, Margin, NormFace, Softmax, SphereFace
+from ._fusible import Fusible, plain_entropy
 
 try:
     from pytorch_metric_learning import losses as theirs
@@ -27,18 +28,8 @@ except ImportError as error:
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
 
 
-class _Fused:
-    """What all six have in common; comes before the library's class among the bases.
-
-    Attributes:
-        fuse: False computes as the library does, for instance for a second derivative, which the fused losses do not have.
-        backend: see :func:`margin_cross_entropy`.
-        workspace_mb: see :func:`margin_cross_entropy`.
-    """
-
-    fuse: bool = True
-    backend: str = "auto"
-    workspace_mb: float | None = None
+class _Fused(Fusible):
+    """What all six have in common; comes before the library's class among the bases."""
 
     #: The library's class, and those of its methods for which the fused loss stands: a subclass that overrides one is not fused.
     _library: type[nn.Module]
@@ -53,13 +44,7 @@ class _Fused:
         self.W.data = self.W.data.t().contiguous().t()
 
     @property
-    def fused(self) -> bool:
-        """Whether the next call is computed without the N x C logits; where not, :attr:`unfused_reason` says why."""
-        return self.unfused_reason is None
-
-    @property
     def unfused_reason(self: Any) -> str | None:
-        """Why the next call is computed by the library's own code, or None where it is fused."""
         if not self.fuse:
             return "fuse is False"
         for name in self._replaced:
@@ -68,8 +53,7 @@ class _Fused:
         distance, entropy = self.distance, self.cross_entropy
         if type(distance) not in self._distances or not distance.is_inverted or (distance.p, distance.power) != (2, 1):
             return f"distance is {distance!r} with p={distance.p}, power={distance.power}, is_inverted={distance.is_inverted}"
-        plain = (entropy.reduction, entropy.ignore_index, entropy.label_smoothing) == ("none", -100, 0.0) if _is_entropy(entropy) else False
-        if not plain or entropy.weight is not None:
+        if not plain_entropy(entropy, "none"):
             return f"cross_entropy is {entropy!r}"
         try:
             self._margin()
@@ -143,10 +127,6 @@ class _Fused:
         }
         self.add_weight_regularization_to_loss_dict(found, self.W.t())
         return found
-
-
-def _is_entropy(module: object) -> bool:
-    return type(module) is nn.CrossEntropyLoss
 
 
 class _FusedMargin(_Fused):

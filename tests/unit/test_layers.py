@@ -73,6 +73,10 @@ THIRD_PARTY = {
     "PIL": ("demo",),
     "fontTools": ("demo",),
     "pytorch_metric_learning": ("compat.metric_learning",),
+    "wespeaker": ("compat.wespeaker",),
+    "speechbrain": ("compat.speechbrain",),
+    "oml": ("compat.oml",),
+    "mmpretrain": ("compat.mmpretrain",),
 }
 
 

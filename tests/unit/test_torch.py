@@ -381,6 +381,8 @@ def test_stats_say_what_happened():
         own = cos[kept].gather(1, y[kept, None])[:, 0]
         assert float(head.stats["target_cosine"]) == pytest.approx(float(own.mean()), abs=1e-6)
         assert float(head.stats["top1"]) == pytest.approx(float((cos[kept].argmax(1) == y[kept]).float().mean()))
+        assert float(head.stats["target_angle"]) == pytest.approx(float(own.clamp(-1, 1).acos().mean()), rel=1e-5)
+        assert 0 < float(head.stats["beyond_margin"]) < float(head.stats["top1"])
         assert float(head.stats["scale"]) == 64.0
         assert float(head.stats["t"]) == pytest.approx(0.01 * float(own.mean()), rel=1e-5)
         assert not any(v.requires_grad for v in head.stats.values())

@@ -258,7 +258,8 @@ def local_head_losses(
                 )
                 for batch in batches
             ]
-            losses, (_, stats, logits) = torch.cat([each for each, *_ in found]), found[0]
+            losses, stats = torch.cat([each for each, *_ in found]), found[0][1]
+            logits: RowLogits | None = found[0][2]
         else:
             smoothed = class_weight if options.label_smoothing > 0 else None
             classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k).with_bias(margin.class_bias())

@@ -70,9 +70,10 @@ class ArcFaceLossWithMLP(theirs.ArcFaceLossWithMLP):
     @property
     def fused(self) -> bool:
         """See :attr:`ArcFaceLoss.fused`."""
-        return self.arcface.fused
+        return self.unfused_reason is None
 
     @property
     def unfused_reason(self) -> str | None:
         """See :attr:`ArcFaceLoss.unfused_reason`."""
-        return self.arcface.unfused_reason
+        reason: str | None = self.arcface.unfused_reason
+        return reason

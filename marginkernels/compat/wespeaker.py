@@ -302,7 +302,7 @@ def get_projection(conf: Mapping[str, Any]) -> nn.Module:
         more = {name: conf[name] for name in ("t", "lanbuda", "margin_type") if name in conf}
         return SphereFace2(*size, scale=conf["scale"], margin=0.0, **more)
     try:
-        from wespeaker.models import projections  # type: ignore[import-not-found]
+        from wespeaker.models import projections
     except ImportError as error:
         raise ImportError(
             f"project_type: {kind!r} is not fused and needs wespeaker itself: pip install git+https://github.com/wenet-e2e/wespeaker"

@@ -98,6 +98,8 @@ def test_everything_else_is_the_librarys(ours):
     mine.load_state_dict(theirs.state_dict())
     assert torch.equal(mine((x,)), theirs((x,)))
     assert torch.equal(mine((x,), y), theirs((x,), y))
+    for name in ("forward", "predict", "pre_logits", "set_margins"):
+        assert getattr(ours.ArcFaceClsHead, name, None) is getattr(ours._ArcFaceClsHead, name, None)
     mine.loss((x,), samples(y))
     assert list(mine.state_dict()) == ["norm_product.weight"]
 

@@ -522,7 +522,6 @@ def test_the_share_beyond_the_margin_longhand(name):
     for backend in ("reference", "torch"):
         stats = mk.head_losses(x, w, y, margin=make(), backend=backend)[2]
         assert float(stats["beyond_margin"]) == pytest.approx(want), backend
-        assert want < float(stats["top1"]) or "margin" not in vars(margin) or margin.non_target != mk.NonTarget.IDENTITY
 
 
 @pytest.mark.parametrize("backend", ["reference", *PREPARED])

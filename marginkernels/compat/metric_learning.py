@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loss import margin_cross_entropy
 from ..margins import ArcFace, CosFace, LSoftmax, Margin, NormFace, Softmax, SphereFace
 from ._fusible import Fusible, plain_entropy
 
@@ -106,16 +105,8 @@ class _Fused(Fusible):
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         self.cast_types(embeddings.dtype, embeddings.device)
         self._collect(embeddings, labels)
-        losses = margin_cross_entropy(
-            self._taken(embeddings),
-            self.W.t(),
-            labels,
-            margin=self._margin(),
-            reduction="none",
-            sub_centers=getattr(self, "sub_centers", 1),
-            backend=self.backend,
-            workspace_mb=self.workspace_mb,
-        )
+        centers = {"sub_centers": getattr(self, "sub_centers", 1)}
+        losses = self._losses(self._taken(embeddings), self.W.t(), labels, self._margin(), **centers).reduce("none")
         if not torch.is_autocast_enabled(embeddings.device.type):
             losses = losses.to(embeddings.dtype)
         found = {

@@ -1,12 +1,14 @@
 """``marginkernels.compat.wespeaker`` against wespeaker's formulas, longhand, and beside wespeaker itself where it is there."""
 
 import copy
+import json
 import math
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from helpers import recorded_wespeaker as recorded
 from helpers.shims import SAME, assert_same, near
 from torch import nn
 from torch.nn import functional as F
@@ -122,6 +124,17 @@ def test_loss_gradients_and_accuracy_longhand(name, options, margins, dtype):
     assert_same(found, [loss.detach(), *torch.autograd.grad(loss, [leaf, *held])], dtype)
     assert torch.equal(right, z.argmax(1) == y)
     assert 0 < right.sum() < N or options.get("margin") == 2.0
+
+
+@pytest.mark.parametrize("seed", range(len(recorded.CASES)))
+def test_what_wespeaker_itself_gave(seed):
+    name, options, margins = recorded.CASES[seed]
+    want = json.loads(recorded.RECORD.read_text())[seed]
+    found = recorded.step(getattr(ours, name)(recorded.D, recorded.C, **options), seed, margins)
+    assert found.keys() == want.keys()
+    assert found.pop("right") == want.pop("right")
+    numbers = ([torch.tensor(v, dtype=torch.float64) for v in some.values()] for some in (found, want))
+    assert_same(*numbers, torch.float64)
 
 
 @DTYPES

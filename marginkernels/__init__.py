@@ -38,6 +38,7 @@ from .margins import (
     UniFace,
     margins_from_counts,
 )
+from .monitor import log_stats
 from .retrieval import topk
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "backends",
     "head_losses",
+    "log_stats",
     "margin_cross_entropy",
     "margins_from_counts",
     "optim",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m marginkernels doctor | verify | plan | suggest | tune | demo``."""
+"""The command line: ``python -m marginkernels doctor | verify | plan | suggest | migrate | tune | demo``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": ("cli.verify", "compare every backend with the float64 reference on this machine"),
     "plan": ("cli.plan", "memory and time of a head at a given size"),
     "suggest": ("cli.suggest", "bounds of scale and margin for a number of identities, and whether to sample"),
+    "migrate": ("cli.migrate", "switch a training script from another library's head, or print the diff that would"),
     "tune": ("cli.tune", "time tiles of the Triton kernels around the heuristics' choice, on request and on a GPU"),
     "demo": ("demo", "train a small network with a margin head on rendered glyphs, and report"),
 }

@@ -92,9 +92,17 @@ class MarginHead(nn.Module):
         weight: (C, D) Parameter, drawn from N(0, 0.01^2); (C K, D) with K sub-centers, class c in its rows c K to c K + K - 1.
         bias: (C,) Parameter or None.
         class_start: the class that the first row of ``weight`` stands for.
-        stats: what the last call saw, scalar tensors on the device (only reading them waits): ``target_cosine`` (mean cosine to the own
-            class center), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), and the
-            margin's own state (AdaCos's ``s``, CurricularFace's ``t``, AdaFace's ``norm_mean``, ...).
+        stats: what the last call saw, scalar tensors on the device (only reading them waits), over the rows that are not ignored:
+
+            - ``target_cosine``: the mean cosine to the own class center;
+            - ``target_angle``: the mean angle to it, in radians, pi/2 for a row where either is zero;
+            - ``scale``: the mean;
+            - ``top1``: the share of rows whose target is the top class, margin apart: ``s c_y + b_y`` is above every ``s c_j + b_j``;
+            - ``beyond_margin``: the share of rows whose target is the top class with the margin too. Let j be the nearest other class, the
+              one of the highest ``s c_j + b_j``; the row counts where the target logit, with the margin, is above the logit of j as the
+              loss takes it, ``s N(c_j) + b_j`` with N the margin's transform of other classes. (A bias that j has of its own counts as
+              part of its cosine where N is not the identity.) It rises with ``top1``, later: near 1 the margin is met;
+            - the margin's own state (AdaCos's ``s``, CurricularFace's ``t``, AdaFace's ``norm_mean``, ...).
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

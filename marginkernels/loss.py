@@ -17,7 +17,7 @@ from .core.labels import checked_ignore_index
 from .core.nontarget import NonTarget
 from .core.numerics import accumulation_dtype, reduce_losses, target_biases, target_centers, target_rows
 from .core.transforms import transforming
-from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, TopkInputs
+from .core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, RowLogits, TopkInputs
 from .core.validation import check_class_weight, check_inputs, check_mix, check_number, check_reduction
 from .margins import BatchInfo, Margin, check_holds_values, check_margin
 from .margins.base import Nearest
@@ -102,9 +102,11 @@ def head_losses(
     """The per-row losses behind :func:`margin_cross_entropy`, whose arguments these are, and the step's statistics.
 
     Returns:
-        losses (N,), float32 or float64, 0 for ignored rows; valid (N,) bool; and detached scalar tensors by name: ``target_cosine``
-        (mean), ``scale`` (mean over rows), ``top1`` (share of rows whose target is the top class, margin apart) and the margin's own
-        state.
+        losses (N,), float32 or float64, 0 for ignored rows; valid (N,) bool; and detached scalar tensors by name, over the rows that are
+        not ignored: ``target_cosine`` and ``target_angle`` (means of the cosine to the own class center and of its angle in radians, pi/2
+        where either is zero), ``scale`` (mean), ``top1`` (share of rows whose target is the top class, margin apart), ``beyond_margin``
+        (share of rows whose target logit, margin included, is above that of the nearest other class as the loss takes it) and the
+        margin's own state.
     """
     options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), sub_centers=sub_centers)
     found = local_head_losses(embeddings, weight, labels, margin, bias, options)
@@ -114,7 +116,7 @@ def head_losses(
 @dataclass(frozen=True)
 class LossOptions:
     """Options of :func:`margin_cross_entropy` by the same names; ``workspace_bytes`` is ``workspace_mb`` as :func:`workspace_bytes` gives
-    it, an integer before anything is traced."""
+    it, an integer before anything is traced; ``of_rows`` asks for :attr:`HeadLosses.of_rows`, and then no kernel reduces the loss."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -122,6 +124,7 @@ class LossOptions:
     workspace_bytes: int | None = None
     reduction: str = "none"
     sub_centers: int = 1
+    of_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,13 @@ class HeadLosses:
         terms: one, or two where labels are mixed; none where a kernel has reduced the losses.
         stats: the statistics of the rows at their first labels.
         reduced: () the loss, by the reduction of the options, where a kernel has reduced it.
+        of_rows: the logits of the rows at their first labels, where they were asked for.
     """
 
     terms: tuple[Term, ...]
     stats: dict[str, Tensor]
     reduced: Tensor | None
+    of_rows: RowLogits | None
 
     def reduce(self, reduction: str) -> Tensor:
         """The loss: () or, for ``"none"``, (N,)."""
@@ -253,7 +258,8 @@ def local_head_losses(
                 )
                 for batch in batches
             ]
-            losses, stats = torch.cat([each for each, _ in found]), found[0][1]
+            losses, stats = torch.cat([each for each, *_ in found]), found[0][1]
+            logits: RowLogits | None = found[0][2]
         else:
             smoothed = class_weight if options.label_smoothing > 0 else None
             classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k).with_bias(margin.class_bias())
@@ -261,11 +267,11 @@ def local_head_losses(
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
             given = replace(options, backend=name, workspace_bytes=workspace)
-            losses, stats = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused)
+            losses, stats, logits = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused and not options.of_rows)
     state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     stats = {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
     if not losses.ndim:  # a kernel has reduced them
-        return HeadLosses((), stats, losses)
+        return HeadLosses((), stats, losses, None)
     losses = losses.to(torch.float64 if embeddings.dtype == torch.float64 else torch.float32)
     shares: list[float | Tensor | None] = [None] if mixed is None else [mixed[1], 1 - mixed[1]]
     of_batch = (losses,) if mixed is None else losses.tensor_split(2)
@@ -274,7 +280,7 @@ def local_head_losses(
         Term(some, batch.valid, weight_of_rows, share)
         for some, batch, weight_of_rows, share in zip(of_batch, batches, weights, shares, strict=True)
     )
-    return HeadLosses(tuple(terms), stats, None)
+    return HeadLosses(tuple(terms), stats, None, logits if options.of_rows else None)
 
 
 def row_weights(class_weight: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -402,9 +408,9 @@ def _fused_losses(
     margin: Margin,
     given: LossOptions,
     fused: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of all rows, and the statistics of the first batch's, by the two passes of a backend; where ``fused``, one kernel may have
-    reduced the losses.
+) -> tuple[Tensor, dict[str, Tensor], RowLogits | None]:
+    """The losses of all rows, and the statistics and logits of the first batch's, by the two passes of a backend; where ``fused``, one
+    kernel may have made the statistics and reduced the losses, and there are no logits.
 
     Args:
         embeddings: (N, D), the rows of all ``batches``, one batch after the other.
@@ -447,7 +453,7 @@ def _fused_losses(
     sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0, margin.reduction)
     if fused:
-        return _by_kernel(sums, target, batches[0], rows, classes, given, margin.focal_gamma)
+        return *_by_kernel(sums, target, batches[0], rows, classes, given, margin), None
     target_logit = _target_logit(sums, target, rows.target_similarity, center_norm)
     if margin.reduction == Reduction.SOFTPLUS_SUM:
         own = torch.logaddexp(-target_logit, torch.zeros_like(target_logit))
@@ -460,7 +466,8 @@ def _fused_losses(
     if target.regularizer is not None:
         losses = losses + target.regularizer
     valid = torch.cat([batch.valid for batch in batches]) if len(batches) > 1 else batches[0].valid
-    return torch.where(valid, losses, 0), _statistics(batches[0], rows.part(first), sums, target)
+    logits = _row_logits(rows.part(first), sums, target, margin)
+    return torch.where(valid, losses, 0), _statistics(batches[0], rows.part(first), target, logits), logits
 
 
 def _nearest(inputs: HeadInputs, classes: LocalClasses, part: slice, backend: str) -> Nearest:
@@ -567,7 +574,7 @@ def _by_kernel(
     rows: PreparedRows,
     classes: LocalClasses,
     options: LossOptions,
-    focal_gamma: float,
+    margin: Margin,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What :func:`_assemble`, :func:`reduce_losses` and :func:`_statistics` give, by one kernel; the loss is (N,), or () where reduced."""
     inputs = LossInputs(
@@ -581,9 +588,10 @@ def _by_kernel(
         similarity=rows.target_similarity,
         cos=rows.target_cos,
         max_logit=sums.max_logit,
+        other=_other(sums.max_logit, target, margin),
         num_classes=classes.count,
         label_smoothing=float(options.label_smoothing),
-        focal_gamma=float(focal_gamma),
+        focal_gamma=float(margin.focal_gamma),
         reduction=options.reduction,
     )
     loss, stats = ops.fused_loss(inputs, sums.target_similarity, options.backend)
@@ -630,15 +638,29 @@ def _assemble(
     return losses
 
 
-_STATISTICS = ("target_cosine", "scale", "top1")
+_STATISTICS = ("target_cosine", "target_angle", "scale", "top1", "beyond_margin")
 
 
 @torch.no_grad()
-def _statistics(batch: BatchInfo, rows: PreparedRows, sums: ops.ClassSums, target: Evaluated) -> dict[str, Tensor]:
+def _other(nearest: Tensor, target: Evaluated, margin: Margin) -> Tensor:
+    """(N,) the logit of the nearest other class as the loss takes it."""
+    return RowLogits.transformed(margin.non_target, nearest, target.scale, margin.class_bias(), target.threshold, target.t)
+
+
+@torch.no_grad()
+def _row_logits(rows: PreparedRows, sums: ops.ClassSums, target: Evaluated, margin: Margin) -> RowLogits:
+    """Of the rows of the first labels; the others of ``sums`` and ``target`` follow them."""
+    n = rows.target_cos.shape[0]
+    scale, bias = target.scale[:n], sums.target_bias[:n]
+    plain, own = scale * rows.target_similarity + bias, scale * target.value.detach()[:n] + bias
+    return RowLogits(plain, own, sums.max_logit[:n], _other(sums.max_logit, target, margin)[:n])
+
+
+@torch.no_grad()
+def _statistics(batch: BatchInfo, rows: PreparedRows, target: Evaluated, logits: RowLogits) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
-    scale, bias, max_logit = target.scale, sums.target_bias, sums.max_logit
-    if scale.shape != rows.target_cos.shape:  # the rows have second labels too
-        scale, bias, max_logit = (v[: rows.target_cos.shape[0]] for v in (scale, bias, max_logit))
-    top1 = (scale * rows.target_similarity + bias > max_logit).to(torch.float64)
-    means = batch.mean(torch.stack([rows.target_cos, scale, top1]))
+    cos = rows.target_cos
+    top1, beyond = (a > b for a, b in ((logits.plain, logits.nearest), (logits.own, logits.other)))
+    angle, scale = torch.acos(cos.clamp(-1, 1)), target.scale[: cos.shape[0]]
+    means = batch.mean(torch.stack([v.to(torch.float64) for v in (cos, angle, scale, top1, beyond)]))
     return dict(zip(_STATISTICS, means.unbind(), strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .core import nontarget
 from .core.numerics import TINY
-from .core.types import Reduction
+from .core.types import Reduction, RowLogits
 from .margins import BatchInfo, Margin
 from .margins.contract import advance, evaluate
 
@@ -64,8 +64,8 @@ def losses(
     class_weight: Tensor | None = None,
     advances: bool = True,
     sub_centers: int = 1,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N,) loss of each row, 0 where ``labels`` is -1, and the step's statistics; see :func:`marginkernels.head_losses`.
+) -> tuple[Tensor, dict[str, Tensor], RowLogits]:
+    """(N,) loss of each row, 0 where ``labels`` is -1, the step's statistics (see :func:`marginkernels.head_losses`) and the rows' logits.
 
     Computed in ``dtype``; by default the inputs' own, but at least float32. In training mode the margin's state moves, if it ``advances``.
     With ``sub_centers`` rows of ``weight`` for each class, a class has the highest of their similarities, the first of equals.
@@ -112,13 +112,18 @@ def losses(
         loss = loss + at.regularizer.to(dtype)
     with torch.no_grad():
         raw = scale * cos + b
-        best = raw.masked_fill(own, -torch.inf).amax(1)
+        nearest = raw.masked_fill(own, -torch.inf).amax(1)
+        other = RowLogits.transformed(margin.non_target, nearest, at.scale, shared, at.threshold, at.t)
+        of_rows = RowLogits(raw.gather(1, column)[:, 0], logits.gather(1, column)[:, 0], nearest, other)
         length = torch.linalg.vector_norm(x, dim=1) if not margin.normalize_embedding else 1
         width = torch.linalg.vector_norm(w, dim=1)[row] if not margin.normalize_weight else 1
         unit = length * width
+        to_center = torch.where(torch.as_tensor(unit > 0, device=x.device), target / unit, 0)
         stats = {
-            "target_cosine": batch.mean(torch.where(torch.as_tensor(unit > 0, device=x.device), target / unit, 0)),
+            "target_cosine": batch.mean(to_center),
+            "target_angle": batch.mean(torch.acos(to_center.clamp(-1, 1))),
             "scale": batch.mean(scale[:, 0]),
-            "top1": batch.mean((raw.gather(1, column)[:, 0] > best).to(dtype)),
+            "top1": batch.mean((of_rows.plain > of_rows.nearest).to(dtype)),
+            "beyond_margin": batch.mean((of_rows.own > of_rows.other).to(dtype)),
         }
-    return torch.where(batch.valid, loss, 0), stats
+    return torch.where(batch.valid, loss, 0), stats, of_rows

@@ -191,7 +191,7 @@ def eager(case: Case, margin: m.Margin) -> dict[str, Tensor]:
     leaves = {"dx": case.x, "dw": case.w} | ({} if case.bias is None else {"dbias": case.bias})
     leaves = {name: v.detach().clone().requires_grad_() for name, v in leaves.items()}
     labels = torch.where(case.labels < 0, -1, case.labels)
-    losses, _ = reference.losses(leaves["dx"], leaves["dw"], labels, margin, leaves.get("dbias"), 0.0, case.x.dtype)
+    losses, *_ = reference.losses(leaves["dx"], leaves["dw"], labels, margin, leaves.get("dbias"), 0.0, case.x.dtype)
     loss = losses.sum() / (labels >= 0).sum().clamp_min(1)
     loss.backward()
     return {"loss": loss.detach()} | _gradients(leaves)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loss import margin_cross_entropy
 from ..margins import ArcFace, CosFace, LSoftmax, Margin, NormFace, Softmax, SphereFace
+from ._fusible import Fusible, plain_entropy
 
 try:
     from pytorch_metric_learning import losses as theirs
@@ -24,21 +24,11 @@ except ImportError as error:
         "marginkernels.compat.metric_learning subclasses pytorch-metric-learning's losses: pip install pytorch-metric-learning"
     ) from error
 
-__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss"]
+__all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"]
 
 
-class _Fused:
-    """What all five have in common; comes before the library's class among the bases.
-
-    Attributes:
-        fuse: False computes as the library does, for instance for a second derivative, which the fused losses do not have.
-        backend: see :func:`margin_cross_entropy`.
-        workspace_mb: see :func:`margin_cross_entropy`.
-    """
-
-    fuse: bool = True
-    backend: str = "auto"
-    workspace_mb: float | None = None
+class _Fused(Fusible):
+    """What all six have in common; comes before the library's class among the bases."""
 
     #: The library's class, and those of its methods for which the fused loss stands: a subclass that overrides one is not fused.
     _library: type[nn.Module]
@@ -53,13 +43,7 @@ class _Fused:
         self.W.data = self.W.data.t().contiguous().t()
 
     @property
-    def fused(self) -> bool:
-        """Whether the next call is computed without the N x C logits; where not, :attr:`unfused_reason` says why."""
-        return self.unfused_reason is None
-
-    @property
     def unfused_reason(self: Any) -> str | None:
-        """Why the next call is computed by the library's own code, or None where it is fused."""
         if not self.fuse:
             return "fuse is False"
         for name in self._replaced:
@@ -68,8 +52,7 @@ class _Fused:
         distance, entropy = self.distance, self.cross_entropy
         if type(distance) not in self._distances or not distance.is_inverted or (distance.p, distance.power) != (2, 1):
             return f"distance is {distance!r} with p={distance.p}, power={distance.power}, is_inverted={distance.is_inverted}"
-        plain = (entropy.reduction, entropy.ignore_index, entropy.label_smoothing) == ("none", -100, 0.0) if _is_entropy(entropy) else False
-        if not plain or entropy.weight is not None:
+        if not plain_entropy(entropy, "none"):
             return f"cross_entropy is {entropy!r}"
         try:
             self._margin()
@@ -108,8 +91,9 @@ class _Fused:
                 pair = embeddings, self.W.t()
                 self.distance.set_default_stats(*pair, *(self.distance.maybe_normalize(x) for x in pair))
             if self.collect_stats and hasattr(self, "get_angles"):
-                centers = self.distance.normalize(self.W.t()[labels])
-                self.get_angles((self.distance.normalize(embeddings) * centers).sum(1))
+                centers = self.W.t().unflatten(0, (self.num_classes, -1))[labels]  # (N, K, D)
+                cosines = self.distance.normalize(embeddings, dim=-1)[:, None] * self.distance.normalize(centers, dim=-1)
+                self.get_angles(cosines.sum(-1).amax(1))
 
     def compute_loss(
         self: Any, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor | None, ref_labels: Tensor | None
@@ -121,15 +105,8 @@ class _Fused:
         c_f.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
         self.cast_types(embeddings.dtype, embeddings.device)
         self._collect(embeddings, labels)
-        losses = margin_cross_entropy(
-            self._taken(embeddings),
-            self.W.t(),
-            labels,
-            margin=self._margin(),
-            reduction="none",
-            backend=self.backend,
-            workspace_mb=self.workspace_mb,
-        )
+        centers = {"sub_centers": getattr(self, "sub_centers", 1)}
+        losses = self._losses(self._taken(embeddings), self.W.t(), labels, self._margin(), **centers).reduce("none")
         if not torch.is_autocast_enabled(embeddings.device.type):
             losses = losses.to(embeddings.dtype)
         found = {
@@ -143,10 +120,6 @@ class _Fused:
         return found
 
 
-def _is_entropy(module: object) -> bool:
-    return type(module) is nn.CrossEntropyLoss
-
-
 class _FusedMargin(_Fused):
     _replaced = ("get_cosine", "get_target_mask", "modify_cosine_of_target_classes", "get_cos_with_margin", "get_angles", "scale_logits")
 
@@ -155,6 +128,16 @@ class ArcFaceLoss(_FusedMargin, theirs.ArcFaceLoss):
     """``pytorch_metric_learning.losses.ArcFaceLoss``, fused: ``margin`` in degrees when it is made, an attribute in radians then."""
 
     _library = theirs.ArcFaceLoss
+
+    def _made(self, scale: float, margin: float) -> Margin:
+        return ArcFace(scale, margin, beyond_pi="linear")
+
+
+class SubCenterArcFaceLoss(_FusedMargin, theirs.SubCenterArcFaceLoss):
+    """``pytorch_metric_learning.losses.SubCenterArcFaceLoss``, fused: ``W`` is (D, C K), class c in its columns c K to c K + K - 1;
+    ``num_classes`` and ``embedding_size`` by name only, and ``get_outliers``, are the library's."""
+
+    _library = theirs.SubCenterArcFaceLoss
 
     def _made(self, scale: float, margin: float) -> Margin:
         return ArcFace(scale, margin, beyond_pi="linear")

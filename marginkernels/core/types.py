@@ -23,7 +23,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from .nontarget import NonTarget
+from .nontarget import NonTarget, value
 from .numerics import accumulation_dtype
 
 
@@ -270,8 +270,44 @@ class Upstream:
 
 
 @dataclass(frozen=True)
+class RowLogits:
+    """What a step knows of each row's logits, (N,) each and detached, biases included.
+
+    Attributes:
+        plain: s_i c_iy + b_y, that of the own class without the margin.
+        own: the same as the loss takes it, with the margin.
+        nearest: ``max_{j != y} (s_i c_ij + b_j)``, that of the nearest other class; -inf where there is none.
+        other: the same as the loss takes it, by :meth:`transformed`.
+    """
+
+    plain: Tensor
+    own: Tensor
+    nearest: Tensor
+    other: Tensor
+
+    @staticmethod
+    def transformed(
+        non_target: NonTarget, nearest: Tensor, scale: Tensor, shared: Tensor | None, threshold: Tensor | None, t: Tensor | None
+    ) -> Tensor:
+        """(N,) ``nearest`` with the transform of the other classes. A bias that the class has of its own counts as part of its similarity
+        there; one that all classes share does not.
+
+        Args:
+            scale: (N,).
+            shared: () that bias, or None.
+            threshold, t: (N,) of the transform, or None for the identity.
+        """
+        if non_target == NonTarget.IDENTITY:
+            return nearest
+        bias = 0.0 if shared is None else shared
+        similarity = (nearest - bias) / scale
+        moved = scale * value(non_target, similarity[:, None], threshold, t)[:, 0] + bias
+        return torch.where(nearest == -torch.inf, nearest, moved.to(nearest.dtype))
+
+
+@dataclass(frozen=True)
 class LossInputs:
-    """What the loss of a step is made of, where one kernel makes it: (N,) float64 each but for ``labels`` and ``max_logit``.
+    """What the loss of a step is made of, where one kernel makes it: (N,) float64 each but for ``labels``, ``max_logit`` and ``other``.
 
     Attributes:
         lse: lambda.
@@ -282,7 +318,8 @@ class LossInputs:
         labels: (N,) int64 over all classes, negative for a row that has no loss.
         similarity: c_y.
         cos: the cosine between the row and its own class center.
-        max_logit: (N,) acc_dtype, the highest non-target logit.
+        max_logit: (N,) acc_dtype, the highest non-target logit, before the transform.
+        other: (N,) acc_dtype, the same as the loss takes it, with the transform.
         num_classes: C.
         label_smoothing, focal_gamma: epsilon and gamma.
         reduction: ``"none"``, ``"sum"``, or ``"mean"`` over the rows that have a loss.
@@ -298,6 +335,7 @@ class LossInputs:
     similarity: Tensor
     cos: Tensor
     max_logit: Tensor
+    other: Tensor
     num_classes: int
     label_smoothing: float
     focal_gamma: float
@@ -310,8 +348,8 @@ class LossOutput:
 
     Attributes:
         loss: (N,) or, reduced, (1,) float32; 0 for a row that has none.
-        stats: (3,) float32, over the rows that have a loss: the means of ``cos`` and of ``scale``, and the share of rows whose target is
-            the top class.
+        stats: (5,) float32, over the rows that have a loss: the mean of ``cos``, of its angle in radians and of ``scale``, and the share
+            of rows whose target is the top class, without the margin and with it.
         count: (1,) float64, how many rows have a loss, at least 1.
     """
 
@@ -323,7 +361,7 @@ class LossOutput:
     def allocate(cls, p: LossInputs) -> LossOutput:
         """Uninitialized tensors of the right shapes and dtypes."""
         new = p.lse.new_empty
-        return cls(new(p.lse.shape[0] if p.reduction == "none" else 1, dtype=torch.float32), new(3, dtype=torch.float32), new(1))
+        return cls(new(p.lse.shape[0] if p.reduction == "none" else 1, dtype=torch.float32), new(5, dtype=torch.float32), new(1))
 
 
 @dataclass(frozen=True)

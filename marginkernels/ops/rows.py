@@ -87,7 +87,7 @@ def loss_backward(inputs: LossInputs, count: Tensor, upstream: Tensor, need_valu
     return backends.get(backend).loss_backward(inputs, count, upstream, need_value, need_scale)
 
 
-_GIVEN = ("lse", "value", "slope", "scale", "bias", "logit_sum", "labels", "similarity", "cos", "max_logit")
+_GIVEN = ("lse", "value", "slope", "scale", "bias", "logit_sum", "labels", "similarity", "cos", "max_logit", "other")
 
 
 def _with(p: LossInputs, given: Sequence[Tensor | None]) -> LossInputs:
@@ -124,7 +124,7 @@ class _Loss(torch.autograd.Function):
 
 
 def fused_loss(p: LossInputs, own: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The loss, (N,) or reduced to (), and the statistics (3,) of :class:`LossOutput`.
+    """The loss, (N,) or reduced to (), and the statistics (5,) of :class:`LossOutput`.
 
     Args:
         p: float64 tensors may carry gradients; that in c_y is given to ``own``.

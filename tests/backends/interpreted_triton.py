@@ -752,6 +752,7 @@ def test_the_loss_and_its_gradients(reduction, smoothing, gamma, bias):
         leaves |= {"logit_sum": torch.randn(n).double() * 100} if smoothing else {}
         labels = torch.arange(n) % 5 - 1
         rest = {"slope": torch.rand(n).double(), "similarity": value, "cos": value / 2, "max_logit": torch.randn(n), "labels": labels}
+        rest["other"] = rest["max_logit"] - 5
         found = []
         for by_kernel in (False, True):
             at = {name: v.clone().requires_grad_() for name, v in leaves.items()}
@@ -769,14 +770,16 @@ def test_the_loss_and_its_gradients(reduction, smoothing, gamma, bias):
             torch.testing.assert_close(got, want.double(), rtol=3e-7 if got is found[1][0] else 2e-6, atol=1e-12)
         valid = labels >= 0
         top = (p.scale * value + (p.bias if bias else 0) > p.max_logit).double()
-        means = [v[valid].mean() if valid.any() else torch.tensor(0.0) for v in (value / 2, p.scale, top)]
+        beyond = (p.scale * p.value + (p.bias if bias else 0) > p.other).double()
+        each = (value / 2, (value / 2).acos(), p.scale, top, beyond)
+        means = [v[valid].mean() if valid.any() else torch.tensor(0.0) for v in each]
         torch.testing.assert_close(stats, torch.stack(means).detach().float(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_masked_target_has_no_gradient_under_smoothing():
     f = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     p = LossInputs(f(1.0, 2.0), f(0.5, 0.5), f(1.0, 1.0), f(8.0, 8.0), f(-torch.inf, 0.0), f(0.0, 0.0), torch.tensor([0, 1]), f(0.5, 0.5),
-                   f(0.5, 0.5), torch.zeros(2), 10, 0.1, 0.0, "none")  # fmt: skip
+                   f(0.5, 0.5), torch.zeros(2), torch.zeros(2), 10, 0.1, 0.0, "none")  # fmt: skip
     out = rows.loss(p)
     assert out.loss[0] == torch.inf
     found = rows.loss_backward(p, out.count, torch.ones(2), True, True)

@@ -89,7 +89,7 @@ def solve(problem: Problem, given: Outputs, kind: str) -> Outputs:
             margin.bind(problem.c)
             inside = torch.where(labels == problem.ignore_index, -1, labels)
             rows = torch.where((inside >= 0)[:, None], x, 1)  # plain PyTorch would have NaN everywhere
-            losses, _ = reference.losses(rows, w, inside, margin, b, problem.smoothing, DTYPES[problem.dtype])
+            losses, *_ = reference.losses(rows, w, inside, margin, b, problem.smoothing, DTYPES[problem.dtype])
             loss = reduce_losses(losses, inside >= 0, problem.reduction)
         else:
             loss = margin_cross_entropy(

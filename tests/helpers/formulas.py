@@ -426,9 +426,9 @@ def smoothed_loss(z, y, smoothing):
 
 
 def statistics(x, w, y, b, scale, normalize_embedding, normalize_weight, ignore_index=-100):
-    """Mean cosine to the own center, mean scale, and the share of rows whose own logit (without margin) is above all others: of the rows
-    that are not ignored, 0 where there is none. ``scale`` is one number a row."""
-    cosine = scales = top = count = 0.0
+    """Mean cosine and angle to the own center, mean scale, and the share of rows whose own logit (without margin) is above all others: of
+    the rows that are not ignored, 0 where there is none. ``scale`` is one number a row."""
+    cosine = angle = scales = top = count = 0.0
     length, width = x.norm(dim=1).tolist(), w.norm(dim=1).tolist()
     x, w, b = x.tolist(), w.tolist(), [0.0] * len(w) if b is None else b.tolist()
     for i, own in enumerate(y.tolist()):
@@ -440,10 +440,25 @@ def statistics(x, w, y, b, scale, normalize_embedding, normalize_weight, ignore_
             for j, dot in enumerate(dots)
         ]
         count += 1
-        cosine += dots[own] / length[i] / width[own]
+        to_center = dots[own] / length[i] / width[own]
+        cosine += to_center
+        angle += math.acos(max(-1.0, min(1.0, to_center)))
         scales += scale[i]
         top += all(z[own] > v for j, v in enumerate(z) if j != own)
-    return {"target_cosine": cosine / max(count, 1), "scale": scales / max(count, 1), "top1": top / max(count, 1)}
+    means = {"target_cosine": cosine, "target_angle": angle, "scale": scales, "top1": top}
+    return {name: total / max(count, 1) for name, total in means.items()}
+
+
+def beyond_margin(z, x, w, y, normalize_weight, ignore_index=-100):
+    """The share of rows that are not ignored whose own logit in ``z`` (N, C), margin included, is above that of the other class whose plain
+    similarity is the highest."""
+    z, plain = z.tolist(), (x @ (w / w.norm(dim=1, keepdim=True) if normalize_weight else w).T).tolist()
+    found = []
+    for i, own in enumerate(y.tolist()):
+        if own != ignore_index:
+            nearest = max((j for j in range(len(w)) if j != own), key=lambda j: plain[i][j])
+            found.append(z[i][own] > z[i][nearest])
+    return sum(found) / max(len(found), 1)
 
 
 def curricular_step(t, x, w, y, momentum=0.99, ignore_index=-100):

@@ -23,6 +23,9 @@ DTYPES = pytest.mark.parametrize("dtype", SAME, ids=lambda dtype: str(dtype).rem
 CASES = [
     ("ArcFaceLoss", {}),
     ("ArcFaceLoss", {"margin": 120, "scale": 8}),  # most rows are past pi - m
+    ("SubCenterArcFaceLoss", {}),
+    ("SubCenterArcFaceLoss", {"margin": 120, "scale": 8, "sub_centers": 2}),
+    ("SubCenterArcFaceLoss", {"sub_centers": 1}),
     ("CosFaceLoss", {}),
     ("CosFaceLoss", {"margin": 0.2, "scale": 10}),
     ("LargeMarginSoftmaxLoss", {}),
@@ -84,7 +87,7 @@ def test_loss_and_gradients_are_the_librarys(name, options, dtype):
 @NAMES
 def test_the_weight_is_theirs_and_its_transpose_contiguous(name):
     theirs, mine = pair(name)
-    assert mine.W.shape == (D, C)
+    assert mine.W.shape == (D, C * getattr(mine, "sub_centers", 1))
     assert torch.equal(mine.W, theirs.W)
     assert mine.W.t().is_contiguous()
     assert list(mine.state_dict()) == list(theirs.state_dict()) == ["W"]
@@ -100,7 +103,7 @@ def test_the_weight_is_theirs_and_its_transpose_contiguous(name):
 def test_an_assigned_weight_of_any_layout_works(name):
     theirs, mine = pair(name)
     x, y = batch()
-    theirs.W.data.copy_(torch.randn(D, C))
+    theirs.W.data.copy_(torch.randn(theirs.W.shape))
     mine.W = torch.nn.Parameter(theirs.W.data.clone())
     assert not mine.W.t().is_contiguous()
     assert_same(step(mine, x, y), step(theirs, x, y))
@@ -193,7 +196,7 @@ def test_half_precision_and_autocast_give_the_librarys_dtypes(name):
             assert mine(x.to(dtype), y).dtype == theirs(x.to(dtype), y).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "SphereFaceLoss"])
+@pytest.mark.parametrize("name", ["ArcFaceLoss", "SubCenterArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "SphereFaceLoss"])
 def test_statistics(name):
     theirs, mine = pair(name, collect_stats=True, distance=distances.CosineSimilarity(collect_stats=True))
     x, y = batch()
@@ -204,6 +207,22 @@ def test_statistics(name):
     for stat in ("initial_avg_query_norm", "initial_avg_ref_norm", "final_avg_query_norm", "final_avg_ref_norm"):
         assert getattr(mine.distance, stat) == pytest.approx(getattr(theirs.distance, stat), rel=1e-5)
         assert getattr(mine.distance, stat) > 0
+
+
+def test_several_centers_a_class_are_known_by_name_and_give_the_librarys_outliers():
+    theirs, mine = pair("SubCenterArcFaceLoss", sub_centers=4)
+    assert (mine.num_classes, mine.sub_centers) == (theirs.num_classes, theirs.sub_centers) == (C, 4)
+    with pytest.raises(KeyError):
+        ours.SubCenterArcFaceLoss(C, D)
+    x, y = batch(rows=40 * C)
+    own = theirs.W.t().unflatten(0, (C, 4))[y].detach()
+    x = x + 4 * own[torch.arange(len(y)), torch.randint(3, (len(y),), generator=torch.Generator().manual_seed(7))]
+    for threshold in (60, 75, 180):
+        (found, centers), (expected, their_centers) = (loss.get_outliers(x, y, threshold=threshold) for loss in (mine, theirs))
+        assert torch.equal(found, expected)
+        assert torch.equal(centers, their_centers)
+        assert (len(found) > 0) is (threshold < 180)
+    assert mine.get_logits(x).shape == (len(y), C)
 
 
 class Halved(ours.CosFaceLoss):
@@ -263,6 +282,8 @@ def test_a_subclass_that_only_adds_is_fused():
         ("ArcFaceLoss", {"margin": -10}, "margin"),
         ("ArcFaceLoss", {"scale": torch.tensor(8.0)}, "scale"),
         ("CosFaceLoss", {"margin": -0.1}, "margin"),
+        ("SubCenterArcFaceLoss", {"margin": -10}, "margin"),
+        ("SubCenterArcFaceLoss", {"distance": distances.CosineSimilarity(power=2)}, "distance"),
         ("SphereFaceLoss", {"scale": -1}, "scale"),
         ("LargeMarginSoftmaxLoss", {"scale": -1}, "scale"),
     ],

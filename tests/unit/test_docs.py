@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -13,13 +14,17 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for benchmarks, where this runs as a program
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers, where this runs as a program
+sys.path.insert(0, str(Path(__file__).parents[2]))  # and for benchmarks
+
+from helpers import stand_ins
 
 import benchmarks.__main__
 import marginkernels as mk
@@ -29,6 +34,7 @@ from benchmarks.records import Records, fastest
 from marginkernels import _deprecated, margins, testing
 from marginkernels.backend import FUSED, registry
 from marginkernels.cli import plan
+from marginkernels.cli._libraries import LIBRARIES
 from marginkernels.core.numerics import CHUNK_ELEMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +228,29 @@ def planned_table(page: Path) -> str:
     return about + table(header, rows)
 
 
+def listed(items: tuple[str, ...]) -> str:
+    return "\n".join(
+        textwrap.fill(f"- {text}", 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for text in items
+    )
+
+
+def page_of(library: str) -> str:
+    return f"switching-{library.replace('_', '-')}.md"
+
+
+def switching_table(page: Path) -> str:
+    rows = []
+    for key, library in LIBRARIES.items():
+        names = dict.fromkeys(name for some in library.sources.values() for name in some)
+        has = ", ".join(f"`{name}`" for name in names)
+        rows.append((f"[{library.title}]({page_of(key)})", f"`marginkernels.compat.{library.shim}`", has))
+    return table("Library | Module | What it has", rows)
+
+
 TABLES = {
+    "switching": switching_table,
+    **{f"same_{key}": (lambda page, library=library: listed(library.same)) for key, library in LIBRARIES.items()},
+    **{f"differs_{key}": (lambda page, library=library: listed(library.numbers + library.otherwise)) for key, library in LIBRARIES.items()},
     "heads": heads_table,
     "backends": backends_table,
     "tolerances": tolerances_table,
@@ -258,6 +286,13 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.S | re.M) if kind == language]
 
 
+def test_every_library_has_a_page():
+    assert {page_of(key) for key in LIBRARIES} == {path.name for path in DOCS if path.name.startswith("switching-")}
+    for key in LIBRARIES:
+        text = (ROOT / "docs" / page_of(key)).read_text()
+        assert all(f"<!-- {kind}_{key} -->" in text for kind in ("same", "differs"))
+
+
 def small(code: str) -> str:
     """An example at a size that a test can afford."""
     return re.sub(r"\b\d+(_000)+\b", "1_000", code)
@@ -280,13 +315,15 @@ def test_examples_run(page, tmp_path):
         needs = re.match(r"# needs: (.*)", code)
         if needs and needs[1] == "pytorch-metric-learning" and importlib.util.find_spec("pytorch_metric_learning") is None:
             continue
-        assert not needs or needs[1] in ("pytorch-metric-learning", "torch.distributed"), needs[1]
+        stands = needs and needs[1] in ("speechbrain", "oml", "mmpretrain")
+        assert not needs or stands or needs[1] in ("pytorch-metric-learning", "torch.distributed"), needs[1]
         space |= data(tmp_path)
         ranks = needs and needs[1] == "torch.distributed"
         if ranks:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
-            exec(compile(small(code), name_of(page), "exec"), space)
+            with stand_ins.compat(needs[1]) if stands else contextlib.nullcontext():
+                exec(compile(small(code), name_of(page), "exec"), space)
         finally:
             if ranks:
                 dist.destroy_process_group()
@@ -347,7 +384,7 @@ def test_commands_exist(page, tmp_path, monkeypatch):
             module = marginkernels.__main__.COMMANDS[words[3]][0] if words[2] == "marginkernels" else words[3]
             parser = argparse.ArgumentParser(exit_on_error=False)
             importlib.import_module(f"{words[2]}.{module}").add_arguments(parser)
-            for word in (word for word in words[4:] if word.endswith(".json")):
+            for word in (word for word in words[4:] if word.endswith((".json", ".py"))):
                 (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / word).write_text(record)
             parser.parse_args(["cpu" if word == "cuda" else word for word in words[4:]])

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"core"},
     "center_loss": {"core"},
     "sub_centers": {"core"},
+    "monitor": set(),
     # Backends know neither margins nor each other.
     "backend.torch_topk": {"core"},
     "backend.base": {"core", "backend.torch_topk"},
@@ -61,7 +62,7 @@ LAYERS: dict[str, set[str]] = {
     "compat": {"margins", "loss", "sampling", "distributed._shard"},
     "demo": {"", "core", "margins", "optim", "sampling", "backend", "loss", "head", "distributed", "testing", "cli"},
     "__main__": set(),
-    "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval"},
+    "": {"core", "margins", "optim", "backend", "center_loss", "loss", "head", "retrieval", "monitor"},
 }
 EVERYWHERE = {"_deprecated", "_version"}
 #: Packages besides torch and the standard library -> the modules that may import them.
@@ -73,6 +74,10 @@ THIRD_PARTY = {
     "PIL": ("demo",),
     "fontTools": ("demo",),
     "pytorch_metric_learning": ("compat.metric_learning",),
+    "wespeaker": ("compat.wespeaker",),
+    "speechbrain": ("compat.speechbrain",),
+    "oml": ("compat.oml",),
+    "mmpretrain": ("compat.mmpretrain",),
 }
 
 

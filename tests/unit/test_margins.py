@@ -501,13 +501,46 @@ def test_statistics_longhand(backend, bias):
         share.add(want["top1"])
         for key, value in want.items():
             assert float(found.pop(key)) == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
+        assert 0 <= float(found.pop("beyond_margin")) <= 1
         assert {k: float(v) for k, v in found.items()} == pytest.approx(
             {k: float(v) for k, v in margin.named_buffers() if v.numel() == 1}, rel=1e-6
         ), name
         for rows, labels in ((x[:0], y[:0]), (x, y * 0 - 100)):
             none = mk.head_losses(rows, w, labels, margin=make(C), bias=b, backend=backend)[2]
-            assert [float(none[k]) for k in want] == [0.0, 0.0, 0.0], name
+            assert [float(none[k]) for k in (*want, "beyond_margin")] == [0.0] * 5, name
     assert 0.1 < max(share) < 1
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_share_beyond_the_margin_longhand(name):
+    """For every formula of a paper: the own logit against that of the nearest other class, as the loss has both; not against the highest,
+    which is another where a filter or a transform turns the order around."""
+    make, formula = FORMULAS[name]
+    x, w, y, _ = problem()
+    margin = make()
+    want = f.beyond_margin(formula()(x, w, y), x, w, y, margin.normalize_weight)
+    for backend in ("reference", "torch"):
+        stats = mk.head_losses(x, w, y, margin=make(), backend=backend)[2]
+        assert float(stats["beyond_margin"]) == pytest.approx(want), backend
+
+
+@pytest.mark.parametrize("backend", ["reference", *PREPARED])
+def test_the_share_beyond_the_margin_with_biases(backend):
+    """One center at a right angle to the other, rows at the first: the bias of the other class and the margin move the line."""
+    w = torch.eye(2)
+    angles = torch.tensor([0.0, 0.3, 0.6, 0.9])
+    x, y = torch.stack([angles.cos(), angles.sin()], 1), torch.zeros(4, dtype=torch.int64)
+    for margin, bias, want in ((0.0, 0.0, 3), (0.3, 0.0, 2), (0.3, 4.0, 1), (0.0, 4.0, 2), (0.9, 4.0, 0)):
+        given = torch.tensor([0.0, bias]) if bias else None
+        stats = mk.head_losses(x, w, y, margin=mk.CosFace(10.0, margin), bias=given, backend=backend)[2]
+        assert sum(10 * (a.cos() - margin) > 10 * a.sin() + bias for a in angles) == want
+        assert float(stats["beyond_margin"]) == want / 4
+        # a margin of the other class's own, on a bias that all classes share: SphereFace2
+        binary = mk.SphereFace2(2, 10.0, margin)
+        g = lambda a: 2 * ((a + 1) / 2) ** 3 - 1  # noqa: E731
+        stats = mk.head_losses(x, w, y, margin=binary, backend=backend)[2]
+        want = sum(g(a.cos()) - margin > g(a.sin()) + margin for a in angles)
+        assert float(stats["beyond_margin"]) == pytest.approx(float(want) / 4)
 
 
 @pytest.mark.parametrize("backend", ["reference", *PREPARED])

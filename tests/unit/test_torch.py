@@ -381,6 +381,10 @@ def test_stats_say_what_happened():
         own = cos[kept].gather(1, y[kept, None])[:, 0]
         assert float(head.stats["target_cosine"]) == pytest.approx(float(own.mean()), abs=1e-6)
         assert float(head.stats["top1"]) == pytest.approx(float((cos[kept].argmax(1) == y[kept]).float().mean()))
+        exact = F.cosine_similarity(x[kept].double(), head.weight.detach()[y[kept]].double()).clamp(-1, 1)
+        # The reference has float32 cosines, of which an angle near 0 has an error of up to 5e-4.
+        assert float(head.stats["target_angle"]) == pytest.approx(float(exact.acos().mean()), abs=1e-4 if backend == "reference" else 1e-6)
+        assert 0 < float(head.stats["beyond_margin"]) <= float(head.stats["top1"])
         assert float(head.stats["scale"]) == 64.0
         assert float(head.stats["t"]) == pytest.approx(0.01 * float(own.mean()), rel=1e-5)
         assert not any(v.requires_grad for v in head.stats.values())

@@ -145,6 +145,7 @@ def row_launches(
         similarity=prepared.target_similarity,
         cos=prepared.target_cos,
         max_logit=p.scale,
+        other=p.scale,
         num_classes=c,
         label_smoothing=label_smoothing,
         focal_gamma=focal_gamma,

@@ -130,7 +130,7 @@ def loss(p: LossInputs, run: Run = launched) -> LossOutput:
     """See :meth:`marginkernels.backend.Backend.loss`."""
     args, constants = _numbers(p)
     out = LossOutput.allocate(p)
-    rows = {"similarity": p.similarity, "cos": p.cos, "max_logit": p.max_logit}
+    rows = {"similarity": p.similarity, "cos": p.cos, "max_logit": p.max_logit, "other": p.other}
     to = {"loss": out.loss, "stats": out.stats, "count": out.count}
     run(Launch(kernels.loss_kernel, (1,), args | rows | to, constants | {"BLOCK_N": LOSS_BLOCK}))
     return out

@@ -4,7 +4,7 @@ PyTorch code is, with sums in a fixed order."""
 import triton
 import triton.language as tl
 
-from .primitives import SIZES, narrow, take_keys, wide
+from .primitives import SIZES, angle, narrow, take_keys, wide
 
 #: Of :data:`marginkernels.core.numerics.TINY`; a test compares the two.
 TINY = tl.constexpr(1e-30)
@@ -243,9 +243,9 @@ def loss_kernel(
     lse, value, scale, bias, logit_sum,  # (N,) float64, the last two or None
     labels,  # (N,) int64, -1 for rows without a loss
     similarity, cos,  # (N,) float64
-    max_logit,  # (N,) float32
+    max_logit, other,  # (N,) float32
     loss,  # float32: (N,), or (1,) of the sum or the mean
-    stats,  # (3,) float32: the means of cos, scale and whether the target is the top class
+    stats,  # (5,) float32: the means of cos, its angle, scale, and whether the target is the top class without and with the margin
     count,  # (1,) float64: rows with a loss, at least 1
     n, stride_scale, num_classes, smoothing, smoothing_rest, focal_gamma, focal_gamma_rest,  # each number as the sum of two float32
     SMOOTH: tl.constexpr, FOCAL: tl.constexpr, REDUCTION: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -255,8 +255,10 @@ def loss_kernel(
     focal_gamma = tl.full((), focal_gamma, tl.float64) + focal_gamma_rest
     all_losses = tl.zeros((BLOCK_N,), tl.float64)
     all_cos = tl.zeros((BLOCK_N,), tl.float64)
+    all_angles = tl.zeros((BLOCK_N,), tl.float64)
     all_scales = tl.zeros((BLOCK_N,), tl.float64)
     all_top = tl.zeros((BLOCK_N,), tl.float64)
+    all_beyond = tl.zeros((BLOCK_N,), tl.float64)
     valid_rows = tl.zeros((BLOCK_N,), tl.float64)
     for first in tl.range(0, n, BLOCK_N):
         row = first + tl.arange(0, BLOCK_N)
@@ -271,10 +273,16 @@ def loss_kernel(
             tl.store(loss + row, one.to(tl.float32), mask=inside)
         all_losses += one
         s = load_or_zero(scale, row * stride_scale, inside)
-        logit = s * load_or_zero(similarity, row, inside) + load_or_zero(bias, row, inside)
-        all_cos += tl.where(valid, load_or_zero(cos, row, inside), 0.0)
+        b = load_or_zero(bias, row, inside)
+        logit = s * load_or_zero(similarity, row, inside) + b
+        with_margin = s * load_or_zero(value, row, inside) + b
+        c = load_or_zero(cos, row, inside)
+        theta, _ = angle(c, 0.0)
+        all_cos += tl.where(valid, c, 0.0)
+        all_angles += tl.where(valid, theta, 0.0)
         all_scales += tl.where(valid, s, 0.0)
         all_top += tl.where(valid & (logit > load_or_zero(max_logit, row, inside)), 1.0, 0.0)
+        all_beyond += tl.where(valid & (with_margin > load_or_zero(other, row, inside)), 1.0, 0.0)
         valid_rows += tl.where(valid, 1.0, 0.0)
     number = tl.maximum(tl.sum(valid_rows, 0), 1.0)
     tl.store(count, number)
@@ -284,8 +292,10 @@ def loss_kernel(
             total = total / number
         tl.store(loss, total.to(tl.float32))
     tl.store(stats, (tl.sum(all_cos, 0) / number).to(tl.float32))
-    tl.store(stats + 1, (tl.sum(all_scales, 0) / number).to(tl.float32))
-    tl.store(stats + 2, (tl.sum(all_top, 0) / number).to(tl.float32))
+    tl.store(stats + 1, (tl.sum(all_angles, 0) / number).to(tl.float32))
+    tl.store(stats + 2, (tl.sum(all_scales, 0) / number).to(tl.float32))
+    tl.store(stats + 3, (tl.sum(all_top, 0) / number).to(tl.float32))
+    tl.store(stats + 4, (tl.sum(all_beyond, 0) / number).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -65,7 +65,7 @@ def memory(
     # optimizer on chunks of rows: temporaries, and copies where rows were drawn. Never both at a time.
     logits = 6 * 4 * min(chunk_elements(gpu_memory), max(rows, dim) * met) + 4 * met
     copies = MOMENTS[optimizer] + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
-    parts["chunks"] = max(logits, copies * weight_bytes * min(optim.CHUNK_ELEMENTS, met * dim))
+    parts["chunks"] = max(logits, copies * weight_bytes * min(optim.rows.CHUNK_ELEMENTS, met * dim))
     if workspace:
         parts["workspace"] = workspace
     return parts

@@ -196,8 +196,8 @@ class Backend(ABC):
         state: dict[str, Tensor],
         first_row: int,
     ) -> bool:
-        """The class pass, whose gradient goes into ``inputs.w`` and ``state`` by ``update`` at once. Gives False, having done nothing, where
-        there is no such kernel: then the layers above run :meth:`class_pass` and :meth:`update` a chunk of classes at a time.
+        """The class pass, whose gradient goes into ``inputs.w`` and ``state`` by ``update`` at once. Gives False, having done nothing,
+        where there is no such kernel: then the layers above run :meth:`class_pass` and :meth:`update` a chunk of classes at a time.
 
         Args:
             state: of the rows of ``inputs.w``, as :meth:`update` takes it.

@@ -27,6 +27,8 @@ class Rule(IntEnum):
 MOMENTS = {Rule.SGD: ("momentum_buffer",), Rule.ADAMW: ("exp_avg", "exp_avg_sq")}
 #: Dtypes that are rounded to; whatever is wider is stored as it was computed.
 HALVES = (torch.bfloat16, torch.float16)
+#: What the number of a tensor is multiplied by in the hash of its random numbers.
+TENSOR_STEP = 0x7F4A7C15
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,25 @@ def _int32(v: int) -> int:
     return (v + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
+def _low_half(v: Tensor) -> Tensor:
+    """The lower 32 bits of int64 numbers, as int32."""
+    return (((v + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)).to(torch.int32)
+
+
+def row_keys(key: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) int32 each: the lower and the upper half of the hash of each of ``rows`` (R,) int64."""
+    of_row = hashed(rows, key)
+    return _low_half(of_row), (of_row >> 32).to(torch.int32)
+
+
 def random_bits(key: int, tensor: int, rows: Tensor, columns: int) -> Tensor:
     """(R, columns) int32 in [0, 2^16): independent, uniform bits of each of ``rows`` (R,) int64, column and ``tensor``.
 
     A hash of 64 bits a row (SplitMix64's finalizer), and of 32 a number (MurmurHash3's), whose upper half is taken.
     """
-    of_row = hashed(rows, key)[:, None]
-    low, high = (v.to(torch.int32) for v in (((of_row + (1 << 31)) & 0xFFFFFFFF) - (1 << 31), of_row >> 32))
-    column = torch.arange(columns, device=rows.device) * 0x9E3779B1 + tensor * 0x7F4A7C15
-    h = ((column + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32) + low
+    low, high = (v[:, None] for v in row_keys(key, rows))
+    column = torch.arange(columns, device=rows.device) * 0x9E3779B1 + tensor * TENSOR_STEP
+    h = _low_half(column) + low
     h ^= (h >> 16) & 0xFFFF
     h *= _int32(0x85EBCA6B)
     h ^= high

@@ -486,8 +486,8 @@ def _leave(p: PassInputs, upstream: Upstream, s: _Saved, d_norm: Tensor | None, 
     queue = sink.queue()
     if queue is None:
         raise RuntimeError(
-            "optimizer: expected the fused optimizer that was attached to the head in the forward pass, got one that is gone: keep it until "
-            "the backward pass has run"
+            "optimizer: expected the fused optimizer that was attached to the head in the forward pass, got one that is gone: keep it "
+            "until the backward pass has run"
         )
     if queue.wanted():
         record = Record(

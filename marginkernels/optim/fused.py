@@ -46,6 +46,7 @@ class _FusedOptimizer(_RowOptimizer):
             params = [p for p in head.parameters() if p is not queue.probe]
             _RowOptimizer.__init__(self, [*params, queue.probe], options)
             self._start(weight, self.state[weight], self.param_groups[0])
+            self.state[queue.probe] = {}  # torch.distributed.checkpoint wants one of every parameter
         except BaseException:
             head._detach()
             raise
@@ -179,6 +180,7 @@ class _FusedOptimizer(_RowOptimizer):
         own = dict(self.state[self._weight])
         super().load_state_dict({"state": values, "param_groups": groups})
         state = self.state[self._weight] = own
+        self.state[self._queue.probe] = {}
         for name, v in (held or {}).items():
             if name in state and (v.shape == state[name].shape or v.numel() == 1):
                 dtype, device = state[name].dtype, state[name].device

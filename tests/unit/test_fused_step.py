@@ -743,3 +743,142 @@ def test_nothing_warns():
         run = Run(True)
         run.train(2)
         clipped_loop(run)
+
+
+# -- the cpu backend's kernel, and low precision -----------------------------------------------------------------------------------
+
+needs_cpu = pytest.mark.skipif("cpu" not in backends(), reason="the C++ kernels are not built")
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", HEADS)
+def test_which_heads_are_updated_inside_the_class_pass(kind, monkeypatch):
+    """All but those whose gradient has a second part."""
+    calls, cpu = [], type(get("cpu"))
+    for method in ("class_pass", "class_step"):
+        inner = getattr(cpu, method)
+
+        def noted(self, *args, inner=inner, method=method):
+            out = inner(self, *args)
+            if method == "class_step" and out or method == "class_pass" and args[4]:
+                calls.append(method)
+            return out
+
+        monkeypatch.setattr(cpu, method, noted)
+    margin, options = HEADS[kind]
+    Run(True, margin=margin(), backend="cpu", **options).train(1, 2)
+    second = kind in ("weighted smoothing", "norm of the center")
+    assert set(calls) == {"class_pass" if second else "class_step"}
+
+
+@needs_cpu
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_the_number_of_threads_does_not_show(rule):
+    """In the step; a row pass of another number of threads differs in its last bits, so all run with one."""
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        run = Run(True, rule, num_classes=3000, backend="cpu", dtype=torch.bfloat16)
+        for _ in range(2):
+            torch.set_num_threads(1)
+            run.optimizer.zero_grad()
+            run.loss(64).backward()
+            torch.set_num_threads(threads)
+            run.optimizer.step()
+        results.append(run.state())
+    torch.set_num_threads(before)
+    for one in results[1:]:
+        for name, want in results[0].items():
+            assert torch.equal(one[name], want), name
+
+
+@needs_cpu
+def test_a_workspace_serves_a_step_of_one_micro_batch():
+    for micro in (1, 2):
+        same(both(lambda run, micro=micro: run.train(3, micro), backend="cpu", workspace_mb=64, num_classes=700))
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adamw"])
+def test_bfloat16_centers_and_state(backend, rule):
+    """Near the float32 run, and the same twice; another seed rounds in another way."""
+    exact = Run(False, rule, num_classes=300, backend=backend).train(5)
+    runs = [Run(True, rule, num_classes=300, backend=backend, dtype=torch.bfloat16, fused_options={"seed": seed}) for seed in (0, 0, 1)]
+    runs = [run.train(5) for run in runs]
+    weights = [run.head.weight.detach() for run in runs]
+    assert weights[0].dtype == torch.bfloat16
+    assert all(v.dtype == torch.bfloat16 for k, v in runs[0].optimizer.state[runs[0].head.weight].items() if k not in ("step", "draws"))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    torch.testing.assert_close(weights[0].float(), exact.head.weight.detach(), rtol=0.05, atol=0.1 if rule == "adamw" else 0.02)
+
+
+def test_backends_draw_the_same_numbers():
+    """Where the sums of two backends agree, so do the centers: nearly all of them have the same bits."""
+    if "cpu" not in backends():
+        pytest.skip("the C++ kernels are not built")
+    found = [Run(True, "sgd", backend=name, dtype=torch.bfloat16).train(1).head.weight.detach() for name in ("torch", "cpu")]
+    other = Run(True, "sgd", backend="cpu", dtype=torch.bfloat16, fused_options={"seed": 3}).train(1).head.weight.detach()
+    assert float((found[0] != found[1]).float().mean()) < 0.01
+    assert float((found[0] != other).float().mean()) > 0.1
+
+
+def test_rounding_to_nearest_is_asked_for_by_name():
+    def state(**options):
+        run = Run(True, dtype=torch.bfloat16, fused_options=options)
+        return run.optimizer.state[run.head.weight].keys()
+
+    assert "draws" in state()
+    assert "draws" in state(rounding="stochastic")
+    assert "draws" not in state(rounding="nearest")
+    single = Run(True, fused_options={"rounding": "stochastic"})
+    assert "draws" not in single.optimizer.state[single.head.weight]
+    mixed = Run(True, fused_options={"state_dtype": torch.bfloat16})
+    assert "draws" in mixed.optimizer.state[mixed.head.weight]
+
+
+def test_a_resumed_run_draws_on():
+    """The count of draws is in the state: the same bits as a run that was not interrupted."""
+    whole = Run(True, dtype=torch.bfloat16).train(4)
+    half = Run(True, dtype=torch.bfloat16).train(2)
+    other = Run(True, dtype=torch.bfloat16, seed=9, fused_options={"seed": 77})
+    other.head.load_state_dict(half.head.state_dict())
+    other.backbone.load_state_dict(half.backbone.state_dict())
+    other.optimizer.load_state_dict(half.optimizer.state_dict())
+    other.data = half.data
+    other.train(2)
+    for name, want in whole.state().items():
+        assert torch.equal(other.state()[name], want), name
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoints(rule, dtype, tmp_path):
+    options = {"backend": "torch", "dtype": dtype, "bias": True, "margin": mk.Softmax()}
+    whole, half = (Run(True, rule, **copy.deepcopy(options)).train(steps) for steps in (4, 2))
+    mk.distributed.save(tmp_path / "step-2", half.head, half.optimizer, {"backbone": half.backbone.state_dict()})
+    other = Run(True, rule, seed=4, **copy.deepcopy(options))
+    found = mk.distributed.load(tmp_path / "step-2", other.head, other.optimizer, {"backbone": other.backbone.state_dict()})
+    other.backbone.load_state_dict(found["backbone"])
+    other.data = half.data
+    other.train(2)
+    for name, want in whole.state().items():
+        assert torch.equal(other.state()[name], want), name
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adamw"])
+def test_state_dicts_by_name(rule):
+    """As ``torch.distributed.checkpoint`` and FSDP's users take them: no gradient is made for it."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    whole, half, other = (Run(True, rule, seed=seed).train(steps) for seed, steps in ((0, 4), (0, 2), (6, 0)))
+    models = [nn.ModuleDict({"backbone": run.backbone, "head": run.head}) for run in (half, other)]
+    weights, state = get_state_dict(models[0], half.optimizer)
+    assert half.head.weight.grad is None
+    assert not any("probe" in name for name in weights)
+    set_state_dict(models[1], other.optimizer, model_state_dict=weights, optim_state_dict=state)
+    other.data = half.data
+    other.train(2)
+    for name, want in whole.state().items():
+        assert torch.equal(other.state()[name], want), name

@@ -760,7 +760,7 @@ def test_which_heads_are_updated_inside_the_class_pass(kind, monkeypatch):
 
         def noted(self, *args, inner=inner, method=method):
             out = inner(self, *args)
-            if method == "class_step" and out or method == "class_pass" and args[4]:
+            if (method == "class_step" and out) or (method == "class_pass" and args[4]):
                 calls.append(method)
             return out
 

@@ -193,7 +193,17 @@ def update(
         steps = state["step"].add_(1).to(torch.float64).flatten()
         rate = (step.lr / (1 - first**steps)).to(torch.float32)
         root = (1 - second**steps).sqrt().to(torch.float32)
-    args: dict[str, Any] = {"p": p, "g": g, "moment": moment, "variance": variance, "low": low, "high": high, "rate": rate, "root": root, "rows": count}
+    args: dict[str, Any] = {
+        "p": p,
+        "g": g,
+        "moment": moment,
+        "variance": variance,
+        "low": low,
+        "high": high,
+        "rate": rate,
+        "root": root,
+        "rows": count,
+    }
     args |= {"lr": step.lr, "decay": step.weight_decay, "momentum": step.momentum, "keep": 1 - step.lr * step.weight_decay}
     args |= {"first_rest": 1 - first, "second": second, "second_rest": 1 - second, "eps": step.eps}
     tile = _tile(p, device)

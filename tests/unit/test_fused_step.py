@@ -882,3 +882,65 @@ def test_state_dicts_by_name(rule):
     other.train(2)
     for name, want in whole.state().items():
         assert torch.equal(other.state()[name], want), name
+
+
+# -- what the planted mistakes ask for ----------------------------------------------------------------------------------------------
+
+
+def test_a_scaled_upstream_reaches_every_part(backend):
+    """Halved after the backward pass: label smoothing, the norm of the center, all parts of the gradient."""
+
+    def loop(run):
+        run.loss().backward()
+        for p in run.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+        run.optimizer.step()
+
+    for margin, options in (HEADS["smoothing"], HEADS["smoothing, hard"], HEADS["weighted smoothing"], HEADS["norm of the center"]):
+        same(both(loop, margin=margin(), backend=backend, rule="sgd", **options), moved=False)
+
+
+def test_cleared_rows_are_forgotten():
+    """A module around the head sets gradients to None; the next step has the rows of the next pass alone."""
+
+    def loop(run):
+        run.loss().backward()
+        for p in run.parameters():
+            p.grad = None
+        run.loss().backward()
+        run.optimizer.step()
+
+    same(both(loop, rule="sgd"), moved=False)
+
+
+def test_chunks_of_classes(backend, monkeypatch):
+    """The path by chunks, of several; two micro-batches, sub-centers, biases."""
+    monkeypatch.setattr("marginkernels.core.numerics.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("marginkernels.core.numerics.LEAST_CHUNK", 7)
+    for options in (
+        {},
+        {"sub_centers": 2},
+        {"bias": True, "margin": mk.Softmax()},
+        {"class_weight": torch.rand(C), "label_smoothing": 0.1},
+    ):
+        same(both(lambda run: run.train(2, 2), backend=backend, **copy.deepcopy(options)), moved=False)
+
+
+def test_steps_draw_anew():
+    run = Run(True, "sgd", dtype=torch.bfloat16, fused_options={"rounding": None})
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    with torch.no_grad():
+        run.head.weight.fill_(1.0)
+    run.optimizer.param_groups[0].update(lr=1.0, weight_decay=2.0**-9)  # moves 1 by a quarter of a last place below it
+    moved = []
+    for _ in range(2):
+        before = run.head.weight.detach().clone()
+        run.optimizer.zero_grad()
+        (run.loss() * 0).backward()
+        run.optimizer.step()
+        moved.append(run.head.weight != before)
+        with torch.no_grad():
+            run.head.weight.fill_(1.0)
+    assert 0.1 < float(moved[0].float().mean()) < 0.9
+    assert not torch.equal(*moved)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from marginkernels import NonTarget
+from marginkernels.core.update import Rule
 
 #: The architectures that differ in shared memory or in instructions, and dimensions: 500 is no multiple of 8, 768 no power of two.
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -27,6 +28,8 @@ DTYPES = (
 )
 #: Centers of a class where it has several: that of the paper, and no power of two.
 SUB_CENTERS = 3
+#: dtypes of weight and moments in an optimizer's step.
+UPDATE_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32))
 #: Variants of the kernels by name, as arguments of ``aot.meta_inputs`` and ``aot.launches``: the common case; a hard transform and a bias;
 #: no gradients; centers that are not normalized; the logit sum of label smoothing, which only a transform asks of the passes; softmax
 #: weights saved between the passes; several centers a class.
@@ -168,6 +171,8 @@ def _launches(arch: str, dims: Iterable[int]) -> Iterator[tuple[Any, str]]:
             for sub_centers, words in ((1, ""), (SUB_CENTERS, "sub-centers")):
                 one = aot.topk_launch(n, dim, c, *dtypes, k, arch, sub_centers=sub_centers)
                 yield one, _words(dim, dtypes, f"k={k}", words)
+    for dim, dtypes, rule in itertools.product(dims, UPDATE_DTYPES, Rule):
+        yield aot.update_launch(c, dim, *dtypes, rule, arch), _words(dim, dtypes, rule.name, "step")
 
 
 def _words(dim: int, dtypes: tuple[torch.dtype, torch.dtype], *more: str) -> str:

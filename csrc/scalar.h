@@ -27,6 +27,9 @@ constexpr int TRANSFORMS = 0 MK_TRANSFORMS(MK_COUNT_TRANSFORM);
 // What the row pass sums; the numbers of marginkernels/core/types.py.
 enum Reduction : int { LOG_SUM_EXP = 0, LOGIT_SUM = 1, SOFTPLUS_SUM = 2 };
 
+// What an optimizer's step does; the numbers of marginkernels/core/update.py.
+enum Rule : int { SGD = 0, ADAMW = 1 };
+
 // The dtype of a buffer that is passed as a plain address; the numbers of marginkernels/backend/_extension.py.
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 

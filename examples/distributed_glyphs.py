@@ -31,6 +31,7 @@ from marginkernels.distributed import export_centers, latest, load, save
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes that take part in a step")
+    parser.add_argument("--fused-step", action="store_true", help="update the class centers inside the class pass")
     parser.add_argument("--log-q", action="store_true", help="correct the logits of drawn classes for their probability of being drawn")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=256, help="batch size over all ranks")
@@ -83,7 +84,11 @@ def train(args: argparse.Namespace, device: torch.device, group: dist.ProcessGro
         device=device,
     )
     # One optimizer for both: it updates all of the backbone, and with sampling only the drawn rows of the head.
-    optimizer = optim.AdamW([*model.parameters(), *head.parameters()], lr=args.learning_rate, weight_decay=0.05)
+    if args.fused_step:  # without a gradient of the class centers
+        optimizer = optim.FusedAdamW(head, lr=args.learning_rate, weight_decay=0.05)
+        optimizer.add_param_group({"params": list(model.parameters())})
+    else:
+        optimizer = optim.AdamW([*model.parameters(), *head.parameters()], lr=args.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, total_steps=args.steps, pct_start=0.2)
 
     def extra(step: int) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from .core.validation import FLOATS, check_class_weight, check_inputs, check_num
 from .loss import LossOptions, agreed_by, local_head_losses, workspace_bytes
 from .margins import Margin, check_margin
 from .margins.contract import check_binary
+from .ops import Sink, StepQueue
 from .retrieval import nearest
 from .sampling import Sampler
 from .sub_centers import FAR, Outliers, angles, counted
@@ -110,6 +112,7 @@ class MarginHead(nn.Module):
     """
 
     class_weight: Tensor | None
+    _queue: weakref.ref[StepQueue] | None = None  # of the fused optimizer that is attached
 
     def __init__(
         self,
@@ -206,6 +209,68 @@ class MarginHead(nn.Module):
         old = {id(p) for p in before}
         self._join([p for p in self.parameters() if id(p) not in old])
 
+    def _attach(self, make: Callable[[nn.Parameter, Callable[[], Any]], StepQueue]) -> StepQueue:
+        """Leave the gradient of ``weight`` to the queue that ``make`` gives, of a fused optimizer, for as long as that lives. Until then
+        the head has one more parameter, ``probe``, which is not in its ``state_dict()``.
+
+        Args:
+            make: gets the probe, and what gives a value that changes with the head's other parameters.
+
+        Raises:
+            ValueError, RuntimeError: naming what is in the way.
+        """
+        if self._queue_here() is not None:
+            raise RuntimeError("head: expected a head without a fused optimizer, got one that has one: delete that first")
+        if self.backend == "reference":
+            raise ValueError("backend: expected a fused backend for a head with a fused optimizer, got 'reference'")
+        if self.sampler is not None and not self.sampler.sparse_grad:
+            raise ValueError(
+                "sparse_grad: expected True for a head with a fused optimizer, which updates the drawn classes alone, got False"
+            )
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter:
+            raise TypeError(
+                f"weight: expected a plain parameter for a fused optimizer, got {type(getattr(self, 'weight', None)).__name__} (FSDP, or a "
+                "parametrization such as weight_norm)"
+            )
+        probe = nn.Parameter(torch.zeros((), dtype=torch.float64, device=weight.device))
+        if self.shard is not None:
+            self.shard.mark(probe)
+        others = [p for p in self.parameters() if p is not weight]
+        queue = make(probe, lambda: tuple(p._version for p in others))
+        self.register_parameter("probe", probe)
+        gone = weakref.ref(self)
+
+        def detach(_: object) -> None:
+            head = gone()
+            if head is not None and head._parameters.get("probe") is probe:
+                head._detach()
+
+        self._queue = weakref.ref(queue, detach)
+        return queue
+
+    def _detach(self) -> None:
+        """Back to dense gradients."""
+        self._parameters.pop("probe", None)
+        self._queue = None
+
+    def _queue_here(self) -> StepQueue | None:
+        return None if self._queue is None else self._queue()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sink(self) -> Sink | None:
+        """Where the gradient of this call's weight goes, or None: to ``weight.grad``."""
+        queue = self._queue_here()
+        if queue is None or queue.weight is not self.weight or not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        assert self._queue is not None
+        return Sink(self._queue, queue.probe, None, queue.written(), queue.marks())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fused optimizer, whose records are those of this head."""
+        state = {name: v for name, v in self.__dict__.items() if name != "_queue"}
+        return state | {"_parameters": {name: p for name, p in self._parameters.items() if name != "probe"}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._passes = _Passes()  # the outstanding ones are of the head that was copied
@@ -214,6 +279,9 @@ class MarginHead(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MarginHead:
         before = list(self.parameters())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        probe = self._parameters.get("probe")
+        if probe is not None and probe.dtype != torch.float64:
+            probe.grad, probe.data = None, probe.data.to(torch.float64)
         self._rejoin(before)  # to_empty() of a head on the meta device makes new parameters
         return self
 
@@ -298,6 +366,7 @@ class MarginHead(nn.Module):
             mix=mix,
             shard=self.shard,
             sampler=self.sampler if self.training else None,
+            sink=None if self._queue is None or transforming() else self._sink(),
         )
         self.stats, loss = found.stats, found.reduce(self.reduction)
         if self.shard is not None and self.reduction == "none":
@@ -413,8 +482,23 @@ class MarginHead(nn.Module):
                 if whole is not None and whole.shape[0] == self.num_classes * each != getattr(self, name).shape[0]:
                     state_dict[prefix + name] = whole[self.shard.start * each : self.shard.stop * each]
         before = [p for p in (self.weight, self.bias) if p is not None]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with self._without_probe():
+            super()._load_from_state_dict(state_dict, prefix, *args)
         self._join([p for p in (self.weight, self.bias) if p is not None and all(p is not q for q in before)])  # assign=True makes new ones
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._without_probe():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @contextlib.contextmanager
+    def _without_probe(self) -> Iterator[None]:
+        """The probe is no part of what a head holds."""
+        probe = self._parameters.pop("probe", None)
+        try:
+            yield
+        finally:
+            if probe is not None:
+                self._parameters["probe"] = probe
 
     def extra_repr(self) -> str:
         shown: dict[str, object] = {"embedding_dim": self.embedding_dim, "num_classes": self.num_classes, "bias": self.bias is not None}

@@ -184,6 +184,7 @@ def local_head_losses(
     mix: tuple[Tensor, float | Tensor] | None = None,
     shard: Shard | None = None,
     sampler: Sampler | None = None,
+    sink: ops.Sink | None = None,
 ) -> HeadLosses:
     """The losses of :func:`margin_cross_entropy` before the reduction, where this process may hold only part of the classes.
 
@@ -191,6 +192,7 @@ def local_head_losses(
         class_weight: (C,) of all classes, also with a shard.
         shard: where ``weight`` and ``bias`` are one rank's part of the classes; labels count over all of them. See :class:`MarginHead`.
         sampler: draws the classes that take part. The others are as if they were not there, also to the label smoothing.
+        sink: where the gradient of ``weight`` goes instead of to it; see :mod:`marginkernels.ops.queue`.
 
     Returns:
         With a shard, the losses of the rows of all ranks, each rank's padded to one number of rows.
@@ -262,12 +264,15 @@ def local_head_losses(
             logits: RowLogits | None = found[0][2]
         else:
             smoothed = class_weight if options.label_smoothing > 0 else None
+            weight = weight if sink is None else weight.detach()
             classes = LocalClasses.of(weight, bias, labels, smoothed, shard, sampler, k).with_bias(margin.class_bias())
             workspace = options.workspace_bytes
             if workspace is None:
                 workspace = backends.get(name).workspace_mb << 20
             given = replace(options, backend=name, workspace_bytes=workspace)
-            losses, stats, logits = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused and not options.of_rows)
+            if sink is not None and sampler is not None:
+                sink = replace(sink, rows=sampler.rows, about=(*sink.about, id(sampler.rows)))
+            losses, stats, logits = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused and not options.of_rows, sink)
     state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
     stats = {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
     if not losses.ndim:  # a kernel has reduced them
@@ -408,6 +413,7 @@ def _fused_losses(
     margin: Margin,
     given: LossOptions,
     fused: bool,
+    sink: ops.Sink | None,
 ) -> tuple[Tensor, dict[str, Tensor], RowLogits | None]:
     """The losses of all rows, and the statistics and logits of the first batch's, by the two passes of a backend; where ``fused``, one
     kernel may have made the statistics and reduced the losses, and there are no logits.
@@ -450,7 +456,7 @@ def _fused_losses(
         sub_centers=classes.sub_centers,
     )
     of_rows = (target.scale, target.threshold, target.t)
-    sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options)
+    sums = ops.sum_over_classes(inputs, rows, center_norm, classes.bias, *of_rows, classes.class_weight, options, sink)
     sums, target = _exchange(sums, target, owner_bias, classes, label_smoothing > 0, margin.reduction)
     if fused:
         return *_by_kernel(sums, target, batches[0], rows, classes, given, margin), None

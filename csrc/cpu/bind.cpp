@@ -72,7 +72,7 @@ void row_pass(const mk::PassInputs& p, const std::string& level, int threads, in
 
 void class_pass(const mk::PassInputs& p, const std::string& level, int threads, Address lse, Address d_lse, Address d_logit_sum,
                 Address d_target_cos, Address d_target_bias, int reduction, Address class_factor, Address saved, int64_t saved_bytes,
-                Address d_weight, Address d_bias) {
+                Address d_weight, Address d_bias, const mk::Update* update) {
   const mk::Kernels& k = mk::choose(p.x_dtype, level);
   const mk::ClassInput in{
       at<double>(lse), at<float>(d_lse), at<float>(d_logit_sum), at<float>(d_target_cos), at<float>(d_target_bias), at<char>(saved),
@@ -80,9 +80,43 @@ void class_pass(const mk::PassInputs& p, const std::string& level, int threads, 
   bool finished;
   {
     py::gil_scoped_release released;
-    finished = mk::class_pass(k, p, threads, in, at<float>(class_factor), at<void>(d_weight), at<float>(d_bias), &signaled);
+    // A step is not interrupted: a weight that is updated in part would be lost.
+    finished = mk::class_pass(k, p, threads, in, at<float>(class_factor), at<void>(d_weight), at<float>(d_bias),
+                              update ? nullptr : &signaled, update);
   }
   if (!finished) throw py::error_already_set();
+}
+
+mk::Update make_update(int rule, bool nesterov, bool stochastic, double lr, double weight_decay, double momentum, double first,
+                       double second, double eps, uint64_t key, Address w, int w_dtype, int64_t d, Address first_moment,
+                       Address second_moment, int moment_dtype, Address steps, Address rows, int64_t first_row) {
+  return {rule,
+          nesterov,
+          stochastic,
+          lr,
+          weight_decay,
+          momentum,
+          first,
+          second,
+          eps,
+          key,
+          at<void>(w),
+          w_dtype,
+          d,
+          {at<void>(first_moment), at<void>(second_moment)},
+          moment_dtype,
+          at<float>(steps),
+          at<int64_t>(rows),
+          first_row};
+}
+
+void update(const mk::Update& u, const std::string& level, int threads, int64_t rows, Address g, int g_dtype) {
+  const std::vector<const mk::Kernels*> all = mk::levels();
+  const mk::Kernels* found = all.back();  // they all give the same bits
+  for (const mk::Kernels* k : all)
+    if (level == k->name) found = k;
+  const py::gil_scoped_release released;
+  mk::update(*found, u, threads, rows, at<void>(g), g_dtype);
 }
 
 void topk(const mk::HeadInputs& p, const std::string& level, int threads, int64_t k, int64_t sub_centers, Address bias, Address scale,
@@ -127,6 +161,10 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<mk::HeadInputs>(m, "HeadInputs")
       .def(py::init(&make_head_inputs), py::kw_only(), "n"_a, "d"_a, "c"_a, "x"_a, "x_dtype"_a, "w"_a, "w_dtype"_a, "w_stride"_a,
            "labels"_a, "normalize_embedding"_a, "normalize_weight"_a);
+  py::class_<mk::Update>(m, "Update")
+      .def(py::init(&make_update), py::kw_only(), "rule"_a, "nesterov"_a, "stochastic"_a, "lr"_a, "weight_decay"_a, "momentum"_a, "first"_a,
+           "second"_a, "eps"_a, "key"_a, "w"_a, "w_dtype"_a, "d"_a, "first_moment"_a, "second_moment"_a, "moment_dtype"_a, "steps"_a,
+           "rows"_a, "first_row"_a);
   py::class_<mk::Block>(m, "Block", py::buffer_protocol())
       .def(py::init<int64_t, const std::string&>(), "bytes"_a, "purpose"_a)
       .def_static("cached", &mk::Block::cached)
@@ -140,7 +178,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_pass", &row_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "reduction"_a, "value"_a, "max_logit"_a, "cos"_a,
         "center"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a);
   m.def("class_pass", &class_pass, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "lse"_a, "d_lse"_a, "d_logit_sum"_a, "d_target_cos"_a,
-        "d_target_bias"_a, "reduction"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a);
+        "d_target_bias"_a, "reduction"_a, "class_factor"_a, "saved"_a, "saved_bytes"_a, "d_weight"_a, "d_bias"_a, "update"_a = py::none());
+  m.def("update", &update, "update"_a, py::kw_only(), "level"_a, "threads"_a, "rows"_a, "g"_a, "g_dtype"_a);
   m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "sub_centers"_a, "bias"_a, "scale"_a, "scores"_a,
         "classes"_a);
   m.def("levels", [] {

@@ -322,7 +322,7 @@ bool row_pass(const Kernels& k, const PassInputs& p, int threads, int reduction,
 }
 
 bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassInput& in, const float* class_factor, void* d_weight,
-                float* d_bias, Poll poll) {
+                float* d_bias, Poll poll, const Update* update) {
   Stop stop(poll);
   const Layout l = k.layout(p.d);
   threads = useful_threads(threads, p);
@@ -343,12 +343,24 @@ bool class_pass(const Kernels& k, const PassInputs& p, int threads, const ClassI
     t.first_class = chunks * i / tasks * width;
     t.last_class = std::min(p.c, chunks * (i + 1) / tasks * width);
     t.class_factor = class_factor;
-    t.d_weight = d_weight, t.d_bias = d_bias;
+    t.d_weight = d_weight, t.d_bias = d_bias, t.update = update;
     t.saved = in.saved, t.saved_chunks = use_saved ? saved_chunks(p, l, in.saved_bytes) : 0;
     t.scratch = scratch[thread];
     k.class_task(p, r, t);
   });
   return !stop.stopped();
+}
+
+void update(const Kernels& k, const Update& u, int threads, int64_t rows, const void* g, int g_dtype) {
+  constexpr int64_t TASK = 1 << 16;  // numbers, about 0.1 ms of memory traffic
+  const int64_t each = std::max<int64_t>(1, TASK / std::max<int64_t>(u.d, 1)), tasks = (rows + each - 1) / each;
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+  const int64_t width = round_up(u.d, PANEL);
+  Memory memory(threads * Memory::padded<float>(width));
+  std::vector<float*> scratch(threads);
+  for (auto& s : scratch) s = memory.take<float>(width);
+  parallel(threads, tasks,
+           [&](int thread, int64_t i) { k.update_task(u, {i * each, std::min(rows, (i + 1) * each), g, g_dtype, scratch[thread]}); });
 }
 
 }  // namespace mk

@@ -39,9 +39,13 @@ std::vector<const Kernels*> levels();
 // The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);
 
-// Each returns whether it finished. Where `poll` returned true it did not, and its results are undefined. Throws OutOfMemory.
+// Each returns whether it finished. With an `update` the class pass updates p.w instead of writing d_weight. Where `poll` returned true it
+// did not, and its results are undefined. Throws OutOfMemory.
 [[nodiscard]] bool row_pass(const Kernels&, const PassInputs&, int threads, int reduction, const RowOutput&, Poll poll = nullptr);
 [[nodiscard]] bool class_pass(const Kernels&, const PassInputs&, int threads, const ClassInput&, const float* class_factor, void* d_weight,
-                              float* d_bias, Poll poll = nullptr);
+                              float* d_bias, Poll poll = nullptr, const Update* update = nullptr);
+
+// An optimizer's step of `rows` rows with gradients `g` (rows, d). Throws OutOfMemory.
+void update(const Kernels&, const Update&, int threads, int64_t rows, const void* g, int g_dtype);
 
 }  // namespace mk

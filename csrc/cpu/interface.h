@@ -75,6 +75,31 @@ struct RowTask {
   uint32_t* scratch;
 };
 
+// One step of an optimizer, Update of marginkernels/core/update.py, and the weight (rows, d) and state that it updates: contiguous, the
+// state as the weight.
+struct Update {
+  int rule;
+  bool nesterov, stochastic;
+  double lr, weight_decay, momentum, first, second, eps;
+  uint64_t key;
+  void* w;
+  int w_dtype;
+  int64_t d;
+  void* moment[2];  // null where the rule has none
+  int moment_dtype;
+  float* steps;         // (rows), for ADAMW
+  const int64_t* rows;  // the number of each row among those of all ranks, or null where they are first_row and so on
+  int64_t first_row;
+};
+
+// Rows [first, last) with gradients (rows, d).
+struct UpdateTask {
+  int64_t first, last;
+  const void* g;
+  int g_dtype;
+  float* scratch;  // d floats, up to a multiple of PANEL
+};
+
 struct ClassTask {
   Interrupt interrupt;
   int reduction;  // that d_lse is the gradient of
@@ -82,8 +107,9 @@ struct ClassTask {
   const float* class_factor;
   const char* saved;  // of the first saved_chunks chunks
   int64_t saved_chunks;
-  void* d_weight;  // (c, d) contiguous in w's dtype, or null
-  float* d_bias;   // (c / sub_centers), or null
+  void* d_weight;        // (c, d) contiguous in w's dtype, or null
+  float* d_bias;         // (c / sub_centers), or null
+  const Update* update;  // of p.w, instead of d_weight, or null
   uint32_t* scratch;
 };
 
@@ -130,6 +156,7 @@ struct Kernels {
   void (*row_task)(const PassInputs&, const Rows&, const RowTask&);
   void (*class_task)(const PassInputs&, const Rows&, const ClassTask&);
   void (*topk_task)(const PassInputs&, const TopkTask&);
+  void (*update_task)(const Update&, const UpdateTask&);
 };
 
 }  // namespace mk

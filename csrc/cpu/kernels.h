@@ -661,14 +661,14 @@ struct RowBuffers {
 };
 
 struct ClassBuffers {
-  uint32_t *centers, *tile, *g, *v, *db, *bias, *factor;
+  uint32_t *centers, *tile, *g, *v, *db, *bias, *factor, *gradient;
 
   ClassBuffers(Buffers& b, const Layout& l) {
     centers = b.take(CLASSES * l.dk * PLANES);
     tile = b.take(CLASSES * PANEL);
     g = b.take(ROWS / PER_UNIT * PLANES * CLASSES);
     v = b.take(CLASSES * l.ldn);
-    db = b.take(CLASSES * W), bias = b.take(CLASSES), factor = b.take(CLASSES);
+    db = b.take(CLASSES * W), bias = b.take(CLASSES), factor = b.take(CLASSES), gradient = b.take(l.ldn);
   }
 };
 
@@ -730,19 +730,25 @@ void row_task(const PassInputs& p, const Rows& r, const RowTask& task) {
   }
 }
 
-// Writes dw of one chunk from v = G^T x.
+#include "update.h"
+
+// Writes dw of one chunk from v = G^T x, or updates its centers with it.
 struct WriteGradient {
   const PassInputs& p;
   int64_t first, count;
   const float* inverse;  // of the centers' norms, or null
   float pow2;            // Rows::pow2
   const float* v;
-  void* d_weight;
+  void* d_weight;        // or null where there is an update
+  const Update* update;  // or null
+  float* gradient;       // a row of floats, where there is an update
   const Layout& l;
 
   template <int DTYPE>
   void run() {
     constexpr int SIZE = DTYPE == FLOAT32 ? 4 : 2;
+    const RowUpdate update_row = update ? row_update_of(*update) : nullptr;
+    Corrections corrections;
     for (int64_t j = 0; j < count; ++j) {
       const float* row = v + j * l.ldn;
       const char* center = (const char*)p.w + (first + j) * p.w_stride * SIZE;
@@ -765,6 +771,12 @@ struct WriteGradient {
         const V mine = load<V>(row + k);
         return (p.normalize_weight ? through_norm(mine, dot, load_as<DTYPE>(w) * a, a) : mine) * pow2;
       };
+      if (update) {
+        for (int64_t k = 0; k < whole; k += W) store(gradient + k, result(k, center + k * SIZE));
+        if (whole < p.d) store(gradient + whole, result(whole, ends[0]));
+        update_row(*update, first + j, gradient, corrections);
+        continue;
+      }
       for (int64_t k = 0; k < whole; k += W) store_as<DTYPE>(to + k * SIZE, result(k, center + k * SIZE));
       if (whole < p.d) {
         store_as<DTYPE>(ends[1], result(whole, ends[0]));
@@ -807,9 +819,10 @@ void class_task(const PassInputs& p, const Rows& r, const ClassTask& task) {
         if (whole.several && !from_saved) keep_winners(r, row, whole, p.sub_centers);
         epilogue(r, row, whole, m.g + i / PER_UNIT * PLANES * CLASSES, db);
       }
-      if (task.d_weight) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
+      if (task.d_weight || task.update) accumulate_v(l, rows / PER_UNIT, count, m.g, r.across + block * l.across, v, block > 0);
     }
-    if (task.d_weight) with_dtype(p.w_dtype, WriteGradient{p, first, count, known, r.pow2, v, task.d_weight, l});
+    if (task.d_weight || task.update)
+      with_dtype(p.w_dtype, WriteGradient{p, first, count, known, r.pow2, v, task.d_weight, task.update, (float*)m.gradient, l});
     if (need_bias)
       for (int64_t j = 0; j < count; j += p.sub_centers) {
         V total = load<V>(db + j * W);
@@ -836,7 +849,7 @@ void pack_across(const PassInputs& p, uint32_t* out) {
 // The embeddings' dtypes. Without planes, a pair holds nothing wider than bfloat16; with planes, two of a bfloat16 number's planes are 0.
 constexpr int DTYPES = !MK_PAIRS ? 7 : MK_SPLIT ? 1 << FLOAT32 | 1 << FLOAT16 : 1 << BFLOAT16;
 
-extern const Kernels kernels = {MK_NAME, DTYPES, layout, pack_along, pack_across, row_task, class_task, topk_task};
+extern const Kernels kernels = {MK_NAME, DTYPES, layout, pack_along, pack_across, row_task, class_task, topk_task, update_task};
 
 }  // namespace MK_NAMESPACE
 }  // namespace mk

@@ -25,6 +25,7 @@ from ..core.types import (
     TopkOutput,
     Upstream,
 )
+from ..core.update import Update
 from . import torch_topk
 
 
@@ -37,6 +38,7 @@ class Backend(ABC):
         dtypes: of embeddings and weight.
         tested_on: device types on which the project's own tests prove it, so that ``auto`` may choose it there without a record.
         max_sub_centers: how many sub-centers a class may have, or None for any number.
+        step_takes_saved: whether :meth:`class_step` can use what the row pass saved.
         workspace_mb: what ``workspace_mb=None`` stands for: more than 0 only where that has been measured to pay.
         summary: one line for the documentation: what it is, on any machine.
         note: one line for ``doctor``: what it is here, and what it has never run on.
@@ -46,6 +48,7 @@ class Backend(ABC):
     dtypes: tuple[torch.dtype, ...]
     tested_on: tuple[str, ...] = ()
     max_sub_centers: int | None = 1
+    step_takes_saved: bool = False
     workspace_mb: int = 0
     summary: str = ""
 
@@ -179,3 +182,26 @@ class Backend(ABC):
             class_factor, saved: as the row pass of LOG_SUM_EXP gave them.
             need_weight, need_bias: which of the two gradients is wanted.
         """
+
+    def class_step(
+        self,
+        inputs: PassInputs,
+        upstream: Upstream,
+        class_factor: Tensor,
+        saved: Tensor,
+        update: Update,
+        state: dict[str, Tensor],
+        first_row: int,
+    ) -> bool:
+        """The class pass, whose gradient goes into ``inputs.w`` and ``state`` by ``update`` at once. Gives False, having done nothing,
+        where there is no such kernel: then the layers above run :meth:`class_pass` and :meth:`update` a chunk of classes at a time.
+
+        Args:
+            state: of the rows of ``inputs.w``, as :meth:`update` takes it.
+            first_row: the number of the first of these rows among those of all ranks.
+        """
+        return False
+
+    def update(self, update: Update, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: Tensor | int = 0) -> None:
+        """See :meth:`marginkernels.core.update.Update.apply`."""
+        update.apply(p, g, state, rows)

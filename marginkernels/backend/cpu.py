@@ -25,6 +25,7 @@ from ..core.types import (
     TopkOutput,
     Upstream,
 )
+from ..core.update import MOMENTS, Rule, Update
 from . import _extension
 from ._extension import DTYPES
 from .base import Backend
@@ -67,6 +68,7 @@ class CpuBackend(Backend):
     dtypes = tuple(DTYPES)
     max_sub_centers = min((centers for _, _, centers in PANELS.values()), default=1)  # a class lies in one panel
     workspace_mb = 128
+    step_takes_saved = True
 
     def __init__(self, level: str = ""):
         self.level = level
@@ -140,6 +142,35 @@ class CpuBackend(Backend):
             d_weight=_empty((c if need_weight else 0, d), inputs.w.dtype, "the gradient of weight"),
             d_bias=inputs.x.new_empty(inputs.num_classes if need_bias else 0, dtype=inputs.acc_dtype),
         )
+        self._class_pass(inputs, upstream, class_factor, saved, vars(out), None)
+        return out
+
+    def class_step(
+        self,
+        inputs: PassInputs,
+        upstream: Upstream,
+        class_factor: Tensor,
+        saved: Tensor,
+        update: Update,
+        state: dict[str, Tensor],
+        first_row: int,
+    ) -> bool:
+        """Each center is written once, as soon as its gradient is known, with the same bits for any number of threads."""
+        native = _update(update, inputs.w, state, first_row)
+        if native is None:
+            return False
+        self._class_pass(inputs, upstream, class_factor, saved, {"d_weight": None, "d_bias": None}, native)
+        return True
+
+    def _class_pass(
+        self,
+        inputs: PassInputs,
+        upstream: Upstream,
+        class_factor: Tensor,
+        saved: Tensor,
+        out: Mapping[str, Tensor | None],
+        update: Any,
+    ) -> None:
         native, _alive = _pass_inputs(inputs)
         given = _contiguous(**{name: getattr(upstream, name) for name in UPSTREAM}, class_factor=class_factor)
         _cpu.class_pass(
@@ -148,9 +179,20 @@ class CpuBackend(Backend):
             threads=torch.get_num_threads(),
             saved_bytes=saved.numel(),
             reduction=int(upstream.reduction),
-            **_addresses(given | {"saved": saved} | vars(out)),
+            update=update,
+            **_addresses(given | {"saved": saved} | dict(out)),
         )
-        return out
+
+    def update(self, update: Update, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: Tensor | int = 0) -> None:
+        """In C++ where there are rows of a dtype that it has, with the same bits as :meth:`class_step`; else in PyTorch."""
+        native = _update(update, p, state, rows) if p.ndim else None
+        if native is None or g.dtype not in DTYPES:
+            super().update(update, p, g, state, rows)
+        elif p.numel():
+            g = g.contiguous()
+            to = {"rows": p.shape[0], "g": g.data_ptr(), "g_dtype": DTYPES[g.dtype]}
+            _cpu.update(native, level=self.level, threads=torch.get_num_threads(), **to)
+            torch.autograd.graph.increment_version((p, *state.values()))
 
     def topk(self, inputs: TopkInputs, k: int) -> TopkOutput:
         """The same bits for any number of threads."""
@@ -190,6 +232,36 @@ def release_memory() -> None:
     """Return the memory that is cached for the next step to the system: at most 512 MB, gradients and workspaces of the last steps."""
     if _cpu is not None:
         _cpu.Block.release()
+
+
+def _update(update: Update, p: Tensor, state: dict[str, Tensor], rows: Tensor | int) -> Any:
+    """The extension's own record of an update of ``p``, or None where it has none of such tensors."""
+    moments = [state[name] for name in MOMENTS[update.rule] if name in state and (update.rule != Rule.SGD or update.momentum)]
+    dtypes = {v.dtype for v in moments} or {torch.float32}
+    steps = state.get("step") if update.rule == Rule.ADAMW else None
+    given = [p, *moments, *([] if steps is None else [steps])]
+    if p.dtype not in DTYPES or len(dtypes) > 1 or not dtypes <= set(DTYPES) or any(v.device.type != "cpu" for v in given):
+        return None
+    if not all(v.is_contiguous() for v in given) or (steps is not None and steps.dtype != torch.float32):
+        return None
+    first, second = [*moments, None, None][:2]
+    first_beta, second_beta = update.betas
+    numbers = {name: float(getattr(update, name)) for name in ("lr", "weight_decay", "momentum", "eps")}
+    return _cpu.Update(
+        rule=int(update.rule),
+        nesterov=update.nesterov,
+        stochastic=update.stochastic,
+        first=first_beta,
+        second=second_beta,
+        key=update.key,
+        w_dtype=DTYPES[p.dtype],
+        d=p.numel() // max(p.shape[0], 1),
+        moment_dtype=DTYPES[dtypes.pop()],
+        first_row=0 if isinstance(rows, Tensor) else rows,
+        **numbers,
+        **_addresses({"w": p, "first_moment": first, "second_moment": second, "steps": steps}),
+        **_addresses({"rows": rows if isinstance(rows, Tensor) else None}),
+    )
 
 
 def _with_unit_stride(w: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.device import on_device_of
 from ..core.types import HeadInputs, LossInputs, LossOutput, LossUpstream, PreparedRows, RoundedUpstream, SumsUpstream, Upstream
+from ..core.update import MOMENTS, Update
 from .base import Backend
 
 
@@ -77,3 +78,13 @@ class GpuRows(Backend):
 
         with on_device_of(inputs.lse):
             return rows.upstream(inputs, need_bias, need_logit_sum)
+
+    def update(self, update: Update, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: Tensor | int = 0) -> None:
+        """One kernel for rows of numbers, whose random bits are those of every backend; else PyTorch."""
+        moments = [state[name] for name in MOMENTS[update.rule] if name in state]
+        if not self.fuses_rows(p) or p.ndim != 2 or not all(v.is_contiguous() for v in (p, *moments)):
+            return super().update(update, p, g, state, rows)
+        from .triton import rows as launches
+
+        with on_device_of(p):
+            return launches.update(update, p, g.contiguous(), state, rows)

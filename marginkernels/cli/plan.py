@@ -7,6 +7,7 @@ amounts divided by rates. The rates are arguments, and their defaults are assump
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from typing import Any
 
@@ -35,6 +36,7 @@ def memory(
     embedding_bytes: int = 4,
     workspace: int = 0,
     gpu_memory: int = 0,
+    fused_step: bool = False,
 ) -> dict[str, int]:
     """Bytes on the rank with the most classes at the peak of a training step, by part.
 
@@ -47,6 +49,8 @@ def memory(
         weight_bytes, embedding_bytes: per element, of the class centers (and their gradient and moments) and of the embeddings.
         workspace: bytes that the forward pass saves for the backward pass.
         gpu_memory: bytes of each GPU, by which plain PyTorch sizes its chunks; 0 on a CPU.
+        fused_step: whether the optimizer is :class:`marginkernels.optim.FusedSGD` or ``FusedAdamW``: then there is no gradient but that of
+            a chunk of classes, or of the drawn ones.
     """
     held, rows = -(-classes // ranks), batch * ranks
     met = met_classes(classes, ranks, batch, sample_rate)
@@ -54,7 +58,7 @@ def memory(
     parts = {
         "class centers": held * center,
         "optimizer state": held * (MOMENTS[optimizer] * center + (4 if optimizer == "adamw" else 0)),
-        "gradient": met * center,
+        "gradient": 0 if fused_step and sample_rate == 1 else met * center,
     }
     if sample_rate < 1:
         # Either the keys of the draw or the copy of the drawn centers, which is made after it and freed once the gradient is computed.
@@ -64,11 +68,20 @@ def memory(
     # Either a pass works on chunks of logits and converted centers (plain PyTorch needs several copies, kernels one or none), or the
     # optimizer on chunks of rows: temporaries, and copies where rows were drawn. Never both at a time.
     logits = 6 * 4 * min(chunk_elements(gpu_memory), max(rows, dim) * met) + 4 * met
-    copies = MOMENTS[optimizer] + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
-    parts["chunks"] = max(logits, copies * weight_bytes * min(optim.CHUNK_ELEMENTS, met * dim))
+    # Its kernel on a CPU needs none of the temporaries.
+    copies = (MOMENTS[optimizer] if gpu_memory else 0) + (1 + MOMENTS[optimizer] if sample_rate < 1 else 0)
+    of_step = copies * weight_bytes * min(optim.rows.CHUNK_ELEMENTS, met * dim)
+    if fused_step and sample_rate == 1:  # centers and gradient of a chunk, in float32
+        of_step = logits + 2 * 4 * min(chunk_elements(gpu_memory), met * dim)
+    parts["chunks"] = max(logits, of_step)
     if workspace:
         parts["workspace"] = workspace
     return parts
+
+
+def bytes_per_weight(optimizer: str, weight_bytes: int, fused_step: bool) -> int:
+    """Bytes for each number of the class centers: itself, its moments, and its gradient where there is one."""
+    return weight_bytes * (1 + MOMENTS[optimizer] + (not fused_step))
 
 
 def met_classes(classes: int, ranks: int, batch: int, sample_rate: float) -> int:
@@ -94,12 +107,16 @@ def flops(classes: int, dim: int, ranks: int, batch: int, sample_rate: float = 1
     return 8 * batch * ranks * dim * met_classes(classes, ranks, batch, sample_rate)
 
 
-def traffic(classes: int, dim: int, ranks: int, batch: int, *, sample_rate: float, optimizer: str, weight_bytes: int) -> tuple[int, int]:
+def traffic(
+    classes: int, dim: int, ranks: int, batch: int, *, sample_rate: float, optimizer: str, weight_bytes: int, fused_step: bool = False
+) -> tuple[int, int]:
     """Bytes read and written in memory in a step, on the rank with the most classes: by the passes, and by the draw and the optimizer."""
     met, held = met_classes(classes, ranks, batch, sample_rate), -(-classes // ranks)
     center = dim * weight_bytes
     passes = 3 * met * center  # read W twice, write dW
     update = (1 + 2 * (1 + MOMENTS[optimizer])) * met * center  # read dW; read and write W and each moment
+    if fused_step:  # W is read by the pass, and of dW a chunk is in the cache
+        passes, update = 2 * met * center, (1 + 2 * MOMENTS[optimizer]) * met * center
     if sample_rate < 1:
         # Hashing all classes and selecting among them; copies of the drawn rows: W before the passes, W and moments around the update.
         update += 30 * 8 * held + (2 + 4 * (1 + MOMENTS[optimizer])) * met * center
@@ -139,7 +156,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "gpu_memory": int(args.memory * GB),
     }
     shape: dict[str, Any] = {"classes": classes, "dim": args.dim, "ranks": args.gpus, "batch": args.batch}
-    chosen = {"sample_rate": args.sample_rate, "optimizer": args.optimizer}
+    chosen = {"sample_rate": args.sample_rate, "optimizer": args.optimizer, "fused_step": args.fused_step}
     parts = memory(**shape, **chosen, **size, workspace=int(args.workspace_mb * 2**20)) | {"reserve": int(args.reserve * GB)}
     moved = exchanged(args.dim, args.gpus, args.batch, embedding_bytes=size["embedding_bytes"])
     work = flops(**shape, sample_rate=args.sample_rate)
@@ -152,12 +169,14 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     limit = int((args.memory - args.reserve) * GB)
     options = []
     for rate in sorted({1.0, 0.1, args.sample_rate}, reverse=True):
-        for name in MOMENTS:
-            asked: dict[str, Any] = {"sample_rate": rate, "optimizer": name, **size}
+        for name, fused in itertools.product(MOMENTS, (False, True)):
+            asked: dict[str, Any] = {"sample_rate": rate, "optimizer": name, "fused_step": fused, **size}
             options.append(
                 {
                     "sample_rate": rate,
                     "optimizer": name,
+                    "fused_step": fused,
+                    "bytes_per_weight": bytes_per_weight(name, size["weight_bytes"], fused),
                     "bytes": sum(memory(**shape, **asked).values()) + int(args.reserve * GB),
                     "most_classes": most_classes(limit, args.dim, args.gpus, args.batch, **asked),
                     "fewest_gpus": fewest_ranks(limit, classes, args.dim, args.batch, **asked),
@@ -186,6 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     share = number(0, 1, open_low=True)
     parser.add_argument("--sample-rate", type=share, default=1.0, help="share of the classes in a step (default: %(default)s)")
     parser.add_argument("--optimizer", choices=MOMENTS, default="sgd", help="sgd is with momentum (default: %(default)s)")
+    parser.add_argument("--fused-step", action="store_true", help="of FusedSGD or FusedAdamW: no gradient of the class centers is stored")
     parser.add_argument(
         "--weight", choices=("fp32", "bf16"), default="fp32", help="dtype of class centers and moments (default: %(default)s)"
     )
@@ -211,7 +231,8 @@ def run(args: argparse.Namespace) -> int:
     rows, total, moved = args.batch * args.gpus, sum(found["bytes"].values()), found["exchanged"]
     met = f"{found['met_classes']:,} of its {-(-found['classes'] // args.gpus):,} classes"
     print(f"{found['classes']:,} classes x {args.dim}, {args.gpus} GPUs of {args.memory:g} GB, {args.batch} rows each ({rows:,} in total);")
-    print(f"each GPU uses {met} in a step; {args.weight} class centers, {args.embedding} embeddings, {args.optimizer}.\n")
+    called = _called(args.optimizer, args.fused_step)
+    print(f"each GPU uses {met} in a step; {args.weight} class centers, {args.embedding} embeddings, {called}.\n")
     lines = [(name, f"{v / GB:.2f}") for name, v in found["bytes"].items()] + [("total", f"{total / GB:.2f}")]
     print(table(("memory of the GPU with the most classes", "GB"), lines, right=(1,)))
     print(f"{'fits' if found['fits'] else 'DOES NOT FIT'} in {args.memory:g} GB\n")
@@ -223,9 +244,23 @@ def run(args: argparse.Namespace) -> int:
     print(table((f"time of a step ({found['flops'] / 1e12:.2f} TFLOP per GPU)", "ms"), lines, right=(1,)))
     print(f"assumed: {args.rate:g} TFLOP/s, {args.bandwidth:g} GB/s memory bandwidth, {args.link:g} GB/s link bandwidth, no overlap.\n")
     choices = [
-        (f"{o['sample_rate']:g}", o["optimizer"], f"{o['bytes'] / GB:.1f}", f"{o['most_classes']:,}", o["fewest_gpus"] or "none")
+        (
+            *(f"{o['sample_rate']:g}", _called(o["optimizer"], o["fused_step"]), o["bytes_per_weight"]),
+            *(f"{o['bytes'] / GB:.1f}", f"{o['most_classes']:,}", o["fewest_gpus"] or "none"),
+        )
         for o in found["options"]
     ]
-    header = ("sample rate", "optimizer", "GB per GPU", f"most classes on {args.gpus} GPUs", f"fewest GPUs for {found['classes']:,}")
-    print(table(header, choices, right=(0, 2, 3, 4)))
+    header = (
+        "sample rate",
+        "optimizer",
+        "bytes a weight",
+        "GB per GPU",
+        f"most classes on {args.gpus} GPUs",
+        f"fewest GPUs for {found['classes']:,}",
+    )
+    print(table(header, choices, right=(0, 2, 3, 4, 5)))
     return 0 if found["fits"] else 1
+
+
+def _called(optimizer: str, fused_step: bool) -> str:
+    return f"{optimizer}, fused step" if fused_step else optimizer

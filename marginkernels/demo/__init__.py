@@ -24,6 +24,8 @@ from ..cli._text import MAX_SEED, folder, integer, number, refuse, table, usable
 COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
 #: Number of classes at which time and memory are measured, besides the demo's own.
 MANY_CLASSES = 100_000
+#: What ``--fused-step`` takes.
+STEPS = ("fp32", "bf16", "bf16-nearest")
 PACKAGES = "matplotlib, pillow and fonttools (pip install 'marginkernels[demo]')"
 
 
@@ -42,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=integer(0, MAX_SEED), default=0, help="of the split, the weights and the order of images (default: %(default)s)")
     add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--backend", default="auto", type=backend_name, choices=NAMES, help="backend of the head (default: %(default)s)")
+    about = "train with the fused optimizer step; class centers and their moments in fp32, or in bf16, rounded at random or to nearest"
+    add("--fused-step", nargs="?", const="fp32", choices=STEPS, metavar="KIND", help=f"{about}: {', '.join(STEPS)}")
     add("--out", type=writable_folder, default=Path("runs/demo"), metavar="DIR", help="folder for plots and results (default: %(default)s)")
     add("--quick", action="store_true", help="only a few hundred identities and 60 steps, to see that everything works")
 
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         device=args.device,
         backend=args.backend,
+        fused_step=args.fused_step,
     )
     print(f"fused backend: {chosen} on {_device_name(device)}, {settings.total_steps(len(training.images))} steps of {args.batch_size}\n")
 

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..cli._progress import tqdm
 from ..head import MarginHead
 from ..loss import margin_cross_entropy
+from ..optim import FusedAdamW
 from . import heads
 from .data import Glyphs
 from .evaluate import Verification, verify_pairs
@@ -27,7 +29,8 @@ WATCHED = 4096
 
 @dataclass
 class Settings:
-    """Settings of a training run; ``steps`` overrides ``epochs``."""
+    """Settings of a training run; ``steps`` overrides ``epochs``. ``fused_step`` is None for the optimizer of torch, or the dtype of the
+    class centers in a fused step, ``"fp32"`` or ``"bf16"`` (rounded at random; ``"bf16-nearest"`` to nearest)."""
 
     epochs: float = 8
     steps: int | None = None
@@ -39,6 +42,7 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     backend: str = "auto"
+    fused_step: str | None = None
 
     def total_steps(self, images: int) -> int:
         if self.steps is not None:
@@ -100,9 +104,20 @@ def embed(model: GlyphNet, images: Tensor) -> Tensor:
 @torch.no_grad()
 def target_angles(model: GlyphNet, head: MarginHead, images: Tensor, labels: Tensor) -> npt.NDArray[np.float32]:
     """(M,) degrees between each embedding and its class center."""
-    cos = F.cosine_similarity(embed(model, images), head.weight[labels])
+    cos = F.cosine_similarity(embed(model, images), head.weight[labels].float())
     degrees: npt.NDArray[np.float32] = torch.rad2deg(torch.acos(cos.clamp(-1, 1))).cpu().numpy()
     return degrees
+
+
+def _optimizer(model: GlyphNet, head: MarginHead, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW of both: torch's, or this package's with a fused step of the head."""
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.fused_step is None:
+        return torch.optim.AdamW([*model.parameters(), *head.parameters()], **options)
+    rounding = "nearest" if settings.fused_step == "bf16-nearest" else None
+    fused = FusedAdamW(head, **options, rounding=rounding, seed=settings.seed)
+    fused.add_param_group({"params": list(model.parameters())})
+    return fused
 
 
 def fit(name: str, train: Glyphs, test: Glyphs, settings: Settings) -> Trained:
@@ -118,9 +133,10 @@ def fit(name: str, train: Glyphs, test: Glyphs, settings: Settings) -> Trained:
     images, labels = torch.from_numpy(train.images).to(device), torch.from_numpy(train.identities).to(device)
     classes = len(train.characters)
     model = GlyphNet(settings.dim, settings.width).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    head = MarginHead(settings.dim, classes, heads.make(name, classes), backend=settings.backend, device=device)
+    dtype = torch.bfloat16 if settings.fused_step in ("bf16", "bf16-nearest") else None
+    head = MarginHead(settings.dim, classes, heads.make(name, classes), backend=settings.backend, device=device, dtype=dtype)
     total = settings.total_steps(len(labels))
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = _optimizer(model, head, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=max(total, 2), pct_start=0.2)
     angles: dict[str, npt.NDArray[np.float32]] = {}
     watched = torch.randperm(len(labels), generator=generator)[:WATCHED].to(device)

@@ -2,10 +2,16 @@
 
 from .autograd import ClassSums, SumOptions, sum_over_classes
 from .operators import center_sum, class_pass, prepare_inputs, row_gradient, row_pass, scale_gradient, topk
+from .queue import Record, Sink, StepQueue
 from .rows import checked_labels, fused_loss, fuses_rows, without_bad_ignored_rows
+from .step import GradientChunks
 
 __all__ = [
     "ClassSums",
+    "GradientChunks",
+    "Record",
+    "Sink",
+    "StepQueue",
     "SumOptions",
     "center_sum",
     "checked_labels",

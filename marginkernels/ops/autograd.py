@@ -16,6 +16,7 @@ from ..core.transforms import looped, transforming
 from ..core.types import HeadInputs, PassInputs, PreparedRows, Reduction, Request, SumsUpstream, Upstream
 from .operators import center_sum, class_pass, row_gradient, row_pass, scale_gradient
 from .operators import upstream as upstream_of
+from .queue import Record, Sink
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def sum_over_classes(
     t: Tensor | None,
     class_weight: Tensor | None,
     options: SumOptions,
+    sink: Sink | None = None,
 ) -> ClassSums:
     """Differentiable in the embeddings, the class centers, ``bias`` (C,) and ``scale`` (N,).
 
@@ -89,12 +91,35 @@ def sum_over_classes(
         threshold, t: (N,) float64, or None where the transform is the identity.
         class_weight: (C,) how much each class counts in the sum of logits, or None for 1. Whatever the backend, such a sum and its gradient
             are a pass of their own of ``torch``.
+        sink: where the rows of the backward pass go for the class pass in an optimizer's step; the class centers, then detached, get no
+            gradient here. None: they get it.
     """
+    if sink is not None:
+        queued: ClassSums = _queued_sum(inputs, rows, center_norm, bias, scale, threshold, t, class_weight, options, sink)
+        return queued
     apply: Callable[..., tuple[Tensor, ...]] = _SumUnderTransforms.apply if transforming() else _SumOverClasses.apply
     if transforming():
         each = (rows.x, rows.row_factor, rows.target_similarity, rows.target_cos, center_norm)
         return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, threshold, t, class_weight, *each, options)[:6])
     return ClassSums(*apply(inputs.x, inputs.w, bias, scale, inputs.labels, rows, center_norm, threshold, t, class_weight, options))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph would not see what a backward pass leaves to the step
+def _queued_sum(
+    inputs: HeadInputs,
+    rows: PreparedRows,
+    center_norm: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    threshold: Tensor | None,
+    t: Tensor | None,
+    class_weight: Tensor | None,
+    options: SumOptions,
+    sink: Sink,
+) -> ClassSums:
+    apply: Callable[..., tuple[Tensor, ...]] = _QueuedSum.apply
+    rest = (rows, center_norm, threshold, t, class_weight, options, sink)
+    return ClassSums(*apply(inputs.x, sink.probe, bias, scale, inputs, *rest))
 
 
 @dataclass(frozen=True)
@@ -161,6 +186,42 @@ class _SumOverClasses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
         return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5]), *(None,) * 7
+
+
+class _QueuedSum(torch.autograd.Function):
+    """:class:`_SumOverClasses` whose weight's gradient is left to an optimizer's step: its probe takes the place of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        probe: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        inputs: HeadInputs,
+        rows: PreparedRows,
+        center_norm: Tensor | None,
+        threshold: Tensor | None,
+        t: Tensor | None,
+        class_weight: Tensor | None,
+        options: SumOptions,
+        sink: Sink,
+    ) -> _Sums:
+        need_x, need_w, need_bias, need_scale = (options.grad and need for need in ctx.needs_input_grad[:4])
+        needs = (need_x, need_w, need_bias, need_scale)
+        if not backends.get(options.backend).step_takes_saved:
+            options = replace(options, workspace_bytes=0)
+        sums, saved = _forward(inputs, rows, center_norm, bias, scale, threshold, t, class_weight, options, needs)
+        ctx.save_for_backward(*(getattr(saved, name) for name in _SAVED))
+        ctx.options, ctx.sink = options, sink
+        ctx.mark_non_differentiable(sums[-1])
+        ctx.set_materialize_grads(not options.fused)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        saved = _Saved(**dict(zip(_SAVED, ctx.saved_tensors, strict=True)))
+        return *_backward(saved, ctx.options, ctx.needs_input_grad[:4], *upstream[:5], sink=ctx.sink), *(None,) * 8
 
 
 class _SumUnderTransforms(torch.autograd.Function):
@@ -304,7 +365,7 @@ def _forward(
     if options.logit_sum and identity and class_weight is None and options.sub_centers == 1:
         logit_sum, all_centers = _identity_logit_sum(inputs, bias, scale, out.class_factor, options.backend)
     elif options.logit_sum:
-        weighted, backend = _weighted(pass_inputs, narrowed.class_weight, options)
+        weighted, backend = _weighted(pass_inputs, narrowed.class_weight, options.backend)
         total = row_pass(weighted, Request.logit_sum(need_center=need_center, need_cos=need_cos), backend)
         logit_sum, cos_sum, all_centers = total.logit_sum.to(torch.float64), total.cos_sum, total.center_sum
     if options.logit_sum and bias is not None:  # the sum of logits is infinite where another class is masked, whatever a backend adds up
@@ -378,8 +439,11 @@ def _backward(
     g_bias: Tensor | None,
     g_logit_sum: Tensor | None,
     g_norm: Tensor | None,
+    *,
+    sink: Sink | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative."""
+    """The gradients of x, w, bias and scale. Each is the result of an operator, which refuses a second derivative. With a ``sink`` w gets
+    none, and the sink what the class pass needs."""
     need_x, need_w, need_bias, need_scale = needs
     upstream = _upstream(s, o, need_bias, g_lse, g_similarity, g_bias, g_logit_sum)
     dx = dw = db = ds = None
@@ -399,22 +463,14 @@ def _backward(
             normalize_weight=o.normalize_weight,
             sub_centers=o.sub_centers,
         )
-        if o.center_norm and s.w.dtype != pass_inputs.acc_dtype:
-            # Two parts of the gradient may nearly cancel: both in acc_dtype, and the sum is rounded once.
-            pass_inputs = replace(pass_inputs, w=s.w.to(pass_inputs.acc_dtype))
-        of_lse = upstream if s.class_weight is None else replace(upstream, d_logit_sum=None)
-        grads = class_pass(pass_inputs, of_lse, s.class_factor, s.saved, need_w, need_bias, o.backend)
-        dw, db = grads.d_weight if need_w else None, grads.d_bias if need_bias else None
-        if s.class_weight is not None:
-            weighted, backend = _weighted(pass_inputs, s.class_weight, o)
-            zero = torch.zeros_like(upstream.d_lse)
-            no_bias = None if upstream.d_target_bias is None else zero
-            of_sum = Upstream(upstream.lse, zero, upstream.d_logit_sum, zero, no_bias)
-            more = class_pass(weighted, of_sum, s.class_factor, s.saved.new_empty(0), need_w, need_bias, backend)
-            dw, db = (a if a is None else a + b for a, b in ((dw, more.d_weight), (db, more.d_bias)))
-        if dw is not None and o.center_norm and g_norm is not None:
-            dw = _along_own_centers(dw, s.w, s.labels, g_norm)
-        dw = None if dw is None else dw.to(s.w.dtype)
+        d_norm = g_norm if o.center_norm else None
+        if need_w and sink is not None:
+            _leave(pass_inputs, upstream, s, d_norm, o.backend, sink)
+        of_weight = need_w and sink is None
+        if of_weight or need_bias:
+            given = (s.class_factor, s.saved, s.class_weight, d_norm if of_weight else None, of_weight, need_bias, o.backend)
+            dw, db = class_gradients(pass_inputs, upstream, *given)
+            dw = None if dw is None else dw.to(s.w.dtype)
     if need_scale:
         identity = o.non_target == NonTarget.IDENTITY
         prepared, row_factor = (s.prepared, s.row_factor) if identity else (None, None)
@@ -425,9 +481,68 @@ def _backward(
     return dx, dw, db, ds
 
 
-def _weighted(inputs: PassInputs, class_weight: Tensor | None, options: SumOptions) -> tuple[PassInputs, str]:
+def _leave(p: PassInputs, upstream: Upstream, s: _Saved, d_norm: Tensor | None, backend: str, sink: Sink) -> None:
+    """Leave to the queue of ``sink`` what the class pass needs, where this backward pass is to accumulate the weight's gradient."""
+    queue = sink.queue()
+    if queue is None:
+        raise RuntimeError(
+            "optimizer: expected the fused optimizer that was attached to the head in the forward pass, got one that is gone: keep it "
+            "until the backward pass has run"
+        )
+    if queue.wanted():
+        record = Record(
+            inputs=replace(p, w=p.w[:0]),
+            upstream=replace(upstream, d_target_bias=None),
+            class_factor=s.class_factor,
+            saved=s.saved,
+            class_weight=s.class_weight,
+            d_norm=d_norm,
+            rows=sink.rows,
+            backend=backend,
+            written=sink.written,
+            about=sink.about,
+        )
+        queue.add(record)
+
+
+def class_gradients(
+    p: PassInputs,
+    upstream: Upstream,
+    class_factor: Tensor,
+    saved: Tensor,
+    class_weight: Tensor | None,
+    d_norm: Tensor | None,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``p.w``, in its dtype or acc_dtype, and of the biases, by the class pass and what comes beside it.
+
+    Args:
+        class_weight: (C,) acc_dtype of the label smoothing, or None.
+        d_norm: (N,) the gradient of each |w_y|, or None.
+    """
+    if d_norm is not None and p.w.dtype != p.acc_dtype:
+        # Two parts of the gradient may nearly cancel: both in acc_dtype, and the sum is rounded once.
+        p = replace(p, w=p.w.to(p.acc_dtype))
+    of_lse = upstream if class_weight is None else replace(upstream, d_logit_sum=None)
+    grads = class_pass(p, of_lse, class_factor, saved, need_weight, need_bias, backend)
+    dw, db = grads.d_weight if need_weight else None, grads.d_bias if need_bias else None
+    if class_weight is not None:
+        weighted, of_weights = _weighted(p, class_weight, backend)
+        zero = torch.zeros_like(upstream.d_lse)
+        no_bias = None if upstream.d_target_bias is None else zero
+        of_sum = Upstream(upstream.lse, zero, upstream.d_logit_sum, zero, no_bias)
+        more = class_pass(weighted, of_sum, class_factor, saved.new_empty(0), need_weight, need_bias, of_weights)
+        dw, db = (a if a is None else a + b for a, b in ((dw, more.d_weight), (db, more.d_bias)))
+    if dw is not None and d_norm is not None:
+        dw = _along_own_centers(dw, p.w, p.labels, d_norm)
+    return dw, db
+
+
+def _weighted(inputs: PassInputs, class_weight: Tensor | None, backend: str) -> tuple[PassInputs, str]:
     """``inputs`` for a pass that sums logits, and the backend that knows the weights of the classes."""
-    return (inputs, options.backend) if class_weight is None else (replace(inputs, class_weight=class_weight), "torch")
+    return (inputs, backend) if class_weight is None else (replace(inputs, class_weight=class_weight), "torch")
 
 
 def _along_own_centers(dw: Tensor, w: Tensor, labels: Tensor, g: Tensor) -> Tensor:

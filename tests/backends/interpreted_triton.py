@@ -17,6 +17,7 @@ from marginkernels.cli import tune
 from marginkernels.core import nontarget
 from marginkernels.core.numerics import TINY, reduce_losses
 from marginkernels.core.types import HeadInputs, LossInputs, Reduction, Request, SumsUpstream, TopkInputs, Upstream
+from marginkernels.core.update import MOMENTS, Rule, Update
 from marginkernels.margins.contract import Evaluated
 from marginkernels.ops import ClassSums, fused_loss
 
@@ -26,6 +27,7 @@ from helpers.grids import ORDERS, set_grid_order
 from helpers.passes import check_passes, compare_passes, pass_inputs
 
 from marginkernels.backend.triton import aot, heuristics, interpreting, launch, primitives, rows, saved_layout, slots, use_tiles
+from marginkernels.backend.triton import rows as triton_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow", "ignore:All-NaN")
 
@@ -820,3 +822,48 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", list(Rule))
+def test_an_optimizers_step(rule, dtype, ran):
+    """In float32 within rounding of plain PyTorch, in half precision with the same random bits; drawn rows have their own numbers."""
+    g = torch.Generator().manual_seed(0)
+    for dim, numbers in ((40, 7), (600, torch.tensor([5, 1 << 40, 3]))):
+        count = 33 if isinstance(numbers, int) else 3
+        p, d = torch.randn(count, dim, generator=g).mul(1e-3).to(dtype), torch.randn(count, dim, generator=g)
+        narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        state = {name: torch.rand(count, dim, generator=g).to(narrow) for name in MOMENTS[rule]}
+        if rule == Rule.ADAMW:
+            state["step"] = torch.arange(count, dtype=torch.float32)[:, None]
+        for nesterov in (False, True):
+            step = Update(rule, 1e-3, 0.1, 0.9, nesterov, eps=1e-4, stochastic=dtype != torch.float32, key=12345)
+            mine, theirs = (({n: v.clone() for n, v in state.items()}, p.clone()) for _ in range(2))
+            TRITON.update(step, mine[1], d, mine[0], numbers)
+            step.apply(theirs[1], d, theirs[0], numbers)
+            assert ran[-1].kernel is triton_rows.update_kernel
+            for got, want in [(mine[1], theirs[1]), *((mine[0][n], theirs[0][n]) for n in state)]:
+                if got.dtype == torch.float32:
+                    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7)
+                else:  # a last place apart where rounding before was another
+                    assert (got != want).float().mean() < 0.01
+                    torch.testing.assert_close(got, want)
+                assert not torch.equal(got, p)
+
+
+@pytest.mark.parametrize("kind", [mk.optim.FusedSGD, mk.optim.FusedAdamW])
+def test_a_fused_step(kind, ran):
+    found = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        head = mk.MarginHead(24, 700, mk.ArcFace(scale=16.0), backend=backend)
+        optimizer = kind(head, lr=0.01, weight_decay=0.1, **({"momentum": 0.9} if kind is mk.optim.FusedSGD else {}))
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                head(torch.randn(9, 24), torch.randint(700, (9,))).backward()
+            assert head.weight.grad is None
+            optimizer.step()
+        found.append(head.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert [one.kernel for one in ran].count(triton_rows.update_kernel) >= 2

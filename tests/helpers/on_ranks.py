@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from marginkernels.backend.chunked import ChunkedBackend
 from marginkernels.backend.records import BAD, Reading, Record, Verdict
 from marginkernels.cli import plan
 from marginkernels.compat import insightface
-from marginkernels.distributed import GradScaler
+from marginkernels.distributed import GradScaler, clip_grad_norm_
 from marginkernels.distributed import _collectives as collectives
 from marginkernels.distributed._shard import bounds
 from marginkernels.loss import head_losses
@@ -864,6 +865,83 @@ def check_grad_scaler():
             scaler.update()
             assert torch.equal(head.weight, before) == (poisoned is not None or not len(before))
             assert scaler.get_scale() == (scale if poisoned is None else scale / 2)
+
+
+def _fused_loop(fused: bool, steps: int = 3, dtype: torch.dtype = torch.float32, rule: str = "sgd", **options):
+    """Two micro-batches to a step, clipping over all ranks, gradient scaling, one step that is infinite on one rank."""
+    c, size = 37, dist.get_world_size()
+    data = batches(c, 2 * steps, 6 * size)
+    net = nn.parallel.DistributedDataParallel(backbone())
+    head = sharded(testing.Case(torch.empty(0), case(c).w, torch.empty(0), None), mk.ArcFace(scale=16.0), dtype=dtype, **options)
+    kinds = {"sgd": (optim.SGD, optim.FusedSGD, {"momentum": 0.9}), "adamw": (optim.AdamW, optim.FusedAdamW, {})}
+    dense, fused_kind, values = kinds[rule]
+    optimizer = fused_kind(head, lr=0.05, **values) if fused else dense(head.parameters(), lr=0.05, **values)
+    optimizer.add_param_group({"params": list(net.parameters())})
+    scaler = GradScaler("cpu", init_scale=8.0, growth_interval=10, process_group=dist.group.WORLD)
+    norms = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        for x, y in data[2 * step : 2 * step + 2]:
+            loss = head(net(x[mine(6)]), y[mine(6)]) / 2
+            scaler.scale(loss * (math.inf if step == 1 and dist.get_rank() == 0 else 1.0)).backward()
+        if fused:
+            assert head.weight.grad is None
+        scaler.unscale_(optimizer)
+        norms.append(float(clip_grad_norm_([*net.parameters(), *head.parameters()], 0.2).detach()))
+        scaler.step(optimizer)
+        scaler.update()
+    return head, net, norms, scaler.get_scale()
+
+
+def check_fused_step():
+    """Ends where the separate step ends, on all ranks; every rank skips the infinite step and clips alike."""
+    for rule, options in (("sgd", {}), ("adamw", {"batch_size": 6}), ("sgd", {"sample_rate": 0.5, "sample_seed": 2})):
+        (head, net, norms, scale), (whole, other, wanted, kept) = (_fused_loop(fused, rule=rule, **options) for fused in (True, False))
+        assert (scale, norms[0] > 0.2) == (kept, True)
+        for i in (0, 2):
+            assert abs(norms[i] - wanted[i]) < 1e-4 * wanted[i], (rule, norms, wanted)
+        compare(head.weight, whole.weight, rule, float(whole.weight.detach().norm()) or 1.0)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            same_everywhere(p)
+            compare(p, q, "backbone")
+
+
+def check_fused_step_of_every_head():
+    """Queued rows are those of all ranks; the trained parameters of a margin and the biases get the gradients that they had."""
+    for name, make in testing.HEADS.items():
+        found = []
+        for fused in (False, True):
+            torch.manual_seed(0)
+            whole = case(40)
+            head = sharded(whole, make(40))
+            kind = optim.FusedSGD(head, lr=0.1) if fused else optim.SGD(head.parameters(), lr=0.1)
+            for step in range(2):
+                kind.zero_grad()
+                for part in range(2):
+                    head(whole.x.roll(step + 2 * part, 0)[mine()].clone().requires_grad_(), whole.labels[mine()]).backward()
+                kind.step()
+            found.append([p.detach() for n, p in head.named_parameters() if n != "probe"])
+        for a, b in zip(*found, strict=True):
+            compare(b, a, name, float(a.norm()) or 1.0)
+
+
+def check_fused_step_rounds_alike_on_any_number_of_ranks():
+    """Random numbers go by the global class: nearly all centers have the bits that one process gives them."""
+    c, size = 37, dist.get_world_size()
+    x, y = torch.randn(4 * size, D), torch.randint(c, (4 * size,))
+    whole = case(c)
+    alone = mk.MarginHead(D, c, mk.ArcFace(scale=16.0), dtype=torch.bfloat16)
+    with torch.no_grad():
+        alone.weight.copy_(whole.w)
+    head = sharded(testing.Case(torch.empty(0), whole.w, torch.empty(0), None), mk.ArcFace(scale=16.0), dtype=torch.bfloat16)
+    steps = [optim.FusedSGD(one, lr=0.1, momentum=0.9, seed=11) for one in (alone, head)]
+    alone(x, y).backward()
+    head(x[mine(4)], y[mine(4)]).backward()
+    for one in steps:
+        one.step()
+    want = alone.weight[head.shard.start : head.shard.stop]
+    assert len(want) == 0 or float((head.weight != want).double().mean()) < 0.02
+    assert len(want) == 0 or not torch.equal(want, whole.w[head.shard.start : head.shard.stop].to(want.dtype))
 
 
 def check_received_bytes():

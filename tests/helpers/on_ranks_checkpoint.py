@@ -45,6 +45,10 @@ OPTIMIZERS = {
     "row sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
     "row adamw": lambda p: optim.AdamW(p, lr=0.01),
 }
+FUSED = {
+    "fused sgd": lambda head: optim.FusedSGD(head, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "fused adamw": lambda head: optim.FusedAdamW(head, lr=0.01),
+}
 
 
 class Run:
@@ -55,7 +59,11 @@ class Run:
         self.model = nn.Linear(6, D)
         self.group, self.size = group, 1 if group is None else group.size()
         self.head = mk.MarginHead(D, c, mk.AdaCos(c), bias=True, process_group=group, **options)
-        self.optimizer = OPTIMIZERS[kind]([*self.model.parameters(), *self.head.parameters()])
+        if kind in FUSED:
+            self.optimizer = FUSED[kind](self.head)
+            self.optimizer.add_param_group({"params": list(self.model.parameters())})
+        else:
+            self.optimizer = OPTIMIZERS[kind]([*self.model.parameters(), *self.head.parameters()])
         self.step = 0
 
     def run(self, steps: int) -> list[float]:
@@ -91,7 +99,7 @@ class Run:
 def check_any_number_of_ranks():
     """Saved on 3 ranks, loaded on 1, 2, 3 and 5: the next ten losses are those of the uninterrupted run."""
     every, folder, rank = groups(), shared_folder(), dist.get_rank()
-    for kind in OPTIMIZERS:
+    for kind in (*OPTIMIZERS, *FUSED):
         path, want = folder / kind / "step-5", [None]
         if rank < 3:
             run = Run(every[3], kind)
@@ -118,19 +126,21 @@ def check_any_number_of_ranks():
 def check_sampled_run():
     """The draws are resumed too, on the same ranks to the same bits."""
     every, folder, rank = groups(), shared_folder(), dist.get_rank()
-    if rank < 3:
-        run = Run(every[3], "row adamw", sample_rate=0.5)
-        run.run(5)
-        run.save(folder / "step-5")
-        want = run.run(STEPS)
-        other = Run(every[3], "row adamw", seed=1, sample_rate=0.5)
-        other.load(folder / "step-5")
-        assert other.run(STEPS) == want
-    dist.barrier()
-    run = Run(every[5], "row adamw", seed=1, sample_rate=0.5)
-    run.load(folder / "step-5")
-    assert int(run.head.sampler.draws) == 5
-    assert np.isfinite(run.run(STEPS)).all()
+    for kind in ("row adamw", "fused adamw"):
+        path = folder / kind / "step-5"
+        if rank < 3:
+            run = Run(every[3], kind, sample_rate=0.5)
+            run.run(5)
+            run.save(path)
+            want = run.run(STEPS)
+            other = Run(every[3], kind, seed=1, sample_rate=0.5)
+            other.load(path)
+            assert other.run(STEPS) == want
+        dist.barrier()
+        run = Run(every[5], kind, seed=1, sample_rate=0.5)
+        run.load(path)
+        assert int(run.head.sampler.draws) == 5
+        assert np.isfinite(run.run(STEPS)).all()
 
 
 def check_growing():

@@ -25,7 +25,9 @@ def reset() -> None:
         refs.write("5")
 
 
-def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str, backend: str, workspace: int) -> int:
+def peak(
+    classes: int, dim: int, batch: int, sample_rate: float, optimizer: str, backend: str, workspace: int, fused_step: bool = False
+) -> int:
     """Peak memory of two steps, minus the memory in use before the head was made, in bytes."""
     release_memory()
     ctypes.CDLL(None).malloc_trim(0)  # memory freed by the case before must not hide what this one needs
@@ -33,7 +35,8 @@ def peak(classes: int, dim: int, batch: int, sample_rate: float, optimizer: str,
     reset()
     head = mk.MarginHead(dim, classes, mk.ArcFace(), sample_rate=sample_rate, backend=backend, workspace_mb=workspace / 2**20)
     kind = {"sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4), "adamw": lambda p: optim.AdamW(p)}
-    update = kind[optimizer](head.parameters())
+    fused = {"sgd": lambda: optim.FusedSGD(head, lr=0.1, momentum=0.9, weight_decay=1e-4), "adamw": lambda: optim.FusedAdamW(head)}
+    update = fused[optimizer]() if fused_step else kind[optimizer](head.parameters())
     x, y = torch.randn(batch, dim, requires_grad=True), torch.randint(classes, (batch,))
     for _ in range(2):
         update.zero_grad()

@@ -37,7 +37,7 @@ FILES = {
         "tests/unit/test_sampling.py -k log_q",
         f"tests/distributed/test_distributed.py -k '3-check and ({_ON_RANKS})'",
     ),
-    "marginkernels/optim.py": ("tests/unit/test_optim.py", "tests/unit/test_sampling.py -k 'rows or optimizers or accumulated'"),
+    "marginkernels/optim/rows.py": ("tests/unit/test_optim.py", "tests/unit/test_sampling.py -k 'rows or optimizers or accumulated'"),
     "marginkernels/sampling.py": ("tests/unit/test_sampling.py",),
 }
 

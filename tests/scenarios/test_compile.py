@@ -170,3 +170,26 @@ def test_a_checkpointed_compiled_head_is_refused(options, reentrant):
     loss = torch.utils.checkpoint.checkpoint(step, x, y, use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="checkpoint: expected a MarginHead that is not compiled"):
         loss.backward()
+
+
+def test_a_fused_optimizer_beside_a_compiled_model():
+    """The graph breaks at the head's sums, whose backward pass leaves its rows to the step."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        backbone, head = torch.nn.Linear(16, 16), mk.MarginHead(16, 50, mk.ArcFace(scale=16.0))
+        optimizer = mk.optim.FusedSGD(head, lr=0.5, momentum=0.9)
+        optimizer.add_param_group({"params": list(backbone.parameters())})
+
+        def loss(x, y, backbone=backbone, head=head):
+            return head(backbone(x).relu(), y)
+
+        step = torch.compile(loss) if compiled else loss
+        for _ in range(3):
+            optimizer.zero_grad()
+            step(torch.randn(8, 16), torch.randint(50, (8,))).backward()
+            assert head.weight.grad is None
+            optimizer.step()
+        results.append((head.weight.detach(), backbone.weight.detach()))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,8 @@ LAYERS: dict[str, set[str]] = {
     "_version": set(),
     "core": set(),
     "margins": {"core"},
-    "optim": {"core"},
+    # The step of a fused optimizer is the class pass of a head.
+    "optim": {"core", "backend", "ops", "head"},
     "sampling": {"core"},
     "center_loss": {"core"},
     "sub_centers": {"core"},
@@ -52,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
     "distributed._shard": {"core", "distributed._collectives"},
     "retrieval": {"core", "margins", "backend", "ops"},
     "loss": {"core", "margins", "backend", "ops", "reference"},
-    "head": {"core", "margins", "backend", "sampling", "sub_centers", "retrieval", "loss", "distributed._shard"},
+    "head": {"core", "margins", "backend", "ops", "sampling", "sub_centers", "retrieval", "loss", "distributed._shard"},
     "distributed": {"core", "head", "distributed._collectives", "distributed._shard"},
     "testing": {"core", "margins", "reference", "loss", "head"},
     "cli": {

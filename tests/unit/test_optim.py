@@ -80,15 +80,15 @@ SHAPES = [(7, 3), (11,), (5, 2, 2), (1, 9), ()]
 @pytest.fixture(params=[1, 7, 1 << 24], ids=["one row", "a few", "all"])
 def chunks(request, monkeypatch):
     """Chunks of so many elements, at least one row."""
-    monkeypatch.setattr(mk.optim, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(mk.optim.rows, "CHUNK_ELEMENTS", request.param)
 
 
 def test_chunks_take_each_row_once(chunks):
     for shape in (*SHAPES[:-1], (0, 4), (3, 0)):
         v = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
-        parts = [v[part] for part in mk.optim._chunks(v)]
+        parts = [v[part] for part in mk.optim.rows._chunks(v)]
         assert torch.equal(torch.cat([v[:0], *parts]), v)
-        assert all(part.shape[0] == 1 or part.numel() <= mk.optim.CHUNK_ELEMENTS for part in parts)
+        assert all(part.shape[0] == 1 or part.numel() <= mk.optim.rows.CHUNK_ELEMENTS for part in parts)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -20,7 +20,9 @@ def test_memory_is_what_is_measured():
     cases = [
         {"classes": 600_000, "dim": 128, "batch": 32, "sample_rate": 1.0, "optimizer": "sgd", "backend": "auto", "workspace": 64 << 20},
         {"classes": 600_000, "dim": 128, "batch": 32, "sample_rate": 0.2, "optimizer": "adamw", "backend": "auto", "workspace": 0},
+        {"classes": 1_200_000, "dim": 128, "batch": 32, "sample_rate": 1.0, "optimizer": "sgd", "backend": "torch", "workspace": 0},
     ]
+    cases[-1]["fused_step"] = True
     script = str(Path(__file__).parents[1] / "helpers" / "peaks.py")
     out = subprocess.run([sys.executable, script, json.dumps(cases)], capture_output=True, text=True, check=True).stdout
     found = [json.loads(line) for line in out.splitlines()]
@@ -75,6 +77,22 @@ def test_memory_longhand():
     }
 
 
+def test_the_fused_step_longhand():
+    """No gradient but that of a chunk; of drawn classes as before."""
+    shape = {"classes": 10, "dim": 8, "ranks": 3, "batch": 5}
+    dense, fused = plan.memory(**shape), plan.memory(**shape, fused_step=True)
+    logits = 6 * 4 * 15 * 4 + 4 * 4
+    assert fused == dense | {"gradient": 0, "chunks": logits + 2 * 4 * 4 * 8}
+    assert plan.memory(**shape, sample_rate=0.5, fused_step=True) == plan.memory(**shape, sample_rate=0.5)
+    found = [plan.bytes_per_weight(*given) for given in (("sgd", 4, False), ("sgd", 4, True), ("adamw", 4, True), ("sgd", 2, True))]
+    assert found == [12, 8, 12, 4]
+    rest = {"sample_rate": 1.0, "optimizer": "sgd", "weight_bytes": 4}
+    assert plan.traffic(10, 8, 1, 5, **rest, fused_step=True) == (2 * 320, 3 * 320)
+    assert plan.traffic(10, 8, 1, 5, **rest) == (3 * 320, 5 * 320)
+    # One card of 24 GB and ten million identities of 256 dimensions, in bfloat16.
+    assert sum(plan.memory(10**7, 256, 1, 256, weight_bytes=2, embedding_bytes=2, fused_step=True, gpu_memory=24 * 10**9).values()) < 24e9
+
+
 def test_memory_of_sampled_classes_longhand():
     """1,001 classes on 2 ranks: 501 held, of which a tenth, 50, are drawn."""
     for optimizer, moments, steps in (("sgd", 1, 0), ("adamw", 2, 4)):
@@ -84,7 +102,7 @@ def test_memory_of_sampled_classes_longhand():
         assert found["gradient"] == 50 * 64
         assert found["drawn classes"] == 40 * 501  # the keys, more than the copies
         assert found["rows"] == 8 * 16 * 52
-        assert found["chunks"] == max(6 * 4 * 16 * 50 + 4 * 50, (2 * moments + 1) * 4 * 50 * 16)  # more numbers in centers than logits
+        assert found["chunks"] == max(6 * 4 * 16 * 50 + 4 * 50, (moments + 1) * 4 * 50 * 16)  # more numbers in centers than logits
     wide = plan.memory(1001, 512, 2, 4, sample_rate=0.1)
     assert wide["drawn classes"] == 50 * 2048
     assert wide["chunks"] == 6 * 4 * 50 * 512 + 4 * 50
@@ -152,9 +170,12 @@ def test_plan_in_numbers(capsys):
     assert found["seconds"]["passes"] == pytest.approx(max(work / 100e12, 3 * 500_000 * 128 / 1000e9))
     assert found["seconds"]["optimizer"] == pytest.approx(5 * 500_000 * 128 / 1000e9)
     assert found["seconds"]["exchange"] == pytest.approx(sum(found["exchanged"].values()) / 20e9)
-    assert [(o["sample_rate"], o["optimizer"]) for o in found["options"]] == [(1.0, "sgd"), (1.0, "adamw"), (0.1, "sgd"), (0.1, "adamw")]
+    every = [(rate, name, fused) for rate in (1.0, 0.1) for name in ("sgd", "adamw") for fused in (False, True)]
+    assert [(o["sample_rate"], o["optimizer"], o["fused_step"]) for o in found["options"]] == every
     for o in found["options"]:
         options = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": 2, "gpu_memory": 30 * 10**9}
+        options["fused_step"] = o["fused_step"]
+        assert o["bytes_per_weight"] == plan.bytes_per_weight(o["optimizer"], 2, o["fused_step"])
         assert o["bytes"] == sum(plan.memory(10**6, 64, 2, 16, **options).values()) + 4 * 10**9
         assert o["most_classes"] == plan.most_classes(26 * 10**9, 64, 2, 16, **options)
         assert o["fewest_gpus"] == plan.fewest_ranks(26 * 10**9, 10**6, 64, 16, **options)

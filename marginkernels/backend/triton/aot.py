@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 from ...core.nontarget import NonTarget
 from ...core.types import HeadInputs, LossInputs, PassInputs, PreparedRows, Reduction, Request, SumsUpstream, TopkInputs, Upstream
+from ...core.update import HALVES, MOMENTS, Rule, Update
 from . import launch, rows, saved_layout
 from .launch import Device, Launch
 from .slots import slots
@@ -184,6 +185,18 @@ def topk_launch(
     rows = PreparedRows(p.x, p.row_factor, p.row_factor, p.row_factor)
     found: list[Launch] = []
     launch.topk(TopkInputs(p.x, p.w, None, None, True, True, sub_centers), rows, k, Device(arch, processors), found.append)
+    return found[0]
+
+
+def update_launch(
+    c: int, dim: int, weight_dtype: torch.dtype, moment_dtype: torch.dtype, rule: Rule, arch: str, processors: int = 132
+) -> Launch:
+    """The launch of an optimizer's step of ``c`` rows, rounded at random where a dtype is half precision."""
+    p, state = torch.empty((c, dim), dtype=weight_dtype, device="meta"), {"step": torch.empty((c, 1), device="meta")}
+    state |= {name: torch.empty((c, dim), dtype=moment_dtype, device="meta") for name in MOMENTS[rule]}
+    step = Update(rule, 0.1, 1e-4, 0.9, stochastic=bool({weight_dtype, moment_dtype} & {*HALVES}))
+    found: list[Launch] = []
+    rows.update(step, p, torch.empty((c, dim), device="meta"), state, 0, Device(arch, processors), found.append)
     return found[0]
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ...core.types import HeadInputs, LossInputs, LossOutput, LossUpstream, PreparedRows, RoundedUpstream, SumsUpstream, Upstream
+from ...core.update import MOMENTS, TENSOR_STEP, Rule, Update, row_keys
 from . import rows_kernel as kernels
 from .heuristics import power_of_two
 from .launch import Device, Launch, Run
+from .update_kernel import update_kernel
 
 #: Rows of a block in kernels of O(N) numbers, and numbers of a tile in those of O(N D).
 BLOCK_N, TILE = 128, 512
@@ -174,3 +176,39 @@ def center_sum(w: Tensor, class_factor: Tensor, device: Device | None = None, ru
     tile = {"DIM": d, "BLOCK": 32, "WIDTH": 32}
     run(Launch(kernels.add_splits_kernel, (math.ceil(d / 32),), {"parts": parts, "out": out, "splits": splits}, tile))
     return out
+
+
+def update(
+    step: Update, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: Tensor | int, device: Device | None = None, run: Run = launched
+) -> None:
+    """See :meth:`marginkernels.core.update.Update.apply`; ``p`` (R, D), ``g`` and the moments are contiguous."""
+    count, adamw = p.shape[0], step.rule == Rule.ADAMW
+    first, second = step.betas
+    moments = [state[name] for name in MOMENTS[step.rule]] if adamw or step.momentum else []
+    moment, variance = [*moments, None, None][:2]
+    low = high = rate = root = None
+    if step.stochastic:
+        low, high = row_keys(step.key, rows if isinstance(rows, Tensor) else torch.arange(rows, rows + count, device=p.device))
+    if adamw:
+        steps = state["step"].add_(1).to(torch.float64).flatten()
+        rate = (step.lr / (1 - first**steps)).to(torch.float32)
+        root = (1 - second**steps).sqrt().to(torch.float32)
+    args: dict[str, Any] = {
+        "p": p,
+        "g": g,
+        "moment": moment,
+        "variance": variance,
+        "low": low,
+        "high": high,
+        "rate": rate,
+        "root": root,
+        "rows": count,
+    }
+    args |= {"lr": step.lr, "decay": step.weight_decay, "momentum": step.momentum, "keep": 1 - step.lr * step.weight_decay}
+    args |= {"first_rest": 1 - first, "second": second, "second_rest": 1 - second, "eps": step.eps}
+    tile = _tile(p, device)
+    constants: dict[str, Any] = {"ADAMW": adamw, "NESTEROV": step.nesterov, "STOCHASTIC": step.stochastic}
+    constants |= {"SECOND": TENSOR_STEP, "THIRD": 2 * TENSOR_STEP & 0xFFFFFFFF, **tile}
+    if p.numel():
+        grid = (*_over_rows(count, tile), math.ceil(p.shape[1] / tile["WIDTH"]))
+        run(Launch(update_kernel, grid, args, constants))

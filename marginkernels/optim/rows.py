@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .core.numerics import accumulation_dtype
-from .core.validation import check_number
+from .. import backend as backends
+from ..core.update import MOMENTS, Rule, Update
+from ..core.validation import check_number
 
 #: Elements updated at once: 64 MB of float32, so that the temporaries of a step are small compared with the weight.
 CHUNK_ELEMENTS = 1 << 24
@@ -64,33 +65,48 @@ class _RowOptimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     self._start(p, state, group)
+                update = self._rule_of(group)
                 if p.grad.is_sparse:
                     g = p.grad.coalesce()  # does nothing to the gradient of a single backward pass
-                    self._update_rows(p, g.indices()[0], g.values(), state, group)
+                    update_rows(update, p, g.indices()[0], g.values(), state)
                 elif p.ndim == 0:
-                    self._update(p, p.grad, state, group)
+                    apply_update(update, p, p.grad, state)
                 else:
                     for part in _chunks(p):
-                        self._update(p[part], p.grad[part], {name: v[part] for name, v in state.items()}, group)
+                        apply_update(update, p[part], p.grad[part], {name: v[part] for name, v in state.items()})
         return loss
 
-    def _update_rows(self, p: Tensor, index: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Update the rows ``index`` of ``p`` and of its state: copy them out, update the copies, copy them back."""
-        for part in _chunks(g):
-            here = index[part]
-            rows, values = p.index_select(0, here), {name: v.index_select(0, here) for name, v in state.items()}
-            self._update(rows, g[part], values, group)
-            p.index_copy_(0, here, rows)
-            for name, v in values.items():
-                state[name].index_copy_(0, here, v)
+    def _rule_of(self, group: dict[str, Any]) -> Update:
+        """What a step does to the parameters of a group."""
+        raise NotImplementedError
 
     def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Create the state of a parameter: tensors with as many rows as ``p``, so that they can be updated by row."""
         raise NotImplementedError
 
-    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Update ``p`` and its state in place, with gradient ``g``."""
-        raise NotImplementedError
+
+def apply_update(
+    update: Update, p: Tensor, g: Tensor, state: dict[str, Tensor], rows: Tensor | int = 0, backend: str | None = None
+) -> None:
+    """:meth:`Update.apply` by ``backend``, or where that is None or ``torch`` by the ``cpu`` kernels if they serve: the bits of the ``cpu``
+    backend's fused step."""
+    if backend in (None, "torch"):
+        backend = "cpu" if p.device.type == "cpu" and backends.get("cpu").unavailable_reason() is None else "torch"
+    backends.get(backend).update(update, p, g, state, rows)
+
+
+def update_rows(
+    update: Update, p: Tensor, index: Tensor, g: Tensor, state: dict[str, Tensor], first_row: int = 0, backend: str | None = None
+) -> None:
+    """Update the rows ``index`` (K,) of ``p`` and of its state, with gradient ``g`` (K, ...): copy them out, update the copies, copy them
+    back. ``first_row`` is the number of the first row of ``p`` among those of all ranks."""
+    for part in _chunks(g):
+        here = index[part]
+        rows, values = p.index_select(0, here), {name: v.index_select(0, here) for name, v in state.items() if v.ndim}
+        apply_update(update, rows, g[part], values, here + first_row, backend)
+        p.index_copy_(0, here, rows)
+        for name, v in values.items():
+            state[name].index_copy_(0, here, v)
 
 
 class SGD(_RowOptimizer):
@@ -115,15 +131,11 @@ class SGD(_RowOptimizer):
 
     def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["momentum"]:
-            state["momentum_buffer"] = torch.zeros_like(p)
+            (name,) = MOMENTS[Rule.SGD]
+            state[name] = torch.zeros_like(p)
 
-    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        if group["weight_decay"]:
-            g = g.add(p, alpha=group["weight_decay"])
-        if group["momentum"]:
-            m = state["momentum_buffer"].mul_(group["momentum"]).add_(g)
-            g = g.add(m, alpha=group["momentum"]) if group["nesterov"] else m
-        p.add_(g, alpha=-group["lr"])
+    def _rule_of(self, group: dict[str, Any]) -> Update:
+        return Update(Rule.SGD, group["lr"], group["weight_decay"], group["momentum"], group["nesterov"])
 
 
 class AdamW(_RowOptimizer):
@@ -160,15 +172,8 @@ class AdamW(_RowOptimizer):
 
     def _start(self, p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["step"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1), dtype=torch.float32, device=p.device)
-        state["exp_avg"] = torch.zeros_like(p)
-        state["exp_avg_sq"] = torch.zeros_like(p)
+        for name in MOMENTS[Rule.ADAMW]:
+            state[name] = torch.zeros_like(p)
 
-    def _update(self, p: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        first, second = group["betas"]
-        # In float64, since 1 - 0.999 ** step has few digits in float32 at the first steps; then in what the parameter is updated in.
-        steps, dtype = state["step"].add_(1).to(torch.float64), accumulation_dtype(p.dtype)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        m = state["exp_avg"].lerp_(g.to(p.dtype), 1 - first)
-        v = state["exp_avg_sq"].mul_(second).addcmul_(g, g, value=1 - second)
-        root = v.sqrt().div_((1 - second**steps).sqrt().to(dtype)).add_(group["eps"])
-        p.sub_(m.div(root).mul_((group["lr"] / (1 - first**steps)).to(dtype)))
+    def _rule_of(self, group: dict[str, Any]) -> Update:
+        return Update(Rule.ADAMW, group["lr"], group["weight_decay"], betas=tuple(group["betas"]), eps=group["eps"])

@@ -15,6 +15,8 @@ MK_INLINE V kept(V v) {
   return v;
 }
 
+constexpr uint32_t LANE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // The random bits of one row: see random_bits() of marginkernels/core/update.py.
 struct RowBits {
   uint32_t low, high;
@@ -29,9 +31,7 @@ struct RowBits {
 
   // 16 bits for each of the columns [k, k + W) of a tensor.
   MK_INLINE N draw(const RowBits& r, uint32_t tensor, int64_t k) {
-    N column;
-    for (int i = 0; i < W; ++i) column[i] = (uint32_t)(k + i);
-    N h = column * 0x9E3779B1u + (tensor * 0x7F4A7C15u + r.low);
+    N h = (load<N>(LANE) + (uint32_t)k) * 0x9E3779B1u + (tensor * 0x7F4A7C15u + r.low);
     h = (h ^ h >> 16) * 0x85EBCA6Bu ^ r.high;
     h = (h ^ h >> 13) * 0xC2B2AE35u;
     return h >> 16;

@@ -255,6 +255,8 @@ MODULES: dict[str, dict[str, Any]] = {
     "mmpretrain.registry": {"MODELS": Registry()},
     "mmpretrain.structures": {"DataSample": DataSample},
 }
+#: What there is a stand-in for.
+LIBRARIES = {name.partition(".")[0] for name in MODULES}
 
 
 def installed(library: str) -> bool:
@@ -286,3 +288,4 @@ def compat(library: str) -> Iterator[ModuleType]:
     finally:
         for name in (*made, shim):
             sys.modules.pop(name, None)
+        vars(importlib.import_module("marginkernels.compat")).pop(library, None)

@@ -315,7 +315,7 @@ def test_examples_run(page, tmp_path):
         needs = re.match(r"# needs: (.*)", code)
         if needs and needs[1] == "pytorch-metric-learning" and importlib.util.find_spec("pytorch_metric_learning") is None:
             continue
-        stands = needs and needs[1] in ("speechbrain", "oml", "mmpretrain")
+        stands = needs and needs[1] in stand_ins.LIBRARIES
         assert not needs or stands or needs[1] in ("pytorch-metric-learning", "torch.distributed"), needs[1]
         space |= data(tmp_path)
         ranks = needs and needs[1] == "torch.distributed"
@@ -437,11 +437,14 @@ def test_files_that_are_named_exist(page):
 def test_names_of_the_package_exist(page):
     """``mk.optim.SGD``, ``marginkernels.backend.cpu.release_memory`` and the like, none of them deprecated."""
     for name in set(re.findall(r"\b(?:mk|marginkernels)((?:\.[A-Za-z_]\w*)+)", page.read_text())):
-        found = mk
-        for part in name[1:].split("."):
-            if not hasattr(found, part):
-                importlib.import_module(f"{found.__name__}.{part}")
-            found = getattr(found, part)
+        parts = name[1:].split(".")
+        library = parts[1] if parts[0] == "compat" and len(parts) > 1 else ""
+        with stand_ins.compat(library) if library in stand_ins.LIBRARIES else contextlib.nullcontext():
+            found = mk
+            for part in parts:
+                if not hasattr(found, part):
+                    importlib.import_module(f"{found.__name__}.{part}")
+                found = getattr(found, part)
 
 
 BANNED = (

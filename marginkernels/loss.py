@@ -656,17 +656,19 @@ def _other(nearest: Tensor, target: Evaluated, margin: Margin) -> Tensor:
 @torch.no_grad()
 def _row_logits(rows: PreparedRows, sums: ops.ClassSums, target: Evaluated, margin: Margin) -> RowLogits:
     """Of the rows of the first labels; the others of ``sums`` and ``target`` follow them."""
-    n = rows.target_cos.shape[0]
-    scale, bias = target.scale[:n], sums.target_bias[:n]
-    plain, own = scale * rows.target_similarity + bias, scale * target.value.detach()[:n] + bias
-    return RowLogits(plain, own, sums.max_logit[:n], _other(sums.max_logit, target, margin)[:n])
+    n, scale, bias, value = rows.target_cos.shape[0], target.scale, sums.target_bias, target.value
+    nearest, other = sums.max_logit, _other(sums.max_logit, target, margin)
+    if scale.shape[0] != n:  # the rows have second labels too
+        scale, bias, value, nearest, other = (v[:n] for v in (scale, bias, value, nearest, other))
+    return RowLogits(torch.addcmul(bias, scale, rows.target_similarity), torch.addcmul(bias, scale, value), nearest, other)
 
 
 @torch.no_grad()
 def _statistics(batch: BatchInfo, rows: PreparedRows, target: Evaluated, logits: RowLogits) -> dict[str, Tensor]:
     """See :func:`head_losses`."""
-    cos = rows.target_cos
-    top1, beyond = (a > b for a, b in ((logits.plain, logits.nearest), (logits.own, logits.other)))
-    angle, scale = torch.acos(cos.clamp(-1, 1)), target.scale[: cos.shape[0]]
-    means = batch.mean(torch.stack([v.to(torch.float64) for v in (cos, angle, scale, top1, beyond)]))
-    return dict(zip(_STATISTICS, means.unbind(), strict=True))
+    cos, scale = rows.target_cos, target.scale
+    if scale.shape != cos.shape:
+        scale = scale[: cos.shape[0]]
+    top1, beyond = logits.plain > logits.nearest, logits.own > logits.other
+    means = batch.mean(torch.stack([cos, torch.acos(cos.clamp(-1, 1)), scale, top1, beyond]))
+    return dict(zip(_STATISTICS, means.to(torch.float32).unbind(), strict=True))

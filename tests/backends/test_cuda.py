@@ -16,7 +16,7 @@ import torch
 from helpers.passes import compare_passes, pass_inputs
 
 from benchmarks import gpu_small
-from marginkernels import NonTarget, testing
+from marginkernels import NonTarget, SphereFace2, testing
 from marginkernels.backend import FUSED
 from marginkernels.backend.chunked import ChunkedBackend
 from marginkernels.backend.cuda import common, generic, hopper
@@ -279,6 +279,15 @@ class Spy:
         return lambda *args, **options: (self.starts.append(options["start"]), call(*args, **options))
 
 
+def test_rows_opposite_to_other_centers(emulated):
+    """Rounding takes a cosine below -1, and 1 + cos below 0."""
+    w = torch.randn(64, 7, generator=torch.Generator().manual_seed(0))
+    case = testing.Case(-3 * w, w, torch.arange(64).roll(1), None)
+    for gradient in ("detached", "exact"):
+        found = testing.run(case, SphereFace2(64, gradient=gradient), "cuda")
+        assert all(v.isfinite().all() for v in found.values()), gradient
+
+
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_workspace(emulated, monkeypatch, name, dtype):
     """What is saved is within the limit, spares the class pass its products there, and changes nothing but rounding."""
@@ -297,6 +306,7 @@ def test_workspace(emulated, monkeypatch, name, dtype):
     for head, options, expected in (
         ("arcface", {}, [512, 768]),
         ("curricularface", {}, [512, 768]),
+        ("sphereface2", {}, [0, 256, 512, 768]),  # its bias has a gradient
         ("arcface", {"label_smoothing": 0.1}, [0, 256, 512, 768]),
     ):
         spy.starts.clear()

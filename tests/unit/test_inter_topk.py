@@ -161,8 +161,8 @@ def test_without_a_penalty_it_is_arcface_and_cosface():
 def test_rows_on_class_centers_and_opposite_to_them(backend):
     """Cosines of 1 and -1, of the target and of others; one class; no rows; half precision."""
     w = torch.eye(8)
-    x = torch.cat([torch.eye(8), -torch.eye(8)])
-    y = torch.cat([torch.arange(8), torch.arange(8).roll(1)])
+    x = torch.cat([torch.eye(8), -torch.eye(8), torch.eye(8)])
+    y = torch.cat([torch.arange(8), torch.arange(8).roll(1), torch.arange(8).roll(1)])
     for kind in ("arc", "cos"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             case = testing.Case(x.to(dtype), w.to(dtype), y, None)

@@ -99,5 +99,5 @@ def record_file(text: str) -> Path:
 
 
 def committed() -> list[Path]:
-    """The record files of ``run`` in ``results``. Other files there have no environment block."""
-    return [path for path in sorted(RESULTS.glob("*.json")) if "environment" in json.loads(path.read_text())]
+    """The record files of ``run`` in ``results``: those with an environment and records."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if {"environment", "records"} <= json.loads(path.read_text()).keys()]

@@ -23,6 +23,9 @@ class Fusible:
     fuse: bool = True
     backend: str = "auto"
     workspace_mb: float | None = None
+    #: The library's class, and those of its methods for which the fused loss stands: a subclass that overrides one is not fused.
+    _library: type
+    _replaced: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -32,6 +35,25 @@ class Fusible:
     @property
     def unfused_reason(self) -> str | None:
         """Why the next call is computed by the library's own code, or None where it is fused."""
+        if not self.fuse:
+            return "fuse is False"
+        for name in self._replaced:
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(self._library, name):
+                return f"{name} is not {self._library.__name__}'s own"
+        reason = self._unfused()
+        if reason is None:
+            try:
+                self._margin()
+            except (TypeError, ValueError) as error:
+                return str(error)
+        return reason
+
+    def _unfused(self) -> str | None:
+        """What else stands against it, in the attributes as they are now."""
+        return None
+
+    def _margin(self) -> Margin:
+        """The margin for the attributes as they are now; made anew where one has changed."""
         raise NotImplementedError
 
     def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor, margin: Margin, **options: Any) -> HeadLosses:

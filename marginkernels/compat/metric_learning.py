@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..margins import ArcFace, CosFace, LSoftmax, Margin, NormFace, Softmax, SphereFace
 from ._fusible import Fusible, plain_entropy
@@ -30,9 +30,6 @@ __all__ = ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSo
 class _Fused(Fusible):
     """What all six have in common; comes before the library's class among the bases."""
 
-    #: The library's class, and those of its methods for which the fused loss stands: a subclass that overrides one is not fused.
-    _library: type[nn.Module]
-    _replaced: tuple[str, ...] = ()
     _distances: tuple[type, ...] = (CosineSimilarity,)
     #: Attributes that make the margin.
     _settings: tuple[str, ...] = ("scale", "margin")
@@ -42,22 +39,12 @@ class _Fused(Fusible):
         # Drawn by the library, so that a seed gives its numbers; then laid out so that W.t(), the centers (C, D), is contiguous.
         self.W.data = self.W.data.t().contiguous().t()
 
-    @property
-    def unfused_reason(self: Any) -> str | None:
-        if not self.fuse:
-            return "fuse is False"
-        for name in self._replaced:
-            if name in self.__dict__ or getattr(type(self), name) is not getattr(self._library, name):
-                return f"{name} is not {self._library.__name__}'s own"
+    def _unfused(self: Any) -> str | None:
         distance, entropy = self.distance, self.cross_entropy
         if type(distance) not in self._distances or not distance.is_inverted or (distance.p, distance.power) != (2, 1):
             return f"distance is {distance!r} with p={distance.p}, power={distance.power}, is_inverted={distance.is_inverted}"
         if not plain_entropy(entropy, "none"):
             return f"cross_entropy is {entropy!r}"
-        try:
-            self._margin()
-        except (TypeError, ValueError) as error:
-            return str(error)
         return None
 
     def _margin(self: Any) -> Margin:

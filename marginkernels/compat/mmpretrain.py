@@ -28,21 +28,14 @@ class ArcFaceClsHead(Fusible, _ArcFaceClsHead):
     """``mmpretrain.models.heads.ArcFaceClsHead``; ``loss()`` is fused where ``loss_module`` is a cross-entropy over labels without class
     weights, and the samples have no scores (mixup, CutMix). ``forward`` and ``predict`` are mmpretrain's."""
 
-    @property
-    def unfused_reason(self) -> str | None:
-        if not self.fuse:
-            return "fuse is False"
-        for name in ("forward", "_get_logit_with_margin"):
-            if name in self.__dict__ or getattr(type(self), name) is not getattr(_ArcFaceClsHead, name):
-                return f"{name} is not ArcFaceClsHead's own"
+    _library = _ArcFaceClsHead
+    _replaced = ("forward", "_get_logit_with_margin")
+
+    def _unfused(self) -> str | None:
         entropy = self.loss_module
         plain = type(entropy) is CrossEntropyLoss and not (entropy.use_sigmoid or entropy.use_soft) and entropy.reduction == "mean"
         if not plain or entropy.class_weight is not None:
             return f"loss_module is {entropy!r}"
-        try:
-            self._margin()
-        except (TypeError, ValueError) as error:
-            return str(error)
         return None
 
     def _margin(self) -> Margin:

@@ -21,21 +21,14 @@ class ArcFaceLoss(Fusible, theirs.ArcFaceLoss):
     """``oml.losses.ArcFaceLoss``, fused. With ``label2category`` and a smoothing, whose epsilon goes to the classes of one category, it is
     computed by the library's own code."""
 
-    @property
-    def unfused_reason(self) -> str | None:
-        if not self.fuse:
-            return "fuse is False"
-        for name in ("fc", "smooth_labels"):
-            if name in self.__dict__ or getattr(type(self), name) is not getattr(theirs.ArcFaceLoss, name):
-                return f"{name} is not ArcFaceLoss's own"
+    _library = theirs.ArcFaceLoss
+    _replaced = ("fc", "smooth_labels")
+
+    def _unfused(self) -> str | None:
         if self.label2category is not None and self.smoothing_epsilon:
             return "smoothing_epsilon goes to the classes of a category (label2category)"
         if not plain_entropy(self.criterion):
             return f"criterion is {self.criterion!r}"
-        try:
-            self._margin()
-        except (TypeError, ValueError) as error:
-            return str(error)
         return None
 
     def _margin(self) -> Margin:

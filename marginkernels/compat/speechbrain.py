@@ -60,16 +60,6 @@ class LogSoftmaxWrapper(Fusible, theirs.LogSoftmaxWrapper):
     """``speechbrain.nnet.losses.LogSoftmaxWrapper``, fused for what :class:`Classifier` gives in training and a ``loss_fn`` that
     is speechbrain's ``AdditiveAngularMargin`` or ``AngularMargin``. Cosines are taken as there."""
 
-    @property
-    def unfused_reason(self) -> str | None:
-        if not self.fuse:
-            return "fuse is False"
-        try:
-            self._margin()
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return None
-
     def _margin(self) -> Margin:
         """The margin for ``loss_fn`` as it is now; made anew where its numbers have changed."""
         given: Any = self.loss_fn

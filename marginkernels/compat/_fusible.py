@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ class Fusible:
     def _margin(self) -> Margin:
         """The margin for the attributes as they are now; made anew where one has changed."""
         raise NotImplementedError
+
+    def _kept(self, settings: object, make: Callable[[], Margin]) -> Margin:
+        """The margin that ``make`` gave for these ``settings``, made anew where they differ from the last ones. In no module's list: it has
+        no state."""
+        held: tuple[object, Margin] | None = self.__dict__.get("_held")
+        if held is None or held[0] != settings:
+            held = self.__dict__["_held"] = settings, make()
+        return held[1]
 
     def _losses(self, embeddings: Tensor, weight: Tensor, labels: Tensor, margin: Margin, **options: Any) -> HeadLosses:
         """``embeddings`` (N, D), ``weight`` (C K, D), ``labels`` (N,); further :class:`LossOptions` by name."""

@@ -48,16 +48,12 @@ class _Fused(Fusible):
         return None
 
     def _margin(self: Any) -> Margin:
-        """The margin for the attributes as they are now; made anew where one has changed. In no module's list: it has no state."""
         values = tuple(getattr(self, name) for name in self._settings)
         for name, value in zip(self._settings, values, strict=True):
             if isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a number, got a tensor")
-        held = self.__dict__.get("_held_margin")
-        if held is None or held[0] != (values, self._kind()):
-            held = (values, self._kind()), self._made(*(float(value) for value in values))
-            self.__dict__["_held_margin"] = held
-        return held[1]  # type: ignore[no-any-return]
+        margin: Margin = self._kept((values, self._kind()), lambda: self._made(*(float(value) for value in values)))
+        return margin
 
     def _kind(self) -> object:
         """What else decides which margin it is."""

@@ -32,14 +32,8 @@ class ArcFaceLoss(Fusible, theirs.ArcFaceLoss):
         return None
 
     def _margin(self) -> Margin:
-        """The margin for the attributes as they are now; made anew where one has changed."""
         settings = (self.rescale, self.m)
-        held = self.__dict__.get("_held")
-        if held is None or held[0] != settings:
-            held = settings, ArcFace(float(self.rescale), float(self.m), beyond_pi="linear")
-            self.__dict__["_held"] = held
-        margin: Margin = held[1]
-        return margin
+        return self._kept(settings, lambda: ArcFace(float(self.rescale), float(self.m), beyond_pi="linear"))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss by ``criterion``'s reduction; ``x`` (N, D), ``y`` (N,) int64."""

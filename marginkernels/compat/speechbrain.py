@@ -72,12 +72,7 @@ class LogSoftmaxWrapper(Fusible, theirs.LogSoftmaxWrapper):
             settings = (given.scale, m, "easy" if given.easy_margin else "linear")
         else:
             raise TypeError(f"loss_fn is {type(given).__name__}, neither speechbrain's AdditiveAngularMargin nor its AngularMargin")
-        held = self.__dict__.get("_held")
-        if held is None or held[0] != settings:
-            held = settings, (ArcFace if len(settings) == 3 else CosFace)(*settings)
-            self.__dict__["_held"] = held
-        margin: Margin = held[1]
-        return margin
+        return self._kept(settings, lambda: (ArcFace if len(settings) == 3 else CosFace)(*settings))
 
     def forward(self, outputs: Tensor | Unclassified, targets: Tensor, length: Tensor | None = None) -> Tensor:
         """The mean loss ().

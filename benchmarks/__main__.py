@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | train | many_identities | plot | report | compare | resources | peers``."""
+"""``python -m benchmarks run | train | many_identities | precision | plot | report | compare | resources | peers``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "time every provider on the cases of a preset and write the records",
     "train": "time and peak memory of whole training steps, with the separate and the fused optimizer step",
     "many_identities": "train ten million identities in little memory and record loss and peak",
+    "precision": "train on rendered glyphs with class centers in float32 and bfloat16, and verify",
     "plot": "draw the plots of record files",
     "report": "write RESULTS.md from record files",
     "compare": "fail where a new record file is slower than an old one, relative to the peers",

@@ -264,7 +264,22 @@ class MarginHead(nn.Module):
         if queue is None or queue.weight is not self.weight or not (self.weight.requires_grad and torch.is_grad_enabled()):
             return None
         assert self._queue is not None
+        self._check_not_in_ddp()
         return Sink(self._queue, queue.probe, None, queue.written(), queue.marks())
+
+    def _check_not_in_ddp(self) -> None:
+        """Refuse a step that replicas would each take from their own rows alone.
+
+        Raises:
+            RuntimeError: ``DistributedDataParallel`` runs this forward pass and has ``weight`` among its parameters.
+        """
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None and any(p is self.weight for p in getattr(ddp, "_module_parameters", ())):
+            raise RuntimeError(
+                "module: expected a module without the weight of a head with a fused optimizer for DistributedDataParallel, got one with "
+                "it: DDP averages gradients, and the fused step makes none. Wrap the backbone alone and divide the head's classes over "
+                "the ranks (process_group=...), or use mk.optim.SGD or AdamW"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the fused optimizer, whose records are those of this head."""

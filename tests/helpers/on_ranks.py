@@ -711,6 +711,30 @@ def check_ddp_around_the_head():
         assert torch.equal(p.grad, q.grad)
 
 
+def check_ddp_around_a_fused_step():
+    """Refused at the first forward pass, whichever was made first; a sharded head that DDP ignores trains."""
+    for fused_first in (False, True):
+        both = _Both(backbone(), mk.MarginHead(D, 8, mk.ArcFace(scale=16.0)))
+        if fused_first:
+            optimizer = optim.FusedSGD(both.inner["head"], lr=0.1)
+        wrapped = nn.parallel.DistributedDataParallel(both)
+        if not fused_first:
+            optimizer = optim.FusedSGD(both.inner["head"], lr=0.1)
+        x, y = torch.randn(4, 12), torch.tensor([0, 3, 7, 3])
+        _raises(RuntimeError, "module: expected a module without the weight of a head with a fused", lambda w=wrapped, x=x, y=y: w(x, y))
+        del optimizer
+    both = _Both(backbone(), sharded(case(8), mk.ArcFace(scale=16.0)))
+    both._ddp_params_and_buffers_to_ignore = [f"inner.head.{k}" for k in both.inner["head"].state_dict()]
+    wrapped = nn.parallel.DistributedDataParallel(both)
+    optimizer = optim.FusedSGD(both.inner["head"], lr=0.1)
+    before = both.inner["head"].weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(x, y).backward()
+        optimizer.step()
+    assert len(before) == 0 or not torch.equal(both.inner["head"].weight, before)
+
+
 def check_dtypes_differ():
     """An error on all ranks before a collective has tensors of different sizes, whichever rank is the odd one."""
     if dist.get_world_size() == 1:

@@ -82,7 +82,8 @@ def margin_cross_entropy(
             left out of the loss, and reported by a later call (see :func:`raise_pending_label_errors`), so that no step waits.
     """
     check_reduction(reduction)
-    options = LossOptions(ignore_index, label_smoothing, backend, workspace_bytes(workspace_mb), reduction, sub_centers)
+    workspace = workspace_bytes(workspace_mb)
+    options = LossOptions(ignore_index, label_smoothing, backend, workspace, reduction, sub_centers, statistics=False)
     return local_head_losses(embeddings, weight, labels, margin, bias, options, class_weight=class_weight, mix=mix).reduce(reduction)
 
 
@@ -116,7 +117,8 @@ def head_losses(
 @dataclass(frozen=True)
 class LossOptions:
     """Options of :func:`margin_cross_entropy` by the same names; ``workspace_bytes`` is ``workspace_mb`` as :func:`workspace_bytes` gives
-    it, an integer before anything is traced; ``of_rows`` asks for :attr:`HeadLosses.of_rows`, and then no kernel reduces the loss."""
+    it, an integer before anything is traced; ``of_rows`` asks for :attr:`HeadLosses.of_rows`, and then no kernel reduces the loss; without
+    ``statistics`` there need be none."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -125,6 +127,7 @@ class LossOptions:
     reduction: str = "none"
     sub_centers: int = 1
     of_rows: bool = False
+    statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def local_head_losses(
     fused = ops.fuses_rows(embeddings, name)
     if fused:
         embeddings = ops.without_bad_ignored_rows(embeddings, labels, name)
-    else:
+    elif not ops.none_ignored(labels):
         embeddings = _without_bad_ignored_rows(embeddings, labels)
     batches = [BatchInfo(embeddings, labels, num_classes, own=own)]
     if mixed is not None:
@@ -273,7 +276,7 @@ def local_head_losses(
             if sink is not None and sampler is not None:
                 sink = replace(sink, rows=sampler.rows, about=(*sink.about, id(sampler.rows)))
             losses, stats, logits = _fused_losses(embeddings, batches, classes, of_rows, margin, given, fused and not options.of_rows, sink)
-    state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1}
+    state = {name: buffer.reshape(()) for name, buffer in margin.named_buffers() if buffer.numel() == 1} if options.statistics else {}
     stats = {k: v.detach().to(torch.float32, copy=k in state) for k, v in (stats | state).items()}
     if not losses.ndim:  # a kernel has reduced them
         return HeadLosses((), stats, losses, None)
@@ -472,8 +475,11 @@ def _fused_losses(
     if target.regularizer is not None:
         losses = losses + target.regularizer
     valid = torch.cat([batch.valid for batch in batches]) if len(batches) > 1 else batches[0].valid
+    losses = torch.where(valid, losses, 0)
+    if not (given.statistics or given.of_rows):
+        return losses, {}, None
     logits = _row_logits(rows.part(first), sums, target, margin)
-    return torch.where(valid, losses, 0), _statistics(batches[0], rows.part(first), target, logits), logits
+    return losses, _statistics(batches[0], rows.part(first), target, logits), logits
 
 
 def _nearest(inputs: HeadInputs, classes: LocalClasses, part: slice, backend: str) -> Nearest:

@@ -13,7 +13,7 @@ from .device import on_device_of
 from .transforms import loops_under_vmap
 
 
-def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, *, direct: bool = False) -> Tensor:
     """``labels`` with -1 for ignored rows; raises where one is out of range.
 
     On a CPU the labels are read at once. On a GPU that would stop the host, in every step, until the device has caught up. There
@@ -21,11 +21,15 @@ def checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tenso
     copied to pinned host memory behind the step, and the first later call that finds the copy done raises.
     :func:`raise_pending_label_errors` waits for it. Under CUDA-graph capture nothing is watched: such rows are just ignored.
 
+    Args:
+        direct: nothing wants to see an operator here, such as a compiler.
+
     Raises:
         ValueError: a label is neither in [0, C) nor ``ignore_index``; on a GPU, one of an earlier call's.
         TypeError: ``ignore_index`` is not an integer.
     """
-    return cast(Tensor, _checked_labels(labels, num_classes, checked_ignore_index(ignore_index)))
+    check = _check if direct else _checked_labels
+    return cast(Tensor, check(labels, num_classes, checked_ignore_index(ignore_index)))
 
 
 def checked_ignore_index(ignore_index: object) -> int:
@@ -35,8 +39,7 @@ def checked_ignore_index(ignore_index: object) -> int:
     return int(ignore_index)
 
 
-@torch.library.custom_op("marginkernels::checked_labels", mutates_args=())
-def _checked_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def _check(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     if labels.device.type == "cpu" and labels.numel():
         low, high = (int(v) for v in torch.aminmax(labels))
         if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:
@@ -75,6 +78,9 @@ def marked_and_watched(
         if watched:
             _watch(bounds, num_classes, ignore_index)
     return marked
+
+
+_checked_labels = torch.library.custom_op("marginkernels::checked_labels", _check, mutates_args=())
 
 
 @_checked_labels.register_fake

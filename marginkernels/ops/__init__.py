@@ -3,7 +3,7 @@
 from .autograd import ClassSums, SumOptions, sum_over_classes
 from .operators import center_sum, class_pass, prepare_inputs, row_gradient, row_pass, scale_gradient, topk
 from .queue import Record, Sink, StepQueue
-from .rows import checked_labels, fused_loss, fuses_rows, without_bad_ignored_rows
+from .rows import checked_labels, fused_loss, fuses_rows, none_ignored, without_bad_ignored_rows
 from .step import GradientChunks
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "class_pass",
     "fused_loss",
     "fuses_rows",
+    "none_ignored",
     "prepare_inputs",
     "row_gradient",
     "row_pass",

@@ -131,7 +131,7 @@ def _upstream_fake(inputs: SumsUpstream, need_bias: bool, need_logit_sum: bool, 
     return RoundedUpstream.allocate(inputs, need_bias, need_logit_sum)
 
 
-@operator(_upstream_fake, direct=True)
+@operator(_upstream_fake)
 def upstream(inputs: SumsUpstream, need_bias: bool, need_logit_sum: bool, backend: str) -> RoundedUpstream:
     """See :meth:`marginkernels.backend.Backend.upstream`."""
     return backends.get(backend).upstream(inputs, need_bias, need_logit_sum)
@@ -153,7 +153,7 @@ def _topk_fake(inputs: TopkInputs, k: int, backend: str) -> TopkOutput:
     return TopkOutput.allocate(inputs, k)
 
 
-@operator(_topk_fake, direct=True)
+@operator(_topk_fake)
 def topk(inputs: TopkInputs, k: int, backend: str) -> TopkOutput:
     """See :meth:`marginkernels.backend.Backend.topk`; here N and k may be 0."""
     if inputs.x.shape[0] == 0 or k == 0:

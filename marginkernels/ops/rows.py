@@ -17,7 +17,7 @@ from ..core.labels import checked_labels as labels_checked
 from ..core.labels import marked_and_watched
 from ..core.transforms import transforming
 from ..core.types import LossInputs, LossOutput, LossUpstream
-from .schema import operator
+from .schema import observed, operator
 
 
 def fuses_rows(x: Tensor, backend: str) -> bool:
@@ -30,7 +30,7 @@ def _mark_labels_fake(labels: Tensor, num_classes: int, ignore_index: int, backe
     return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
-@operator(_mark_labels_fake, direct=True)
+@operator(_mark_labels_fake)
 def mark_labels(labels: Tensor, num_classes: int, ignore_index: int, backend: str) -> Tensor:
     """:func:`marginkernels.core.labels.checked_labels` on a GPU by a kernel of ``backend``."""
     return marked_and_watched(labels, num_classes, ignore_index, backends.get(backend).mark_labels)
@@ -39,8 +39,13 @@ def mark_labels(labels: Tensor, num_classes: int, ignore_index: int, backend: st
 def checked_labels(labels: Tensor, num_classes: int, ignore_index: int, x: Tensor, backend: str) -> Tensor:
     """:func:`marginkernels.core.labels.checked_labels` for embeddings ``x``; on a CPU it reads the labels and launches nothing."""
     if labels.device.type == "cpu" or not fuses_rows(x, backend):
-        return labels_checked(labels, num_classes, ignore_index)
+        return labels_checked(labels, num_classes, ignore_index, direct=not observed((labels,)))
     return mark_labels(labels, num_classes, ignore_index, backend)
+
+
+def none_ignored(labels: Tensor) -> bool:
+    """Whether it is known, without waiting for a device, that no checked label is -1."""
+    return labels.device.type == "cpu" and not observed((labels,)) and not bool((labels < 0).any())
 
 
 class _Replaced(torch.autograd.Function):
@@ -69,7 +74,7 @@ def _loss_fake(inputs: LossInputs, backend: str) -> LossOutput:
     return LossOutput.allocate(inputs)
 
 
-@operator(_loss_fake, direct=True)
+@operator(_loss_fake)
 def loss(inputs: LossInputs, backend: str) -> LossOutput:
     """See :meth:`marginkernels.backend.Backend.loss`."""
     return backends.get(backend).loss(inputs)
@@ -81,7 +86,7 @@ def _loss_backward_fake(
     return LossUpstream.allocate(inputs, need_value, need_scale)
 
 
-@operator(_loss_backward_fake, direct=True)
+@operator(_loss_backward_fake)
 def loss_backward(inputs: LossInputs, count: Tensor, upstream: Tensor, need_value: bool, need_scale: bool, backend: str) -> LossUpstream:
     """See :meth:`marginkernels.backend.Backend.loss_backward`."""
     return backends.get(backend).loss_backward(inputs, count, upstream, need_value, need_scale)

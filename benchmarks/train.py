@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,C", help="instead of the four of the records; may be repeated")
     parser.add_argument("--steps", type=integer(), default=3, help="timed steps of each process (default: %(default)s)")
     parser.add_argument("--rounds", type=integer(), default=3, help="processes of each contestant (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep the cases of the output file that were timed, and run the others")
     parser.add_argument("--limit", type=number(0, open_low=True), default=1200.0, help="seconds for a process (default: %(default)s)")
 
 
@@ -104,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
 
     results: dict[str, Any] = {"environment": describe("cpu") | {"preset": "train"}, "records": []}
     cases = [(n, c, dtype) for n, c in args.shape or SHAPES for dtype in DTYPES]
+    if args.resume and args.json.exists():
+        results = json.loads(args.json.read_text())
+        of_case = [[r for r in results["records"] if (r["N"], r["C"], r["dtype"], r["D"]) == (*case, args.dim)] for case in cases]
+        done = [len(found) == len(CONTESTANTS) and all(r["status"] != "failed" for r in found) for found in of_case]
+        results["records"] = [r for found, whole in zip(of_case, done, strict=True) if whole for r in found]
+        cases = [case for case, whole in zip(cases, done, strict=True) if not whole]
     with tqdm(total=len(cases) * len(CONTESTANTS) * args.rounds, unit="process", dynamic_ncols=True) as bar:
         for n, c, dtype in cases:
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}

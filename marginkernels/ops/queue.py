@@ -148,10 +148,11 @@ class Record:
 
 
 def joined(records: list[Record]) -> list[Record]:
-    """The records with their factors multiplied in, and those of one kind made one. Records without rows are left out."""
+    """The records with their factors multiplied in, and those of one kind made one. Records without rows are left out, but for draws of
+    classes, whose momentum and decay go on without a gradient too."""
     by_kind: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        if record.inputs.x.shape[0]:
+        if record.inputs.x.shape[0] or record.rows is not None:
             by_kind.setdefault(record.kind(), []).append(record.scaled())
     found = [_one(same) for same in by_kind.values()]
     return found if len(found) == 1 else [replace(record, saved=record.saved.new_empty(0)) for record in found]

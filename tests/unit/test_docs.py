@@ -202,6 +202,55 @@ def sampling_table(page: Path) -> str:
     return about + table(f"Sample rate > | log-q | seeds > | {' | '.join(name + ' >' for name in rates)}", rows)
 
 
+def whole_steps_table(page: Path) -> str:
+    path = RESULTS / "fused_step" / "train.json"
+    found = json.loads(path.read_text())
+    cases: dict[tuple, dict[str, dict]] = {}
+    for r in found["records"]:
+        cases.setdefault((r["C"], r["N"], r["dtype"]), {})[r["provider"]] = r
+    names = list(next(iter(cases.values())))
+    separate, fused = "separate step", "fused step"
+
+    def cell(r: dict) -> str:
+        return f"{r['ms_p50'] / 1e3:.2f} s, {r['peak_mb'] / 1e3:.2f} GB" if r["status"] == "ok" else r["status"]
+
+    rows = []
+    for (c, n, dtype), case in sorted(cases.items()):
+        gain = f"{case[separate]['ms_p50'] / case[fused]['ms_p50']:.2f}x"
+        rows.append((f"{c:,}", n, dtype, *(cell(case[name]) for name in names), gain))
+    where, (dim,) = found["environment"], {r["D"] for r in found["records"]}
+    about = (
+        f"SGD with momentum and weight decay, ArcFace, D = {dim}, on {where['threads']} cores of {where['cpu']}, torch {where['torch']}; "
+        f"from {link(page, path)},\nmade by `python -m benchmarks train`. The median time of a whole step (forward, backward, optimizer), "
+        "and the peak memory beyond the process\nbefore it had class centers: centers, gradient, moments, rows.\n\n"
+    )
+    return about + table(f"C > | N > | embeddings | {' | '.join(name + ' >' for name in names)} | separate over fused >", rows)
+
+
+def precision_table(page: Path) -> str:
+    path = RESULTS / "fused_step" / "precision.json"
+    runs = json.loads(path.read_text())["records"]
+    titles = {"fp32": "float32", "bf16": "bfloat16, rounded at random", "bf16-nearest": "bfloat16, to nearest"}
+    rates = list(runs[0]["tar"])
+
+    def cell(values: list[float], form: str = ".2%") -> str:
+        return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    rows = []
+    for kind in dict.fromkeys(r["kind"] for r in runs):
+        same = [r for r in runs if r["kind"] == kind]
+        shares = (*([r["tar"][rate] for r in same] for rate in rates), [r["rank1"] for r in same])
+        rows.append((titles[kind], len(same), cell([r["loss"] for r in same], ".3f"), *map(cell, shares)))
+    one = runs[0]
+    about = (
+        f"The demo's network and its {one['head']} head, {one['steps']:,} steps of {one['batch']} rows of rendered characters, "
+        f"{one['identities']:,} identities; verified on {one['verified_on']:,} others;\nfrom {link(page, path)}, made by "
+        "`python -m benchmarks precision`. The mean over seeds, and the range.\n\n"
+    )
+    header = " | ".join(f"true accept rate at {float(rate):.2%} false accepts >" for rate in rates)
+    return about + table(f"Class centers and moments | seeds > | training loss > | {header} | rank-1 >", rows)
+
+
 #: GPUs and million classes, each with and without sampling; everything else is the planner's default.
 PLANNED = ((1, 1), (8, 1), (8, 10), (8, 30), (16, 30), (64, 30), (64, 100))
 
@@ -260,6 +309,8 @@ TABLES = {
     "scaling": scaling_table,
     "sampling": sampling_table,
     "planned": planned_table,
+    "whole_steps": whole_steps_table,
+    "precision": precision_table,
 }
 MARKED = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 

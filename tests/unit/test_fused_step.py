@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import marginkernels as mk
@@ -654,6 +655,18 @@ def test_activation_checkpointing(backend):
     same(both(loop, backend=backend, margin=mk.CurricularFace(scale=16.0)))
 
 
+def test_averages_of_a_model_with_its_head_last():
+    run = Run(True)
+    model = nn.ModuleDict({"backbone": run.backbone, "head": run.head})
+    average, total = AveragedModel(model), {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    for _ in range(3):
+        run.train(1)
+        average.update_parameters(model)
+        total = {k: total[k] + v for k, v in model.state_dict().items()}
+    for name, v in total.items():
+        torch.testing.assert_close(average.module.state_dict()[name], v / 3)
+
+
 # -- sampled heads -----------------------------------------------------------------------------------------------------------------
 
 
@@ -675,6 +688,21 @@ def test_sampled_heads_update_the_drawn_rows_alone(backend, rule):
     assert not torch.equal(run.head.weight[drawn], before[drawn])
     clipped = both(lambda run: clipped_loop(run, mk.distributed.clip_grad_norm_), sample_rate=0.3, backend=backend, rule=rule)
     same(clipped, moved=False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_draw_without_rows_is_stepped_with_too(backend, rule):
+    """The momentum and the decay of the drawn classes go on, whether or not the draw's batch had a row."""
+
+    def loop(run: Run) -> None:
+        for batches in ((N,), (0,), (N, 0), (0, 0)):
+            run.optimizer.zero_grad()
+            for rows in batches:
+                run.loss(rows).backward()
+            run.optimizer.step()
+
+    runs = both(loop, sample_rate=0.3, backend=backend, rule=rule)
+    same(runs, moved=False)
 
 
 def test_draws_and_whole_batches_between_two_steps_raise():

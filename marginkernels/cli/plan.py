@@ -226,9 +226,10 @@ def published(args: argparse.Namespace) -> list[dict[str, Any]]:
     first = INSIGHTFACE_ROWS / min(INSIGHTFACE.items())[1][2][0]
     for identities, (_, parallel, partial) in INSIGHTFACE.items():
         for rate, theirs in ((1.0, parallel), (0.1, partial)):
-            chosen = {"sample_rate": rate, "optimizer": args.optimizer, "fused_step": args.fused_step, "weight_bytes": BYTES[args.weight]}
+            chosen: dict[str, Any] = {"sample_rate": rate, "optimizer": args.optimizer, "fused_step": args.fused_step}
+            chosen["weight_bytes"] = BYTES[args.weight]
             same = argparse.Namespace(**(vars(args) | {"classes": identities}))
-            sizes = {"embedding_bytes": BYTES[args.embedding], "gpu_memory": int(args.memory * GB)}
+            sizes: dict[str, Any] = {"embedding_bytes": BYTES[args.embedding], "gpu_memory": int(args.memory * GB)}
             needed = sum(memory(identities, args.dim, args.gpus, args.batch, **chosen, **sizes).values())
             rows.append(
                 {

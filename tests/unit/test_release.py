@@ -1,6 +1,7 @@
 """What is released: what the sdist and the wheels must hold, what the checks of them notice, and the workflow that runs them."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -75,8 +76,15 @@ def test_a_wheel_for_this_machine_alone_is_noticed(tmp_path):
 
 def test_the_sdist_holds_what_is_kept(tmp_path):
     """Sources, tests with their data, docs and what builds it: all that git keeps; and nothing that was built."""
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if kept.returncode or "setup.py" not in kept.stdout.split():
+        pytest.skip("no checkout")
+    for name in kept.stdout.splitlines():
+        if (ROOT / name).exists():
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / "copy" / name)
     made = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", made], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", made], cwd=tmp_path / "copy", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")
     assert sdist.name == f"marginkernels-{wheels.version()}.tar.gz"
@@ -93,7 +101,7 @@ def test_the_workflow_makes_what_is_supported():
     assert re.findall(r'"(3\.\d+)"', re.search(r"python: \[(.*)\]", release)[0]) == supported
     low, high = re.search(r"cp31\[(\d)-(\d)\]-cp31\[\1-\2\]", release).groups()
     assert [f"3.1{i}" for i in range(int(low), int(high) + 1)] == supported
-    assert f'| wc -l)" = {len(supported)}' in release
+    assert f"""_x86_64')" = {len(supported)}""" in release
     assert f'requires-python = ">={supported[0]}"' in (ROOT / "pyproject.toml").read_text()
     assert wheels.tag(Path("marginkernels-1-cp310-cp310-manylinux_2_28_x86_64.whl")) == "3.10"
 

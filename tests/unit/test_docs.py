@@ -254,7 +254,7 @@ def modes_table(page: Path) -> str:
         rows.append((gpu.title, *(f"{1e3 * o['least_seconds']:.1f}" if o["fits"] else f"no: {o['bytes'] / 1e9:.1f} GB" for o in cells)))
     heads = (f"{weight}{', fused step' * fused}{', sample rate 0.1' * (rate < 1)} >" for rate, weight, fused in MODES)
     about = (
-        f"{max(INSIGHTFACE):,} identities on eight GPUs of a kind: at least so many milliseconds, or the memory of each where it does not "
+        f"{max(INSIGHTFACE):,} identities on eight GPUs: at least so many milliseconds, or the memory of each where it does not "
         f"fit. SGD with momentum,\nD = {asked.dim}, {asked.batch} rows on each, {asked.reserve:g} GB of each for the backbone.\n\n"
     )
     return about + table(f"GPU | {' | '.join(heads)}", rows)

@@ -5,7 +5,9 @@
 # make mutants     plant each of the known mistakes in a copy and see that its tests notice it
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
 # make kills N=200  kill ranks at random moments of save, step and load; the record is benchmarks/results/kills.json
-# All make a virtual environment first, in .venv, with the versions of requirements.lock.
+# make wheel    an sdist, and a manylinux wheel for each CPython that is here, in dist: release/wheels.py
+# make wheel-check  install each of them beside the oldest PyTorch and the newest, with no compiler in sight, and test it as quick does
+# All others make a virtual environment first, in .venv, with the versions of requirements.lock.
 
 PYTHON ?= python3
 space := $(subst ,, )
@@ -18,7 +20,11 @@ TESTS ?=
 # The tests of tests/unit that compile nothing, build nothing and start no process
 LONG := compile opcheck interrupt memory_is_what without_the_library break_the_graph
 QUICK := tests/unit -n 2 -k "not ($(subst $(space), or ,$(LONG)))" \
-    $(foreach f,benchmarks cli demo deprecated docs layers setup verify,--ignore=tests/unit/test_$(f).py)
+    $(foreach f,benchmarks cli demo deprecated docs layers release setup verify,--ignore=tests/unit/test_$(f).py)
+# The interpreters that wheels are made for and checked with (all that are supported and here), and the PyTorch that is beside them, such as
+# TORCH="--torch torch==2.13.0"
+PYTHONS ?=
+TORCH ?=
 # Where gpu-report writes, and which of its steps it takes (all that fit into nine minutes)
 OUT ?= runs/gpu-report
 STEPS ?=
@@ -31,7 +37,7 @@ FUZZ ?=
 
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test quick test-all mutants fuzz kills lint format build test-gpu gpu-report clean
+.PHONY: demo test quick test-all mutants fuzz kills lint format wheel wheel-check build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
@@ -74,6 +80,12 @@ $(READY): requirements.lock pyproject.toml $(wildcard setup.py csrc/*.h csrc/*/*
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+wheel:
+	$(PYTHON) release/wheels.py build $(PYTHONS)
+
+wheel-check:
+	$(PYTHON) release/wheels.py check $(TORCH) $(PYTHONS) -- $(QUICK) $(TESTS)
+
 # The three below use $(PYTHON) as it is, so that they run where there is a GPU, its PyTorch, and no network.
 build:
 	$(PYTHON) setup.py build_ext --inplace
@@ -86,4 +98,4 @@ gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 clean:
-	rm -rf $(VENV) build marginkernels.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+	rm -rf $(VENV) build dist marginkernels.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*

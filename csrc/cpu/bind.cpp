@@ -182,11 +182,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("update", &update, "update"_a, py::kw_only(), "level"_a, "threads"_a, "rows"_a, "g"_a, "g_dtype"_a);
   m.def("topk", &topk, "inputs"_a, py::kw_only(), "level"_a, "threads"_a, "k"_a, "sub_centers"_a, "bias"_a, "scale"_a, "scores"_a,
         "classes"_a);
-  m.def("levels", [] {
-    std::vector<std::string> names;
-    for (const mk::Kernels* k : mk::levels()) names.push_back(k->name);
-    return names;
-  });
+  m.def(
+      "levels",
+      [](bool here) {
+        std::vector<std::string> names;
+        for (const mk::Kernels* k : mk::levels(here)) names.push_back(k->name);
+        return names;
+      },
+      "here"_a = true);
   m.def(
       "saved_panel",
       [](int x_dtype, const std::string& level) {

@@ -205,22 +205,22 @@ int64_t class_parts(int threads, int64_t blocks, int64_t chunks) {
 
 }  // namespace
 
-std::vector<const Kernels*> levels() {
+std::vector<const Kernels*> levels(bool here) {
   std::vector<const Kernels*> out{&plain::kernels};
 #if MK_X86
   [[maybe_unused]] static const Features f = features();
 #endif
 #if MK_HAS_AVX2
-  if (f.avx2) out.push_back(&avx2::kernels);
+  if (f.avx2 || !here) out.push_back(&avx2::kernels);
 #endif
 #if MK_HAS_AVX512
-  if (f.avx512) out.push_back(&avx512::kernels);
+  if (f.avx512 || !here) out.push_back(&avx512::kernels);
 #endif
 #if MK_HAS_AVX512_BF16
-  if (f.bf16) out.push_back(&avx512_bf16::kernels);
+  if (f.bf16 || !here) out.push_back(&avx512_bf16::kernels);
 #endif
 #if MK_HAS_AMX
-  if (f.amx) out.insert(out.end(), {&amx::kernels, &amx_split::kernels});
+  if (f.amx || !here) out.insert(out.end(), {&amx::kernels, &amx_split::kernels});
 #endif
   return out;
 }

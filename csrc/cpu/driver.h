@@ -33,8 +33,9 @@ struct SavedPanel {
 };
 SavedPanel saved_panel(const Kernels&);
 
-// The instruction sets that this machine can run, worst first. The build leaves out those that the compiler does not support.
-std::vector<const Kernels*> levels();
+// The instruction sets that this machine can run, worst first; with `here` false all that were built. The build leaves out those that the
+// compiler does not support.
+std::vector<const Kernels*> levels(bool here = true);
 
 // The best of them for products of `x_dtype`, or the one named `level`; throws std::invalid_argument if there is none.
 const Kernels& choose(int x_dtype, const std::string& level);

@@ -38,9 +38,9 @@ UPSTREAM = ("lse", "d_lse", "d_logit_sum", "d_target_cos", "d_target_bias")
 POOLED_BYTES = 4 << 20
 
 
-def levels() -> list[str]:
-    """The instruction sets that this machine can run, worst first."""
-    return [] if _cpu is None else _cpu.levels()
+def levels(here: bool = True) -> list[str]:
+    """The instruction sets that this machine can run, worst first; with ``here=False`` all that the extension was built for."""
+    return [] if _cpu is None else _cpu.levels(here)
 
 
 def _panels() -> Iterator[tuple[tuple[torch.dtype, str], tuple[int, int, int]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backend import backends, records, registry
+from ..backend import backends, cpu, records, registry
 from ._text import table
 
 #: Packages that this package uses where they are installed, and what for.
@@ -181,6 +181,8 @@ def _extensions() -> dict[str, str]:
     """The compiled extension modules of the package: built, or the reason that the build wrote down."""
     folder = Path(__file__).parents[1]
     states = {f"marginkernels.{p.name.partition('.')[0]}": f"built: {p.name}" for p in sorted(folder.glob("_*.so"))}
+    if "marginkernels._cpu" in states and cpu.levels():
+        states["marginkernels._cpu"] += f", for {' '.join(cpu.levels(here=False))}"
     for p in sorted(folder.glob("_*.txt")):
         states.setdefault(f"marginkernels.{p.stem}", f"not built: {p.read_text().strip()}")
     return states or {"none": "not built; reinstall the package with a C++ compiler on the PATH"}

@@ -1,7 +1,7 @@
 """``python -m marginkernels plan``: memory, communication and time of a head on each rank, estimated before a run.
 
 Memory and exchanged bytes are counted from what the code allocates and sends; tests compare both with measurements. Times are these
-amounts divided by rates. The rates are arguments, and their defaults are assumptions.
+amounts divided by rates. The rates are arguments, or of a data sheet (``--gpu``), and their defaults are assumptions.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .. import optim
 from ..core.numerics import chunk_elements
 from ..sampling import count
+from ._gpus import GPUS, INSIGHTFACE, INSIGHTFACE_ROWS, INSIGHTFACE_SOURCE
 from ._text import integer, number, refuse, table
 
 GB = 1e9
 #: The most ranks that a plan is made for.
 MOST_RANKS = 65536
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+#: Dtypes of class centers and moments.
+WEIGHTS = ("fp32", "bf16")
 #: How many tensors of the weight's size each optimizer holds as its state.
 MOMENTS = {"sgd": 1, "adamw": 2}
 
@@ -147,6 +151,22 @@ def fewest_ranks(limit: int, classes: int, dim: int, batch: int, **options: Any)
     return next((r for r in range(1, MOST_RANKS + 1) if fits(r)), None)
 
 
+def limits(args: argparse.Namespace, **chosen: Any) -> dict[str, float]:
+    """Seconds that a step needs of each part of a GPU if it does nothing else at any time: the largest is a bound from below.
+
+    Args:
+        args: the command's, for the sizes and rates.
+        chosen: ``sample_rate``, ``optimizer``, ``fused_step`` and ``weight_bytes``, in the place of the command's.
+    """
+    shape: dict[str, Any] = {"classes": int(args.classes), "dim": args.dim, "ranks": args.gpus, "batch": args.batch}
+    moved = exchanged(args.dim, args.gpus, args.batch, embedding_bytes=BYTES[args.embedding])
+    return {
+        "tensor cores": flops(**shape, sample_rate=chosen["sample_rate"]) / (args.rate * 1e12),
+        "memory": sum(traffic(**shape, **chosen)) / (args.bandwidth * GB),
+        "link": sum(moved.values()) / (args.link * GB),
+    }
+
+
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that :func:`run` prints, as numbers: bytes, seconds, FLOPs."""
     classes = int(args.classes)
@@ -169,15 +189,18 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     limit = int((args.memory - args.reserve) * GB)
     options = []
     for rate in sorted({1.0, 0.1, args.sample_rate}, reverse=True):
-        for name, fused in itertools.product(MOMENTS, (False, True)):
-            asked: dict[str, Any] = {"sample_rate": rate, "optimizer": name, "fused_step": fused, **size}
+        for name, weight, fused in itertools.product(MOMENTS, WEIGHTS, (False, True)):
+            mode: dict[str, Any] = {"sample_rate": rate, "optimizer": name, "fused_step": fused}
+            asked = mode | size | {"weight_bytes": BYTES[weight]}
+            needed = sum(memory(**shape, **asked).values()) + int(args.reserve * GB)
             options.append(
                 {
-                    "sample_rate": rate,
-                    "optimizer": name,
-                    "fused_step": fused,
-                    "bytes_per_weight": bytes_per_weight(name, size["weight_bytes"], fused),
-                    "bytes": sum(memory(**shape, **asked).values()) + int(args.reserve * GB),
+                    **mode,
+                    "weight": weight,
+                    "bytes_per_weight": bytes_per_weight(name, BYTES[weight], fused),
+                    "bytes": needed,
+                    "fits": needed <= args.memory * GB,
+                    "least_seconds": max(limits(args, **mode, weight_bytes=BYTES[weight]).values()),
                     "most_classes": most_classes(limit, args.dim, args.gpus, args.batch, **asked),
                     "fewest_gpus": fewest_ranks(limit, classes, args.dim, args.batch, **asked),
                 }
@@ -191,14 +214,61 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "exchanged": moved,
         "flops": work,
         "seconds": seconds,
+        "least_seconds": limits(args, **chosen, weight_bytes=size["weight_bytes"]),
         "options": options,
     }
+
+
+def published(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What insightface has published (:mod:`._gpus`), a row for each number of identities, beside what the planner has for the same number
+    on the GPUs of ``args``: of model parallel all classes in a step, of Partial FC a tenth. Samples a second, MB, bytes, seconds."""
+    rows = []
+    first = INSIGHTFACE_ROWS / min(INSIGHTFACE.items())[1][2][0]
+    for identities, (_, parallel, partial) in INSIGHTFACE.items():
+        for rate, theirs in ((1.0, parallel), (0.1, partial)):
+            chosen: dict[str, Any] = {"sample_rate": rate, "optimizer": args.optimizer, "fused_step": args.fused_step}
+            chosen["weight_bytes"] = BYTES[args.weight]
+            same = argparse.Namespace(**(vars(args) | {"classes": identities}))
+            sizes: dict[str, Any] = {"embedding_bytes": BYTES[args.embedding], "gpu_memory": int(args.memory * GB)}
+            needed = sum(memory(identities, args.dim, args.gpus, args.batch, **chosen, **sizes).values())
+            rows.append(
+                {
+                    "identities": identities,
+                    "sample_rate": rate,
+                    "samples_per_second": theirs and theirs[0],
+                    "megabytes": theirs and theirs[1],
+                    "seconds_beyond_the_first": theirs and INSIGHTFACE_ROWS / theirs[0] - first,
+                    "bytes": needed,
+                    "least_seconds": max(limits(same, **chosen).values()),
+                }
+            )
+    return rows
+
+
+class _OfGpu(argparse.Action):
+    """Sets the rates that a GPU's data sheet has; what is given after it counts instead."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        gpu = GPUS[values]
+        for name in ("memory", "rate", "bandwidth", "link"):
+            if getattr(namespace, name) != parser.get_default(name):
+                raise argparse.ArgumentError(self, f"expected before --{name}, which then counts instead of the data sheet's")
+            setattr(namespace, name, getattr(gpu, name))
+        namespace.gpu = values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     rate = number(1e-9, 1e12)
     parser.add_argument("--classes", type=integer(high=2**50), required=True, help="C, such as 30e6")
     parser.add_argument("--dim", type=integer(), default=512, help="D (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        choices=GPUS,
+        action=_OfGpu,
+        help="take --memory, --rate, --bandwidth and --link from its data sheet; what is given after it counts instead",
+    )
     parser.add_argument("--gpus", type=integer(high=MOST_RANKS), default=8, help="how many GPUs hold the classes (default: %(default)s)")
     parser.add_argument("--memory", type=rate, default=80.0, help="GB of each GPU (default: %(default)s)")
     parser.add_argument("--batch", type=integer(), default=128, help="rows on each GPU (default: %(default)s)")
@@ -206,9 +276,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample-rate", type=share, default=1.0, help="share of the classes in a step (default: %(default)s)")
     parser.add_argument("--optimizer", choices=MOMENTS, default="sgd", help="sgd is with momentum (default: %(default)s)")
     parser.add_argument("--fused-step", action="store_true", help="of FusedSGD or FusedAdamW: no gradient of the class centers is stored")
-    parser.add_argument(
-        "--weight", choices=("fp32", "bf16"), default="fp32", help="dtype of class centers and moments (default: %(default)s)"
-    )
+    parser.add_argument("--weight", choices=WEIGHTS, default="fp32", help="dtype of class centers and moments (default: %(default)s)")
     parser.add_argument("--embedding", choices=BYTES, default="bf16", help="dtype of the embeddings (default: %(default)s)")
     parser.add_argument("--workspace-mb", type=number(0, 2**40), default=0.0, help="workspace_mb of the head (default: %(default)s)")
     parser.add_argument(
@@ -217,6 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=rate, default=400.0, help="assumed TFLOP/s of the passes (default: %(default)s)")
     parser.add_argument("--bandwidth", type=rate, default=2500.0, help="assumed memory bandwidth in GB/s (default: %(default)s)")
     parser.add_argument("--link", type=rate, default=50.0, help="assumed GB/s that each GPU receives (default: %(default)s)")
+    parser.add_argument("--published", action="store_true", help="compare with what insightface has published for eight V100")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -224,7 +293,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; returns 1 where it does not fit, 2 where the arguments contradict each other."""
     if args.reserve >= args.memory:
         return refuse(f"--reserve: expected fewer GB than --memory has ({args.memory:g}), got {args.reserve:g}")
-    found = plan(args)
+    found = plan(args) | ({"published": published(args)} if args.published else {})
     if args.json:
         print(json.dumps(found, indent=1))
         return 0 if found["fits"] else 1
@@ -242,24 +311,61 @@ def run(args: argparse.Namespace) -> int:
     seconds = found["seconds"]
     lines = [(name, f"{1e3 * v:.2f}") for name, v in seconds.items()] + [("total", f"{1e3 * sum(seconds.values()):.2f}")]
     print(table((f"time of a step ({found['flops'] / 1e12:.2f} TFLOP per GPU)", "ms"), lines, right=(1,)))
-    print(f"assumed: {args.rate:g} TFLOP/s, {args.bandwidth:g} GB/s memory bandwidth, {args.link:g} GB/s link bandwidth, no overlap.\n")
+    rates = f"{args.rate:g} TFLOP/s, {args.bandwidth:g} GB/s memory bandwidth, {args.link:g} GB/s link bandwidth"
+    print(f"assumed: {rates}, no overlap.")
+    least = found["least_seconds"]
+    parts = ", ".join(f"{name} {1e3 * v:.2f}" for name, v in least.items())
+    print(f"at least {1e3 * max(least.values()):.2f} ms if all overlaps: what each part of a GPU needs is {parts} ms.")
+    if args.gpu:
+        print(f"{GPUS[args.gpu].title}, {GPUS[args.gpu].by}: by {GPUS[args.gpu].source}.")
+    print("No time here was measured.\n")
     choices = [
         (
-            *(f"{o['sample_rate']:g}", _called(o["optimizer"], o["fused_step"]), o["bytes_per_weight"]),
-            *(f"{o['bytes'] / GB:.1f}", f"{o['most_classes']:,}", o["fewest_gpus"] or "none"),
+            *(f"{o['sample_rate']:g}", _called(o["optimizer"], o["fused_step"]), o["weight"], o["bytes_per_weight"]),
+            *(f"{o['bytes'] / GB:.1f}", "yes" if o["fits"] else "no", f"{1e3 * o['least_seconds']:.1f}"),
+            *(f"{o['most_classes']:,}", o["fewest_gpus"] or "none"),
         )
         for o in found["options"]
     ]
     header = (
-        "sample rate",
-        "optimizer",
-        "bytes a weight",
-        "GB per GPU",
-        f"most classes on {args.gpus} GPUs",
-        f"fewest GPUs for {found['classes']:,}",
+        *("sample rate", "optimizer", "centers", "bytes a weight", "GB per GPU", "fits", "at least, ms"),
+        *(f"most classes on {args.gpus} GPUs", f"fewest GPUs for {found['classes']:,}"),
     )
-    print(table(header, choices, right=(0, 2, 3, 4, 5)))
+    print(table(header, choices, right=(0, 3, 4, 6, 7, 8)))
+    if args.published:
+        print(f"\n{about_published(args)}\n")
+        print(table(PUBLISHED_HEADER, [published_cells(row) for row in found["published"]], right=range(len(PUBLISHED_HEADER))))
     return 0 if found["fits"] else 1
+
+
+#: Of the comparison with insightface; a number of the planner's is marked so.
+PUBLISHED_HEADER = (
+    *("identities", "sample rate", "samples/s", "MB of a GPU", "step beyond the first's, ms"),
+    *("planned: GB of a GPU", "planned: at least, ms"),
+)
+
+
+def published_cells(row: dict[str, Any]) -> Sequence[str]:
+    """A row of :func:`published` as text."""
+    return (
+        *(f"{row['identities']:,}", f"{row['sample_rate']:g}"),
+        *(
+            "out of memory" if v is None else f"{v * by:,.0f}"
+            for v, by in ((row["samples_per_second"], 1), (row["megabytes"], 1), (row["seconds_beyond_the_first"], 1e3))
+        ),
+        *(f"{row['bytes'] / GB:.1f}", f"{1e3 * row['least_seconds']:.1f}"),
+    )
+
+
+def about_published(args: argparse.Namespace) -> str:
+    """What the columns of the comparison are."""
+    where = f"{args.gpus} GPUs{f' ({GPUS[args.gpu].title})' if args.gpu else ''}"
+    return (
+        f"Published by insightface for arcface_torch on eight V100 of 32 GB, backbone and head together\n({INSIGHTFACE_SOURCE}),\n"
+        f"and planned for the head alone on {where}, {_called(args.optimizer, args.fused_step)}, {args.weight} centers, {args.batch} rows "
+        f"on each.\nThe first's is the step of {min(INSIGHTFACE):,} identities at a sample rate of 0.1, all steps taken as of "
+        f"{INSIGHTFACE_ROWS:,} rows."
+    )
 
 
 def _called(optimizer: str, fused_step: bool) -> str:

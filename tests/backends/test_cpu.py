@@ -15,6 +15,7 @@ import marginkernels as mk
 from marginkernels import testing
 from marginkernels.backend import FUSED, cpu
 from marginkernels.backend.base import Backend
+from marginkernels.cli import doctor
 from marginkernels.core.numerics import target_centers, unit_rows
 from marginkernels.core.types import HeadInputs, PassInputs, Request, Upstream
 
@@ -37,6 +38,14 @@ def level(monkeypatch):
 def test_auto_prefers_it():
     assert FUSED["cpu"].unsupported_reason("cpu", torch.float32, torch.float32, 8) is None
     assert next(name for name, b in FUSED.items() if b.unavailable_reason() is None and "cpu" in b.tested_on) == "cpu"
+
+
+def test_levels_here_are_among_those_that_were_built():
+    built = cpu.levels(here=False)
+    assert built[0] == "plain"
+    assert [level for level in built if level in cpu.levels()] == cpu.levels()  # in the same order
+    state = doctor.report()["extensions"]["marginkernels._cpu"]
+    assert state.endswith(f"for {' '.join(built)}")
 
 
 @pytest.mark.parametrize(("name", "dtype"), LEVELS)

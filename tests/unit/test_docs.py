@@ -34,6 +34,7 @@ from benchmarks.records import Records, fastest
 from marginkernels import _deprecated, margins, testing
 from marginkernels.backend import FUSED, registry
 from marginkernels.cli import plan
+from marginkernels.cli._gpus import GPUS, INSIGHTFACE
 from marginkernels.cli._libraries import LIBRARIES
 from marginkernels.core.numerics import CHUNK_ELEMENTS
 
@@ -255,11 +256,15 @@ def precision_table(page: Path) -> str:
 PLANNED = ((1, 1), (8, 1), (8, 10), (8, 30), (16, 30), (64, 30), (64, 100))
 
 
+def planned_for(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return parser.parse_args(words)
+
+
 def planned_table(page: Path) -> str:
     def arguments(gpus: int, millions: int, rate: float) -> argparse.Namespace:
-        parser = argparse.ArgumentParser()
-        plan.add_arguments(parser)
-        return parser.parse_args([f"--gpus={gpus}", f"--classes={millions}e6", f"--sample-rate={rate}", "--reserve=0"])
+        return planned_for(f"--gpus={gpus}", f"--classes={millions}e6", f"--sample-rate={rate}", "--reserve=0")
 
     rows = []
     for gpus, millions in PLANNED:
@@ -275,6 +280,39 @@ def planned_table(page: Path) -> str:
     )
     header = "Classes > | GPUs > | sample rate > | memory of a GPU, GB > | received in a step, MB > | TFLOP of a GPU > | step, ms >"
     return about + table(header, rows)
+
+
+def gpus_table(page: Path) -> str:
+    rows = [
+        (f"`{name}`", g.title, *(f"{v:g}" for v in (g.memory, g.rate, g.bandwidth, g.link)), g.by, g.source) for name, g in GPUS.items()
+    ]
+    return table("`--gpu` | GPU | GB > | TFLOP/s > | memory, GB/s > | link, GB/s > | by | Source", rows)
+
+
+#: Of the planner's options, those that a table shows: sample rate, dtype of the centers, whether the step is fused.
+MODES = ((1.0, "fp32", False), (1.0, "fp32", True), (1.0, "bf16", True), (0.1, "fp32", False), (0.1, "bf16", True))
+
+
+def modes_table(page: Path) -> str:
+    """The most identities of the published table on eight of each kind of GPU."""
+    rows = []
+    for name, gpu in GPUS.items():
+        asked = planned_for(f"--gpu={name}", f"--classes={max(INSIGHTFACE)}")
+        found = {(o["sample_rate"], o["weight"], o["fused_step"]): o for o in plan.plan(asked)["options"] if o["optimizer"] == "sgd"}
+        cells = (found[mode] for mode in MODES)
+        rows.append((gpu.title, *(f"{1e3 * o['least_seconds']:.1f}" if o["fits"] else f"no: {o['bytes'] / 1e9:.1f} GB" for o in cells)))
+    heads = (f"{weight}{', fused step' * fused}{', sample rate 0.1' * (rate < 1)} >" for rate, weight, fused in MODES)
+    about = (
+        f"{max(INSIGHTFACE):,} identities on eight GPUs: at least so many milliseconds, or the memory of each where it does not "
+        f"fit. SGD with momentum,\nD = {asked.dim}, {asked.batch} rows on each, {asked.reserve:g} GB of each for the backbone.\n\n"
+    )
+    return about + table(f"GPU | {' | '.join(heads)}", rows)
+
+
+def published_table(page: Path) -> str:
+    asked = planned_for("--gpu=v100", "--classes=1", "--embedding=fp16", "--published")
+    rows = [plan.published_cells(row) for row in plan.published(asked)]
+    return f"{plan.about_published(asked)}\n\n" + table(" | ".join(f"{name} >" for name in plan.PUBLISHED_HEADER), rows)
 
 
 def listed(items: tuple[str, ...]) -> str:
@@ -311,6 +349,9 @@ TABLES = {
     "planned": planned_table,
     "whole_steps": whole_steps_table,
     "precision": precision_table,
+    "gpus": gpus_table,
+    "modes": modes_table,
+    "published": published_table,
 }
 MARKED = re.compile(r"(<!-- (\w+) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from marginkernels.__main__ import main
 from marginkernels.cli import plan
+from marginkernels.cli._gpus import GPUS, INSIGHTFACE
 
 SHAPE = {"classes": 30_000_000, "dim": 512, "ranks": 8, "batch": 128}
 #: Largest difference between a measured peak and the planner's sum, as a share of the sum.
@@ -170,13 +172,22 @@ def test_plan_in_numbers(capsys):
     assert found["seconds"]["passes"] == pytest.approx(max(work / 100e12, 3 * 500_000 * 128 / 1000e9))
     assert found["seconds"]["optimizer"] == pytest.approx(5 * 500_000 * 128 / 1000e9)
     assert found["seconds"]["exchange"] == pytest.approx(sum(found["exchanged"].values()) / 20e9)
-    every = [(rate, name, fused) for rate in (1.0, 0.1) for name in ("sgd", "adamw") for fused in (False, True)]
-    assert [(o["sample_rate"], o["optimizer"], o["fused_step"]) for o in found["options"]] == every
+    passes, update = 3 * 500_000 * 128, 5 * 500_000 * 128
+    sent = sum(found["exchanged"].values()) / 20e9
+    least = {"tensor cores": work / 100e12, "memory": (passes + update) / 1000e9, "link": sent}
+    assert found["least_seconds"] == pytest.approx(least)
+    rates, names = (1.0, 0.1), ("sgd", "adamw")
+    every = [(r, name, w, fused) for r in rates for name in names for w in ("fp32", "bf16") for fused in (False, True)]
+    assert [(o["sample_rate"], o["optimizer"], o["weight"], o["fused_step"]) for o in found["options"]] == every
     for o in found["options"]:
-        options = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": 2, "gpu_memory": 30 * 10**9}
-        options["fused_step"] = o["fused_step"]
-        assert o["bytes_per_weight"] == plan.bytes_per_weight(o["optimizer"], 2, o["fused_step"])
+        size = {"fp32": 4, "bf16": 2}[o["weight"]]
+        step = {"sample_rate": o["sample_rate"], "optimizer": o["optimizer"], "weight_bytes": size, "fused_step": o["fused_step"]}
+        options = step | {"gpu_memory": 30 * 10**9}
+        assert o["bytes_per_weight"] == plan.bytes_per_weight(o["optimizer"], size, o["fused_step"])
         assert o["bytes"] == sum(plan.memory(10**6, 64, 2, 16, **options).values()) + 4 * 10**9
+        assert o["fits"] is (o["bytes"] <= 30 * 10**9)
+        operations = plan.flops(10**6, 64, 2, 16, o["sample_rate"]) / 100e12
+        assert o["least_seconds"] == pytest.approx(max(operations, sum(plan.traffic(10**6, 64, 2, 16, **step)) / 1000e9, sent))
         assert o["most_classes"] == plan.most_classes(26 * 10**9, 64, 2, 16, **options)
         assert o["fewest_gpus"] == plan.fewest_ranks(26 * 10**9, 10**6, 64, 16, **options)
     # It fits by the sum of its parts, the reserve among them; chunks on a GPU so small are as on a CPU.
@@ -201,6 +212,65 @@ def test_command(capsys):
     assert found["seconds"]["passes"] == pytest.approx(max(found["flops"] / 400e12, 3 * 375_000 * 512 * 4 / 2500e9))
     assert main(["plan", "--classes", "1e9", "--gpus", "1"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_named_gpu_by_hand(capsys):
+    """29 million identities on eight V100, a tenth of them in a step: every figure from the data sheet's, or from the published table."""
+    words = ["plan", "--classes", "29e6", "--gpu", "v100", "--sample-rate", "0.1", "--embedding", "fp16", "--published", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    held, met, center = 3_625_000, 362_500, 512 * 4
+    assert found["met_classes"] == met
+    assert found["bytes"]["class centers"] == held * center
+    # 8 N D C operations at 125 TFLOP/s. The passes read W twice and write dW; the update reads dW, and reads and writes W and momentum; W
+    # is copied, and W and momentum copied out and back; 30 times 8 bytes of each class for the draw. At 900 GB/s.
+    operations = 8 * 1024 * 512 * met / 125e12
+    moved = ((3 + 5 + 2 + 4 * 2) * met * center + 240 * held) / 900e9
+    received = 7 * (128 * 512 * 2 + 129 * 8 + 128 * 512 * 4) + 2 * 7 * 1024 * 24 // 8 + 7 * 1024 * 16
+    assert found["least_seconds"] == pytest.approx({"tensor cores": operations, "memory": moved, "link": received / 150e9})
+    assert (round(1e3 * operations, 2), round(1e3 * moved, 2)) == (12.16, 15.81)
+    (option,) = (
+        o for o in found["options"] if (o["sample_rate"], o["optimizer"], o["weight"], o["fused_step"]) == (0.1, "sgd", "fp32", False)
+    )
+    assert option["least_seconds"] == pytest.approx(moved)
+    assert option["fits"]
+    last = found["published"][-1]
+    assert last["samples_per_second"] == 1855
+    assert last["megabytes"] == 32324
+    assert last["seconds_beyond_the_first"] == pytest.approx(1024 / 1855 - 1024 / 5004)
+    assert last["least_seconds"] == pytest.approx(moved)
+    assert last["bytes"] == sum(found["bytes"].values()) - found["bytes"]["reserve"]
+    whole = found["published"][-2]
+    assert whole["samples_per_second"] is whole["megabytes"] is whole["seconds_beyond_the_first"] is None
+    assert whole["least_seconds"] == pytest.approx(10 * operations)
+
+
+def test_what_is_said_of_a_named_gpu(capsys):
+    assert main(["plan", "--classes", "29e6", "--gpu", "h100", "--link", "40", "--published"]) == 0
+    text = capsys.readouterr().out
+    assert "8 GPUs of 80 GB" in text
+    assert "assumed: 989.5 TFLOP/s, 3350 GB/s memory bandwidth, 40 GB/s link bandwidth" in text
+    assert "by NVIDIA H100 Tensor Core GPU, data sheet" in text
+    assert "No time here was measured." in text
+    assert "on eight V100 of 32 GB" in text
+    assert "out of memory" in text
+    assert main(["plan", "--classes", "1e6"]) == 0
+    assert "data sheet" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "--classes", "29e6", "--link", "40", "--gpu", "h100"])  # it would be forgotten
+    assert "expected before --link" in capsys.readouterr().err
+
+
+def test_data_sheets_are_in_the_units_of_the_arguments():
+    for gpu in GPUS.values():
+        assert f"{gpu.memory} GB" in gpu.title
+        assert 100 <= gpu.rate <= 5000  # TFLOP/s
+        assert 10 * gpu.link < gpu.bandwidth * 2 < 1000 * gpu.link  # GB/s, both
+    ordered = sorted(INSIGHTFACE.items())
+    assert list(INSIGHTFACE) == [identities for identities, _ in ordered]
+    for (_, fewer), (_, more) in pairwise(ordered):
+        for a, b in zip(fewer, more, strict=True):
+            assert b is None or (a is not None and b[0] < a[0] and b[1] > a[1])  # slower, and in more memory
 
 
 @pytest.mark.parametrize(

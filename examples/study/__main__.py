@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict, replace
@@ -18,11 +17,17 @@ from marginkernels.cli._text import folder, integer, number, refuse, writable_fi
 
 from . import features, glyphs, heads, report
 
+above_zero = number(0, open_low=True)
+
 #: With ``--quick``: a few hundred identities from the typefaces of matplotlib, and as few steps as show that all works.
-QUICK = {"script": "any", "least": 5, "most": 8, "identities": 240}
+QUICK = glyphs.Choice(None, script="any", least=5, most=8, identities=240)
 QUICK_NETWORK = features.Network(dim=64, width=8, share=0.25, unseen=0.25, batch=64)
 QUICK_PLAN = heads.Plan(steps=12, identities=1000, batch=64, dim=32, hidden=64, seeds=2)
 QUICK_RUNS = ("arcface", "curricularface", "adacos", "bf16-centers", "sampled-0.3")
+#: Without it.
+CHOICE = glyphs.Choice(Path("/usr/share/fonts"))
+#: The steps are those that the budget affords.
+PLAN = heads.Plan(steps=0, identities=20_000)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,31 +54,23 @@ def parser() -> argparse.ArgumentParser:
             )
             add("--quick", action="store_true", help="a few hundred identities and steps, to see in seconds that everything works")
         if name in ("render", "all"):
-            choice = glyphs.Choice(None)
-            add("--fonts", type=folder, default=Path("/usr/share/fonts"), metavar="DIR", help="where the fonts are (default: %(default)s)")
-            add(
-                "--script", choices=list(glyphs.SCRIPTS), default=choice.script, help="ideographs, or all characters (default: %(default)s)"
-            )
-            add("--least", type=integer(3), default=choice.least, help="fewest images of an identity (default: %(default)s)")
-            add("--most", type=integer(3), default=choice.most, help="most images of an identity (default: %(default)s)")
+            add("--fonts", type=folder, metavar="DIR", help=f"where the fonts are, besides matplotlib's (default: {CHOICE.fonts})")
+            add("--script", choices=list(glyphs.SCRIPTS), help=f"ideographs, or all characters (default: {CHOICE.script})")
+            add("--least", type=integer(3), help=f"fewest images of an identity (default: {CHOICE.least})")
+            add("--most", type=integer(3), help=f"most images of an identity (default: {CHOICE.most})")
             add("--jobs", type=integer(), default=2, help="processes that render (default: %(default)s)")
         if name in ("train-features", "all"):
             group = one.add_mutually_exclusive_group()
-            group.add_argument(
-                "--feature-minutes", type=number(0, open_low=True), default=15.0, help="time to train (default: %(default)g)"
-            )
+            group.add_argument("--feature-minutes", type=above_zero, default=15.0, help="time to train (default: %(default)g)")
             group.add_argument("--feature-steps", type=integer(), help="steps, instead of the time")
         if name in ("heads", "all"):
             group = one.add_mutually_exclusive_group()
-            group.add_argument(
-                "--budget-minutes", type=number(0, open_low=True), default=50.0, help="time of all runs, about (default: %(default)g)"
-            )
+            group.add_argument("--budget-minutes", type=above_zero, default=50.0, help="time of all runs, about (default: %(default)g)")
             group.add_argument("--steps", type=integer(), help="steps of each run, instead of a budget")
-            add("--identities", type=integer(2), default=20_000, help="most training identities, C (default: %(default)s)")
-            plan = heads.Plan(0, 0)
-            add("--batch", type=integer(2), default=plan.batch, help="rows of a step (default: %(default)s)")
-            add("--dim", type=integer(), default=plan.dim, help="embedding dimensions (default: %(default)s)")
-            add("--seeds", type=integer(), default=plan.seeds, help="of the main heads and the variants (default: %(default)s)")
+            add("--identities", type=integer(2), help=f"most training identities, C (default: {PLAN.identities:,})")
+            add("--batch", type=integer(2), help=f"rows of a step (default: {PLAN.batch})")
+            add("--dim", type=integer(), help=f"embedding dimensions (default: {PLAN.dim})")
+            add("--seeds", type=integer(), help=f"of the main heads and the variants (default: {PLAN.seeds})")
             known = [run.name for run in heads.runs(1)]
             add("--only", nargs="+", choices=known, metavar="NAME", help=f"these runs alone, of {', '.join(known)}")
             add("--plan", action="store_true", help="print what would be done and how long it takes, and do nothing")
@@ -83,19 +80,21 @@ def parser() -> argparse.ArgumentParser:
             add(
                 "--page",
                 type=writable_file,
-                default=None,
                 metavar="PATH",
-                help="default: docs/study.md for the committed records, else study.md beside them",
+                help="(default: docs/study.md for the committed records, else study.md beside them)",
             )
-            add("--results", type=writable_file, default=None, metavar="PATH", help="write all records into one JSON file as well")
+            add("--results", type=writable_file, metavar="PATH", help="write all records into one JSON file as well")
     return found
 
 
+def given(base: Any, args: argparse.Namespace, *names: str) -> Any:
+    """``base`` with what the command line gives."""
+    return replace(base, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
 def render_command(args: argparse.Namespace) -> int:
-    about = ("script", "least", "most")
-    choice = glyphs.Choice(args.fonts, **{name: getattr(args, name) for name in about})
-    if args.quick:
-        choice = glyphs.Choice(None, **QUICK)
+    choice = QUICK if args.quick else CHOICE
+    choice = given(choice, args, "fonts", "script", "least", "most")
     found = glyphs.render(args.cache, choice, 1 if args.quick else args.jobs)
     used = sum(f["images"] > 0 for f in found["typefaces"])
     print(f"{found['images']:,} images of {found['identities']:,} characters in {used} typefaces, {found['seconds']:.0f} s: {args.cache}")
@@ -104,7 +103,7 @@ def render_command(args: argparse.Namespace) -> int:
 
 def train_features_command(args: argparse.Namespace) -> int:
     network = QUICK_NETWORK if args.quick else features.Network()
-    steps = 12 if args.quick else args.feature_steps
+    steps = args.feature_steps or (12 if args.quick else None)
     found = features.train(args.cache, network, steps, args.feature_minutes)
     print(f"{found['steps']:,} steps, loss {found['loss'][0]:.2f} to {found['loss'][-1]:.2f}; seconds: {found['seconds']}")
     return 0
@@ -112,9 +111,7 @@ def train_features_command(args: argparse.Namespace) -> int:
 
 def heads_command(args: argparse.Namespace) -> int:
     saved = args.out / "plan.json"
-    plan = heads.Plan(args.steps or 0, args.identities, args.batch, args.dim, seeds=args.seeds)
-    if args.quick:
-        plan = replace(QUICK_PLAN, steps=args.steps or QUICK_PLAN.steps)
+    plan = given(QUICK_PLAN if args.quick else PLAN, args, "steps", "identities", "batch", "dim", "seeds")
     data = heads.Data.load(args.cache, plan.identities, plan.views)
     plan = replace(plan, identities=data.about["training"]["identities"])
     only = args.only or (QUICK_RUNS if args.quick else None)

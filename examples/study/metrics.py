@@ -1,12 +1,11 @@
 """What embeddings of unseen identities are worth: verification, identification, with intervals over identities.
 
-An interval is a bootstrap over identities, not over pairs: identities are drawn again with replacement, and each pair counts as often as both
-of its identities were drawn. The threshold of a false accept rate is found anew in every draw.
+An interval is a bootstrap over identities, not over pairs: identities are drawn again with replacement, and each pair counts as often as
+both of its identities were drawn. The threshold of a false accept rate is found anew in every draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +32,12 @@ class Tail:
     """The pairs that decide: all of the same identity, and those of different ones with the highest cosines. Each pair once.
 
     Attributes:
+        lowest: bin from which on there are pairs of different identities.
         genuine_bins, genuine: (G,) bins of the cosines, and the identities.
         impostor_bins, first, second: (P,) bins of the cosines, and both identities.
     """
 
+    lowest: int
     genuine_bins: Tensor
     genuine: Tensor
     impostor_bins: Tensor
@@ -56,18 +57,18 @@ def tail_of(unit: Tensor, identities: Tensor, lowest: int, block: int = 1024) ->
         genuine.append((bins[i, j], identities[start + i]))
         i, j = (~same & pair & (bins >= lowest)).nonzero(as_tuple=True)
         impostor.append((bins[i, j], identities[start + i], identities[start + j]))
-    return Tail(*map(torch.cat, zip(*genuine, strict=True)), *map(torch.cat, zip(*impostor, strict=True)))
+    return Tail(lowest, *map(torch.cat, zip(*genuine, strict=True)), *map(torch.cat, zip(*impostor, strict=True)))
 
 
 def drawn_again(tail: Tail, counts: Tensor, times: Tensor) -> Verification:
     """The histograms where identity k counts ``times[k]`` times: (K,) float64. ``counts`` (K,) is the images of each.
 
-    Pairs of different identities below the tail are all in the lowest bin. Two copies of one identity make no pair.
+    Pairs of different identities below the tail are all in the bin below it. Two copies of one identity make no pair.
     """
     genuine = torch.bincount(tail.genuine_bins, times[tail.genuine], minlength=BINS)
     impostor = torch.bincount(tail.impostor_bins, times[tail.first] * times[tail.second], minlength=BINS)
     images = times * counts
-    impostor[0] += (images.sum() ** 2 - (images**2).sum()) / 2 - impostor.sum()
+    impostor[max(tail.lowest - 1, 0)] += (images.sum() ** 2 - (images**2).sum()) / 2 - impostor.sum()
     return Verification(genuine, impostor, float("nan"))
 
 
@@ -87,8 +88,8 @@ def verification(embeddings: Tensor, identities: Tensor, seed: int = 0) -> dict[
     unit = F.normalize(embeddings.float())
     found = verify_pairs(unit, identities)
     false, _ = found.roc()
-    # A draw's threshold can lie lower than that of all identities: the tail has half as many pairs again.
-    lowest = BINS - int((false <= 1.5 * max(FARS)).sum())
+    # A draw's threshold can lie lower than that of all identities: the tail has twice as many pairs.
+    lowest = max(0, BINS - int((false <= 2 * max(FARS)).sum()) - 1)
     tail = tail_of(unit, identities, lowest)
     counts = torch.bincount(identities).double()
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +152,3 @@ def _figure(value: float, draws: Tensor) -> list[float]:
 def histogram(degrees: Tensor, width: float) -> list[int]:
     """Counts of angles (M,) in bins of ``width`` degrees over [0, 180]."""
     return torch.histc(degrees.float(), round(180 / width), 0, 180).long().tolist()
-
-
-def mean(figures: Sequence[float]) -> float:
-    return sum(figures) / len(figures)

@@ -82,10 +82,12 @@ def render(cache: Path, choice: Choice, jobs: int) -> dict[str, Any]:
     work = partial(_render, folder=folder)
     bar = partial(tqdm, total=len(faces), desc="render", unit="typeface")
     if jobs == 1:
-        list(bar(map(work, faces)))
+        faults = list(bar(map(work, faces)))
     else:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(bar(pool.map(work, faces)))
+            faults = list(bar(pool.map(work, faces)))
+    skipped += [fault for fault in faults if fault]
+    faces = [face for face, fault in zip(faces, faults, strict=True) if not fault]
     found = {"choice": asked} | _merge(cache, faces, choice)
     found |= {"skipped": skipped, "packages": _packages({f.path for f in faces}), "unicode": unicodedata.unidata_version}
     found["seconds"] = round(time.perf_counter() - start, 1)
@@ -126,14 +128,18 @@ def _files(face: Typeface, folder: Path) -> tuple[Path, Path]:
     return folder / f"{name}-codes.npy", folder / f"{name}.npy"
 
 
-def _render(face: Typeface, folder: Path) -> None:
+def _render(face: Typeface, folder: Path) -> str:
+    """Write the images of a typeface, unless they are there; says why where it cannot be rendered."""
     codes, images = _files(face, folder)
     if codes.exists():  # written last
-        return
-    found = [(ord(c), image) for c, image in face.renderings()]
-    kept = np.array([code for code, _ in found], dtype=np.int32), np.array([i for _, i in found], dtype=np.uint8).reshape(-1, SIZE, SIZE)
-    np.save(images, kept[1])
-    np.save(codes, kept[0])
+        return ""
+    try:
+        found = [(ord(c), image) for c, image in face.renderings()]
+    except Exception as error:  # programs of glyphs may be broken, and FreeType may raise anything
+        return f"{face.name}: {error}"
+    np.save(images, np.array([image for _, image in found], dtype=np.uint8).reshape(-1, SIZE, SIZE))
+    np.save(codes, np.array([code for code, _ in found], dtype=np.int32))
+    return ""
 
 
 def own_images(codes: npt.NDArray[np.int32], images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], set[int]]:

@@ -21,10 +21,10 @@ from .worker import without_folders
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
-def describe(kind: str) -> dict:
-    """The ``environment`` block of a record file for device ``kind``, ``cpu`` or ``cuda``."""
+def machine(kind: str) -> dict:
+    """The machine, the versions and the time, for device ``kind``, ``cpu`` or ``cuda``."""
     name, flags = _cpu()
-    found = {
+    return {
         "device": kind,
         "cpu": name,
         "cpu_features": flags,
@@ -39,6 +39,12 @@ def describe(kind: str) -> dict:
         "commit": commit(),
         "load": round(os.getloadavg()[0], 1),  # what else the machine was busy with
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def describe(kind: str) -> dict:
+    """The ``environment`` block of a record file for device ``kind``, ``cpu`` or ``cuda``."""
+    found = machine(kind) | {
         "copy_gb_s": round(copy_bandwidth(Device(kind)) / 1e9, 1),
         "memory_method": "torch.cuda.max_memory_allocated" if kind == "cuda" else "resident high-water mark of the process",
     }

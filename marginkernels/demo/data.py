@@ -112,30 +112,45 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> Image | None:
     return image
 
 
-def renderings(path: Path) -> Iterator[tuple[str, Iterator[tuple[str, Image]]]]:
-    """For each typeface of a font file: its name, and its characters with their images, ordered by code point."""
+@dataclass(frozen=True)
+class Typeface:
+    """One face of a font file.
+
+    Attributes:
+        name: that of the file, with the index inside a collection.
+        characters: those that the font has a glyph for and that count as identities, by code point.
+    """
+
+    path: Path
+    index: int
+    name: str
+    characters: tuple[str, ...]
+
+    def renderings(self) -> Iterator[tuple[str, Image]]:
+        """The characters with their images; those that are blank, or look like a missing glyph, are left out."""
+        from PIL import ImageFont
+
+        font = ImageFont.truetype(str(self.path), EM, index=self.index, layout_engine=ImageFont.Layout.BASIC)
+        missing = draw(font, "\U0010ffff")  # never assigned: this is the image of a missing glyph
+        for character in self.characters:
+            image = draw(font, character)
+            if image is not None and (missing is None or not np.array_equal(image, missing)):
+                yield character, image
+
+
+def typefaces_of(path: Path) -> list[Typeface]:
+    """The typefaces of a font file: several where it is a collection."""
     from fontTools.ttLib import TTFont
     from fontTools.ttLib.ttCollection import TTCollection
-    from PIL import ImageFont
 
     collection = path.suffix.lower() == ".ttc"
-    tables = TTCollection(path, lazy=True).fonts if collection else [TTFont(path, lazy=True)]
-    for index, table in enumerate(tables):
-        characters = [c for c in map(chr, sorted(table.getBestCmap() or {})) if is_identity(c)]
+    found = []
+    for index, table in enumerate(TTCollection(path, lazy=True).fonts if collection else [TTFont(path, lazy=True)]):
+        characters = tuple(c for c in map(chr, sorted(table.getBestCmap() or {})) if is_identity(c))
         if path.stem in ALPHANUMERIC_ONLY:
-            characters = [c for c in characters if c.isalnum() and c.isascii()]
-        font = ImageFont.truetype(str(path), EM, index=index, layout_engine=ImageFont.Layout.BASIC)
-        missing = draw(font, "\U0010ffff")  # never assigned: this is the image of a missing glyph
-
-        def drawn(
-            font: ImageFont.FreeTypeFont = font, characters: list[str] = characters, missing: Image | None = missing
-        ) -> Iterator[tuple[str, Image]]:
-            for character in characters:
-                image = draw(font, character)
-                if image is not None and (missing is None or not np.array_equal(image, missing)):
-                    yield character, image
-
-        yield f"{path.stem}#{index}" if collection else path.stem, drawn()
+            characters = tuple(c for c in characters if c.isalnum() and c.isascii())
+        found.append(Typeface(path, index, f"{path.stem}#{index}" if collection else path.stem, characters))
+    return found
 
 
 def load(extra: Path | None = None, *, min_typefaces: int = 6, max_identities: int | None = None, seed: int = 0) -> Glyphs:
@@ -157,14 +172,14 @@ def load(extra: Path | None = None, *, min_typefaces: int = 6, max_identities: i
     typefaces: list[str] = []
     for path in tqdm(font_files(extra), desc="render", unit="font"):
         try:
-            for name, drawn in renderings(path):
+            for typeface in typefaces_of(path):
                 seen: dict[bytes, str] = {}
-                for character, image in drawn:
+                for character, image in typeface.renderings():
                     pixels = image.tobytes()
                     if seen.setdefault(pixels, character) != character:
                         duplicates.add(character)
                     images.setdefault(character, {}).setdefault(pixels, len(typefaces))
-                typefaces.append(name)
+                typefaces.append(typeface.name)
         except Exception as error:  # font files may be broken, and their parsers may raise anything
             print(f"skipped {path.name}: {error}")
     characters = sorted(c for c, found in images.items() if c not in duplicates and len(found) >= min_typefaces)

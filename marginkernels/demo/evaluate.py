@@ -37,6 +37,11 @@ class Verification:
         return float(true[within - 1]) if within else 0.0
 
 
+def bins_of(cos: Tensor) -> Tensor:
+    """The bin of each cosine, int64."""
+    return ((cos + 1) * (BINS / 2)).long().clamp_(0, BINS - 1)
+
+
 @torch.no_grad()
 def verify_pairs(embeddings: Tensor, identities: Tensor, *, block: int = 1024) -> Verification:
     """Compare every image with every other one, ``block`` rows at a time.
@@ -57,7 +62,7 @@ def verify_pairs(embeddings: Tensor, identities: Tensor, *, block: int = 1024) -
         other[here, here + start] = False
         best = cos.masked_fill(~other, -2).argmax(1)
         hits += int(same[here, best].sum())
-        bins = ((cos + 1) * (BINS / 2)).long().clamp_(0, BINS - 1) + BINS * same
+        bins = bins_of(cos) + BINS * same
         counts += torch.bincount(bins[other], minlength=2 * BINS)
     impostor, genuine = counts.cpu().view(2, BINS)
     return Verification(genuine, impostor, hits / len(unit))

@@ -4,6 +4,7 @@ It lies in an unpacked sdist, whose README and setup.py it reads; the package is
 """
 
 import importlib.metadata
+import math
 import re
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def main() -> None:
     quickstart = re.search(r"^## Quickstart\n+```python\n(.*?)^```", readme, re.M | re.S)[1]
     space: dict[str, torch.Tensor] = {}
     exec(quickstart.replace("1_000_000", "100_000"), space)  # with a tenth of its identities, for machines of little memory
-    expect(bool(space["loss"].isfinite()), f"the README's quickstart: a loss of {float(space['loss']):.2f}")
+    loss = space["loss"].item()
+    expect(math.isfinite(loss), f"the README's quickstart: a loss of {loss:.2f}")
     expect(tuple(space["identities"].shape) == (64, 5), "and its search: 5 identities for each of 64 rows")
 
 

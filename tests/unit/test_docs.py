@@ -246,12 +246,12 @@ def switching_table(page: Path) -> str:
 
 
 def command_table(command: str) -> str:
-    """The options of a command, without defaults that only this machine has."""
+    """The options of a command; none of their texts may depend on the machine."""
     parser = argparse.ArgumentParser()
     importlib.import_module(f"marginkernels.{marginkernels.__main__.COMMANDS[command][0]}").add_arguments(parser)
     rows = []
     for action in parser._actions[1:]:
-        about = re.sub(r" \(default here: .*?\)", "", action.help or "") % {**vars(action), "prog": command}
+        about = (action.help or "") % {**vars(action), "prog": command}
         shown = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
         value = "" if action.nargs == 0 or not action.option_strings else f" {shown}"
         rows.append((f"`{(action.option_strings or [action.dest])[-1]}{value}`", about.replace("|", r"\|")))

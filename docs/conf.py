@@ -6,6 +6,7 @@ The root of the sources is that of the repository, so that a link from page to p
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import marginkernels
 
 #: Title of a part of the navigation -> its pages. A page that is in no part is an error of the build.
 NAVIGATION = {
-    "Start": ["docs/start", "docs/training", "docs/faq", "docs/README"],
+    "Start": ["docs/start", "docs/training", "docs/switching", "docs/faq", "All pages <docs/README>"],
     "Losses": ["docs/choosing", "docs/margin_and_scale", "docs/losses", "docs/own_loss"],
     "Many identities": ["docs/planning", "docs/distributed", "docs/fused_step"],
-    "Running it": ["docs/numerics", "docs/backends", "docs/verification", "docs/commands"],
-    "Reference": ["docs/reference/index", "docs/switching"],
+    "Running it": ["docs/numerics", "docs/backends", "docs/verification"],
+    "Reference": ["docs/reference/index", "docs/commands"],
     "Project": ["docs/benchmarking", "benchmarks/RESULTS", "docs/architecture", "CONTRIBUTING", "CHANGELOG"],
 }
 #: Pages under another in the navigation.
@@ -39,6 +40,7 @@ html_theme = "furo"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+pygments_dark_style = "github-dark"
 
 # A heading's anchor is the one that GitHub gives it.
 myst_heading_anchors = 4
@@ -47,11 +49,13 @@ autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_mock_imports = ["mmpretrain", "oml", "speechbrain", "wespeaker"]
 napoleon_custom_sections = [("Buffers", "attributes"), ("Class attributes a subclass may set", "params_style"), "Shapes"]
-napoleon_custom_sections += ["With a process group of R ranks"]
+# What is returned is told in prose, whose colons are not those of a type.
+napoleon_custom_sections += ["With a process group of R ranks", "Returns"]
 
 # Every name that a docstring refers to must be in the reference, but for those of other libraries.
+python_maximum_signature_line_length = 88
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|numpy|collections|pathlib|os|pytorch_metric_learning)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|numpy|collections|pathlib|os|pickle|pytorch_metric_learning)\..*|Tensor|.*\.Key")]
 
 
 def name_as_users_do() -> None:
@@ -64,11 +68,12 @@ def name_as_users_do() -> None:
                 found.__module__ = module
 
 
-def add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
-    """The first page gets the navigation, and a page those under it; GitHub's readers do not see it."""
+def for_the_site(app: Sphinx, name: str, source: list[str]) -> None:
+    """What differs from what GitHub shows: a link that names a file names its title, and the pages that are above others list them."""
+    source[0] = re.sub(r"\[[\w./-]+\.md\]\(", "[](", source[0])
     if name == root_doc:
         for part, pages in NAVIGATION.items():
-            source[0] += "\n```{toctree}\n:hidden:\n:caption: " + part + "\n" + "\n".join(f"/{page}" for page in pages) + "\n```\n"
+            source[0] += "\n```{toctree}\n:hidden:\n:caption: " + part + "\n" + "\n".join(pages) + "\n```\n"
     if name in UNDER:
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n" + UNDER[name] + "\n```\n"
 
@@ -81,5 +86,5 @@ def add_index(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     name_as_users_do()
-    app.connect("source-read", add_navigation)
+    app.connect("source-read", for_the_site)
     app.connect("build-finished", add_index)

@@ -83,8 +83,8 @@ def heads_table(page: Path) -> str:
             state = "`alpha`, if trainable"
         elif not state:
             state = ", ".join(f"`{name}`, trained" for name, _ in made.named_parameters())
-        rows.append((f"`{cls.__name__}`", f"`{cls.__name__}{inspect.Signature(plain)}`", first, made.non_target.label, state or "-"))
-    return table("Margin | Constructor | What it is | Non-target logits | State", rows)
+        rows.append((f"`{cls.__name__}{inspect.Signature(plain)}`", first, made.non_target.label, state or "-"))
+    return table("Margin | What it is | Non-target logits | State", rows)
 
 
 def backends_table(page: Path) -> str:
@@ -252,8 +252,9 @@ def command_table(command: str) -> str:
     rows = []
     for action in parser._actions[1:]:
         about = (action.help or "") % {**vars(action), "prog": command}
-        shown = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
-        value = "" if action.nargs == 0 or not action.option_strings else f" {shown}"
+        if action.choices and action.metavar is None:
+            about += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+        value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or action.dest.upper()}"
         rows.append((f"`{(action.option_strings or [action.dest])[-1]}{value}`", about.replace("|", r"\|")))
     return table("Option | What it does", rows)
 

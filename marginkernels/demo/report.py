@@ -15,9 +15,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --paper: #0d1117; --line: #3d444d; --faint: #9198a1 } }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--text); background: var(--paper) }
 h1, h2 { line-height: 1.25 }
+h2 { font-size: 1.2rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th.text, td.text { text-align: left }
 p.note, figcaption { color: var(--faint); font-size: 0.9rem }
 figure { margin: 1.5rem 0 }

@@ -3,6 +3,7 @@
 # make quick   the tests of single functions alone, without those that compile, build or start processes: about a minute
 # make test-all  the same as test with the tests that take minutes
 # make mutants     plant each of the known mistakes in a copy and see that its tests notice it
+# make docs        build the documentation as a site, in site/; docs-serve shows it at http://localhost:8000
 # make fuzz N=100000  random problems against the float64 reference, counted in benchmarks/results/fuzz.json
 # make kills N=200  kill ranks at random moments of save, step and load; the record is benchmarks/results/kills.json
 # make wheel    an sdist, and a manylinux wheel for each CPython that is here, in dist: release/wheels.py
@@ -37,7 +38,7 @@ FUZZ ?=
 
 CSRC := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test quick test-all mutants fuzz kills lint format wheel wheel-check build test-gpu gpu-report clean
+.PHONY: demo test quick test-all mutants docs docs-serve fuzz kills lint format wheel wheel-check build test-gpu gpu-report clean
 
 demo: $(READY)
 	$(VENV)/bin/python -m marginkernels demo $(ARGS)
@@ -53,6 +54,12 @@ test-all: lint
 
 mutants: $(READY)
 	PYTHONPATH=tests $(VENV)/bin/python -m mutants --record benchmarks/results/mutants.json $(MUTANTS)
+
+docs: $(READY)
+	$(VENV)/bin/python -m sphinx -c docs -d build/doctrees -W --keep-going -q . site
+
+docs-serve: docs
+	$(VENV)/bin/python -m http.server --directory site
 
 fuzz: $(READY)
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --cases $(N) --record benchmarks/results/fuzz.json $(FUZZ)
@@ -98,4 +105,4 @@ gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 clean:
-	rm -rf $(VENV) build dist marginkernels.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+	rm -rf $(VENV) build dist site marginkernels.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*

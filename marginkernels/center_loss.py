@@ -17,8 +17,8 @@ class CenterLoss(nn.Module):
     are not zero) but dense in form; with ``sparse=True`` it is a sparse tensor, for SGD and SparseAdam.
 
     Args:
-        num_classes: C.
-        embedding_dim: D.
+        num_classes: C, the number of identities.
+        embedding_dim: D, the size of an embedding.
         reduction: ``"none"``, ``"mean"`` over the rows not ignored (0 where there is none) or ``"sum"``.
         ignore_index: rows with this label have no loss and no gradient, whatever they hold.
         sparse: give the centers' gradient as a sparse tensor.

@@ -45,8 +45,8 @@ class MarginHead(nn.Module):
     """A classification head: class centers ``weight`` (C, D), a margin, and the loss of both, never holding the N x C logits.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the size of an embedding.
+        num_classes: C, the number of identities.
         margin: a :class:`Margin`.
         bias: learn one bias per class (C,), starting at 0.
         reduction, ignore_index, label_smoothing, backend, workspace_mb: see :func:`margin_cross_entropy`.

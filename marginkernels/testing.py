@@ -140,7 +140,7 @@ def set_apart(x: Tensor, w: Tensor, labels: Tensor, sub_centers: int, g: torch.G
 
 def settled(case: Case, margin: m.Margin, sub_centers: int = 1) -> Case:
     """``case`` without the rows, which are ignored then, in which it hangs on rounding which classes are the nearest that
-    :class:`InterTopK` lifts: there a gradient jumps, and is right on either side."""
+    :class:`marginkernels.InterTopK` lifts: there a gradient jumps, and is right on either side."""
     if not isinstance(margin, m.InterTopK):
         return case
     x, w = (torch.nn.functional.normalize(v.double()) for v in (case.x, case.w))

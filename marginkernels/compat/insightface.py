@@ -69,8 +69,9 @@ def fused_margin(margin_loss: object) -> Margin:
     """The margin of this package that computes as ``margin_loss`` does.
 
     Args:
-        margin_loss: a :class:`Margin`, or an object with the attributes of insightface's ``CombinedMarginLoss``, ``ArcFace`` or
-            ``CosFace``. Their ArcFace has a slope of 1 (the margin is added where autograd does not see it) and no fallback past pi.
+        margin_loss: a :class:`marginkernels.Margin`, or an object with the attributes of insightface's ``CombinedMarginLoss``,
+            ``ArcFace`` or ``CosFace``. Their ArcFace has a slope of 1 (the margin is added where autograd does not see it) and no fallback
+            past pi.
 
     Raises:
         TypeError: anything else. ValueError: ``CombinedMarginLoss`` with m1 other than 1 and no m3, which insightface refuses too.
@@ -101,7 +102,7 @@ class PartialFC_V2(nn.Module):
 
     Args:
         margin_loss: see :func:`fused_margin`; read anew in every call.
-        embedding_size: D.
+        embedding_size: D, the size of an embedding.
         num_classes: C, over all ranks.
         sample_rate: the share of each rank's classes that take part in a step, in (0, 1].
         fp16: products of normalized rows and centers in float16.

@@ -56,11 +56,11 @@ class ArcFaceLossWithMLP(theirs.ArcFaceLossWithMLP):
 
     @property
     def fused(self) -> bool:
-        """See :attr:`ArcFaceLoss.fused`."""
+        """As that of :class:`ArcFaceLoss`."""
         return self.unfused_reason is None
 
     @property
     def unfused_reason(self) -> str | None:
-        """See :attr:`ArcFaceLoss.unfused_reason`."""
+        """As that of :class:`ArcFaceLoss`."""
         reason: str | None = self.arcface.unfused_reason
         return reason

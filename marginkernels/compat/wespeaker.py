@@ -36,7 +36,7 @@ class Outputs:
     Attributes:
         right: (N,) bool: the row's logit of its own class, margin included, is the highest.
         labels: (N,) int64.
-        num_classes: C.
+        num_classes: C, the number of identities.
     """
 
     def __init__(self, right: Tensor, labels: Tensor, num_classes: int):

@@ -8,17 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import __version__, testing
 from .._deprecated import backend_name
 from ..backend import NAMES, resolve
-from ..cli._text import MAX_SEED, folder, integer, number, refuse, table, usable_device, writable_folder
+from ..cli._text import MAX_SEED, folder, integer, number, refuse, usable_device, writable_folder
 
 #: The heads that ``--compare`` trains if it names none.
 COMPARED = ("softmax", "normface", "sphereface-annealed", "cosface", "arcface", "adacos", "mv-arc", "curricularface")
@@ -42,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=integer(2), default=256, metavar="N", help="at least 2 (default: %(default)s)")
     add("--dim", type=integer(high=65536), default=128, metavar="D", help="embedding dimension (default: %(default)s)")
     add("--seed", type=integer(0, MAX_SEED), default=0, help="of the split, the weights and the order of images (default: %(default)s)")
-    add("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
+    add(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or a GPU (default: a GPU where there is one)",
+    )
     add("--backend", default="auto", type=backend_name, choices=NAMES, help="backend of the head (default: %(default)s)")
     about = "train with the fused optimizer step; class centers and their moments in fp32, or in bf16, rounded at random or to nearest"
     add("--fused-step", nargs="?", const="fp32", choices=STEPS, metavar="KIND", help=f"{about}: {', '.join(STEPS)}")
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, verify, measure, and write plots and ``results.json``; returns 1 where a package is missing, 2 where the
+    """Train, verify, measure, and write plots, ``results.json`` and ``report.html``; returns 1 where a package is missing, 2 where the
     arguments cannot work on this machine."""
     try:
         import fontTools  # noqa: F401
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"The demo needs {PACKAGES}: {error}")
         return 1
-    from . import data, heads, plots, train
+    from . import data, heads, plots, report, train
     from .evaluate import FARS
 
     device = torch.device(args.device)
@@ -137,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
         "costs": costs,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    _print_report(results, FARS)
-    print(f"\n{len(written)} plots and results.json in {args.out}")
+    (args.out / "report.html").write_text(report.as_page(results, FARS, written), encoding="utf-8")
+    print(f"\n{report.as_text(results, FARS)}\n\n{len(written)} plots, results.json and report.html in {args.out}")
     return 0
 
 
@@ -146,40 +149,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def _print_report(results: dict[str, Any], fars: Sequence[float]) -> None:
-    unseen = results["data"]["unseen"]
-    print(f"\nVerification on {unseen['identities']:,} identities not seen in training: true accept rate at a false accept rate of ...")
-    header = ["head", *(f"{far:g}" for far in fars), "rank-1", "train top-1", "loss", "fused vs. eager", "time"]
-    rows = [
-        [
-            r["head"],
-            *(f"{r['tar'][f'{far:g}']:.1%}" for far in fars),
-            f"{r['rank1']:.1%}",
-            f"{r['top1']:.1%}",
-            f"{r['loss']:.3f}",
-            f"{r['largest_difference']:.1e}",
-            f"{r['seconds']:.0f} s",
-        ]
-        for r in results["heads"]
-    ]
-    print(table(header, rows, right=range(1, len(header))))
-    print("(rank-1: the nearest other image shows the same character; fused vs. eager: largest relative difference of a step's loss)\n")
-    notes = [r["unusual"] for r in results["heads"] if r["unusual"]]
-    if notes:
-        print("\n".join(notes) + "\n")
-    print(f"Loss and gradients of the {results['heads'][0]['head']} head in float32, fused and in eager PyTorch, timed in turn")
-    header = ["batch", "classes", "", "median time", "peak memory"]
-    rows = [
-        [
-            c["n"],
-            f"{c['c']:,}",
-            c["kind"],
-            f"{1e3 * c['seconds']:.1f} ms",
-            "-" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**20:.1f} MiB",
-        ]
-        for c in results["costs"]
-    ]
-    print(table(header, rows, right=(0, 1, 3, 4)))
-    print("(peak memory: beyond inputs and class centers, including the gradients of both)")

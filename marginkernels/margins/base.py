@@ -142,7 +142,7 @@ class Margin(nn.Module):
         TypeError: an argument is not a number.
 
     Class attributes a subclass may set:
-        normalize_embedding, normalize_weight: whether the similarity ``c`` uses x/|x| and w/|w|.
+        normalize_embedding, normalize_weight: whether the similarity ``c`` uses ``x/|x|`` and ``w/|w|``.
         non_target: the transform of non-target logits, a :class:`NonTarget`; some also need :meth:`threshold`, ``t`` or both.
         t: the parameter of the transform: a number, or a tensor of shape (), (1,) or (N,).
         reduction: what is summed over the other classes: ``LOG_SUM_EXP`` gives a cross-entropy, and ``SOFTPLUS_SUM`` the loss of a binary

@@ -159,7 +159,7 @@ class UniFace(Binary):
     classes and rows share (Zhou et al., ICCV 2023, the unified cross-entropy).
 
     Args:
-        num_classes: C.
+        num_classes: C, the number of identities.
         scale: s > 0.
         margin: m in [0, 2], a cosine.
         negative_weight: l > 0.

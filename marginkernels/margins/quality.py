@@ -18,8 +18,8 @@ class AdaFace(Margin):
     """AdaFace: target ``cos(theta + g) - m (q + 1)`` with ``g = -m q`` and the quality ``q`` in [-1, 1] of the embedding's norm
     (Kim et al., CVPR 2022, section 3.2: the quality z^ and the adaptive margin of g_angle and g_add).
 
-    ``q = clip((|x| - mean) / (std + 1e-3) h, -1, 1)``, with |x| clipped to [1e-3, 100]. q = -1 is ArcFace, 0 is CosFace with m, and at 1
-    the angle's margin is -m. ``theta + g`` is kept within [0, pi]: past an end the target stands still. q is not differentiated.
+    ``q = clip((|x| - mean) / (std + 1e-3) h, -1, 1)``, with ``|x|`` clipped to [1e-3, 100]. q = -1 is ArcFace, 0 is CosFace with m, and
+    at 1 the angle's margin is -m. ``theta + g`` is kept within [0, pi]: past an end the target stands still. q is not differentiated.
 
     Args:
         scale: s > 0.
@@ -89,7 +89,7 @@ class AdaFace(Margin):
 
 
 class MagFace(Margin):
-    """MagFace: target ``cos(theta + m(a))`` with a margin that grows with the norm a = |x|, and a term ``lambda g(a)`` in the loss that
+    """MagFace: target ``cos(theta + m(a))`` with a margin that grows with the norm ``a = |x|``, and a term ``lambda g(a)`` in the loss that
     rewards long embeddings (Meng et al., CVPR 2021, eq. 3 and the linear m(a) of its section 4.1).
 
     With a clipped to ``norm_range`` [l_a, u_a] and ``margin_range`` [l_m, u_m]: ``m(a) = l_m + (u_m - l_m) (a - l_a) / (u_a - l_a)`` and

@@ -29,8 +29,8 @@ class SphereFaceR(Margin):
         version: one of the three.
         scale: s > 0. With ``normalization="soft"`` it is the norm that embeddings are drawn to, with ``"none"`` it is not used.
         margin: m >= 1.
-        normalization: ``"hard"``: logits are s times the above. ``"none"``: |x| times it. ``"soft"``: |x| times it, and each row's loss
-            has the term ``t | |x| - s |``. The norm is differentiated.
+        normalization: ``"hard"``: logits are s times the above. ``"none"``: ``|x|`` times it. ``"soft"``: ``|x|`` times it, and each
+            row's loss has the term ``t | |x| - s |``. The norm is differentiated.
         loss_weight: None, or what the cross-entropy is multiplied by, > 0; divided by s unless the normalization is ``"none"``. The
             published code has 50. The term of ``"soft"`` is not multiplied.
         t: >= 0, see ``normalization``.

@@ -14,6 +14,7 @@ from torch import nn
 
 import marginkernels as mk
 from helpers import insightface as recorded
+from helpers import pages
 from marginkernels import optim, testing
 from marginkernels.backend import FUSED, records, registry, resolve
 from marginkernels.backend.chunked import ChunkedBackend
@@ -1051,6 +1052,24 @@ def check_insightface() -> None:
 
 
 check_insightface.sizes = (3,)
+
+
+def check_examples_of_the_documentation() -> None:
+    """Those that need several ranks, on each page in one namespace; the loss is the same on every rank."""
+    found = [(page, code) for page in (pages.README, *pages.DOCS) for code in pages.blocks(page, "python") if code.startswith(pages.RANKS)]
+    spaces: dict = {page: {} for page, _ in found}
+    assert len(found) > len(spaces) > 2
+    for page, code in found:
+        space = spaces[page]
+        space |= pages.data(page.parent)
+        space.pop("loss", None)
+        exec(compile(pages.small(code), str(page), "exec"), space)
+        if "loss" in space:
+            same_everywhere(space["loss"].detach())
+        assert space["head"].weight.isfinite().all()
+
+
+check_examples_of_the_documentation.sizes = (2,)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

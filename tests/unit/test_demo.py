@@ -1,8 +1,11 @@
 """The demo: its images, its verification, and that heads train and agree with eager ones."""
 
+import base64
 import json
 import math
+import re
 import unicodedata
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 pytest.importorskip("fontTools")
 
-from marginkernels.demo import data, evaluate, heads, train
+from marginkernels.demo import data, evaluate, heads, report, train
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +271,57 @@ def test_the_whole_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "arcface" in out
     assert "adacos" in out
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for r in results["heads"]:
+        assert f"{r['tar']['0.01']:.1%}" in page
+        assert f"<td>{r['loss']:.3f}</td>" in page
+    alone = ElementTree.fromstring(page)
+    assert {picture.get("alt") for picture in alone.iter("img")} == {path.stem for path in (tmp_path / "out").glob("*.png")}
+
+
+COSTS = ({"kind": "fused", "peak_bytes": None}, {"kind": "eager", "peak_bytes": 2**20})
+
+
+def report_of(name="arcface", unusual=None):
+    """What a run would leave, with numbers that are easy to find."""
+    head = {"head": name, "tar": {"0.1": 0.5, "0.01": 0.25}, "rank1": 0.75, "top1": 1.0, "loss": 1.25, "largest_difference": 1e-7}
+    return {
+        "versions": {"torch": "2.13"},
+        "device": "a CPU",
+        "backend": "cpu",
+        "settings": {"steps": 8, "fused_step": None},
+        "data": {"typefaces": 3, "train": {"identities": 1234, "images": 5678}, "unseen": {"identities": 10, "images": 20}},
+        "heads": [{**head, "seconds": 2.0, "unusual": unusual}],
+        "costs": [
+            {"kind": kind, "n": 2, "c": 5000, "seconds": 0.001, "peak_bytes": peak} for kind, peak in (("fused", None), ("eager", 2**20))
+        ],
+    }
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path):
+    pictures = [tmp_path / "roc.png", tmp_path / "losses.png"]
+    for path in pictures:
+        path.write_bytes(b"\x89PNG " + path.stem.encode())
+    page = report.as_page(report_of("<a & b>", 'scale 32 (usually "64")'), [0.1, 0.01], pictures)
+    root = ElementTree.fromstring(page)
+    found = [picture.get("src").split(",") for picture in root.iter("img")]
+    assert [(kind, base64.b64decode(data)) for kind, data in found] == [("data:image/png;base64", p.read_bytes()) for p in pictures]
+    assert not {"script", "link", "iframe", "object"} & {part.tag for part in root.iter()}
+    assert not re.search(r"https?:|url\(|@import", page)
+    cells = [[cell.text for cell in row] for row in root.iter("tr")]
+    assert ["<a & b>", "50.0%", "25.0%", "75.0%", "100.0%", "1.250", "1.0e-07", "2 s"] in cells
+    assert ["2", "5,000", "fused", "1.0 ms", "-"] in cells
+    assert ["2", "5,000", "eager", "1.0 ms", "1.0 MiB"] in cells
+    assert ["steps", "8"] in cells
+    assert not any(row[0] == "fused_step" for row in cells)
+    assert 'scale 32 (usually "64")' in [p.text for p in root.iter("p")]
+    assert {meta.get("name") for meta in root.iter("meta")} >= {"viewport"}
+    assert "prefers-color-scheme: dark" in next(root.iter("style")).text
+
+
+def test_the_text_has_the_same_tables():
+    text = report.as_text(report_of(unusual="arcface has scale 32."), [0.1, 0.01])
+    assert re.search(r"^arcface +50.0% +25.0% +75.0% +100.0% +1.250 +1.0e-07 +2 s$", text, re.M)
+    assert re.search(r"^ +2 +5,000 +eager +1.0 ms +1.0 MiB$", text, re.M)
+    assert text.index("rank-1:") < text.index("arcface has scale 32.") < text.index("Loss and gradients of the arcface head")
+    assert "\n\n\n" not in report.as_text(report_of(), [0.1, 0.01])

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers, where this ru
 sys.path.insert(0, str(Path(__file__).parents[2]))  # and for benchmarks
 
 from helpers import stand_ins
+from helpers.pages import DOCS, README, ROOT, blocks, data, small
 
 import benchmarks.__main__
 import marginkernels as mk
@@ -38,9 +39,6 @@ from marginkernels.cli._gpus import GPUS, INSIGHTFACE
 from marginkernels.cli._libraries import LIBRARIES
 from marginkernels.core.numerics import CHUNK_ELEMENTS
 
-ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
 #: Pages that a reader sees; the first two kinds have tables and examples.
 PAGES = [README, *DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TEMPLATES = sorted((ROOT / ".github").glob("**/*template*")) + sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -86,8 +84,8 @@ def heads_table(page: Path) -> str:
             state = "`alpha`, if trainable"
         elif not state:
             state = ", ".join(f"`{name}`, trained" for name, _ in made.named_parameters())
-        rows.append((f"`{cls.__name__}`", f"`{cls.__name__}{inspect.Signature(plain)}`", first, made.non_target.label, state or "-"))
-    return table("Margin | Constructor | What it is | Non-target logits | State", rows)
+        rows.append((f"`{cls.__name__}{inspect.Signature(plain)}`", first, made.non_target.label, state or "-"))
+    return table("Margin | What it is | Non-target logits | State", rows)
 
 
 def backends_table(page: Path) -> str:
@@ -334,7 +332,22 @@ def switching_table(page: Path) -> str:
     return table("Library | Module | What it has", rows)
 
 
+def command_table(command: str) -> str:
+    """The options of a command; none of their texts may depend on the machine."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"marginkernels.{marginkernels.__main__.COMMANDS[command][0]}").add_arguments(parser)
+    rows = []
+    for action in parser._actions[1:]:
+        about = (action.help or "") % {**vars(action), "prog": command}
+        if action.choices and action.metavar is None:
+            about += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+        value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or action.dest.upper()}"
+        rows.append((f"`{(action.option_strings or [action.dest])[-1]}{value}`", about.replace("|", r"\|")))
+    return table("Option | What it does", rows)
+
+
 TABLES = {
+    **{f"command_{name}": (lambda page, name=name: command_table(name)) for name in marginkernels.__main__.COMMANDS},
     "switching": switching_table,
     **{f"same_{key}": (lambda page, library=library: listed(library.same)) for key, library in LIBRARIES.items()},
     **{f"differs_{key}": (lambda page, library=library: listed(library.numbers + library.otherwise)) for key, library in LIBRARIES.items()},
@@ -374,27 +387,11 @@ def test_every_table_is_shown_once():
 # -- the examples ----------------------------------------------------------------------------------------------------------------
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.S | re.M) if kind == language]
-
-
 def test_every_library_has_a_page():
     assert {page_of(key) for key in LIBRARIES} == {path.name for path in DOCS if path.name.startswith("switching-")}
     for key in LIBRARIES:
         text = (ROOT / "docs" / page_of(key)).read_text()
         assert all(f"<!-- {kind}_{key} -->" in text for kind in ("same", "differs"))
-
-
-def small(code: str) -> str:
-    """An example at a size that a test can afford."""
-    return re.sub(r"\b\d+(_000)+\b", "1_000", code)
-
-
-def data(folder: Path) -> dict:
-    """What the examples take for granted."""
-    names = {"mk": mk, "torch": torch, "dist": dist, "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel, "folder": folder}
-    names |= {"images": torch.randn(8, 128), "backbone": torch.nn.Linear(128, 512)}
-    return names | {"embeddings": torch.randn(8, 512, requires_grad=True), "labels": torch.randint(1000, (8,))}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

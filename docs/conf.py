@@ -17,7 +17,7 @@ import marginkernels
 #: Title of a part of the navigation -> its pages. A page that is in no part is an error of the build.
 NAVIGATION = {
     "Start": ["docs/start", "docs/installing", "docs/training", "docs/switching", "docs/faq", "All pages <docs/README>"],
-    "Losses": ["docs/choosing", "docs/margin_and_scale", "docs/losses", "docs/own_loss", "docs/study"],
+    "Losses": ["docs/choosing", "docs/margin_and_scale", "docs/losses", "docs/own_loss", "docs/study", "examples/study/README"],
     "Many identities": ["docs/planning", "docs/distributed", "docs/fused_step"],
     "Running it": ["docs/numerics", "docs/backends", "docs/verification"],
     "Reference": ["docs/reference/index", "docs/commands"],
@@ -31,8 +31,8 @@ copyright = "the marginkernels developers"
 html_title = f"marginkernels {release}"
 
 root_doc = "README"
-include_patterns = ["*.md", "docs/**", "benchmarks/RESULTS.md"]
-exclude_patterns = [".*", "build", "csrc", "dist", "examples", "marginkernels*", "runs", "site", "tests", "benchmarks/results"]
+include_patterns = ["*.md", "docs/**", "benchmarks/RESULTS.md", "examples/study/README.md"]
+exclude_patterns = [".*", "build", "csrc", "dist", "marginkernels*", "runs", "site", "tests", "benchmarks/results"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 # A theme without fonts or scripts from elsewhere.

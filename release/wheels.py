@@ -177,7 +177,7 @@ def check(wheel: Path, sdist: Path, torch: str, python: str, tests: Sequence[str
     print(f"--- {wheel.name} with {torch}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        ready = environment(folder / "environment", python, f"{wheel}[test,demo]", torch)
+        ready = environment(folder / "environment", python, f"{wheel}[test,demo,bench]", torch)
         source = unpack(sdist, folder / "sdist")
         package = source / "marginkernels"
         package.rename(package.with_name("not_imported"))  # what is tested is what was installed

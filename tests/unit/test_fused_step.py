@@ -828,9 +828,13 @@ def test_a_workspace_serves_a_step_of_one_micro_batch():
 @pytest.mark.parametrize("rule", ["momentum", "adamw"])
 def test_bfloat16_centers_and_state(backend, rule):
     """Near the float32 run, and the same twice; another seed rounds in another way."""
-    exact = Run(False, rule, num_classes=300, backend=backend).train(5)
+    exact = Run(False, rule, num_classes=300, backend=backend)
     runs = [Run(True, rule, num_classes=300, backend=backend, dtype=torch.bfloat16, fused_options={"seed": seed}) for seed in (0, 0, 1)]
-    runs = [run.train(5) for run in runs]
+    with torch.no_grad():
+        for run in runs:  # not every version of PyTorch draws the same numbers in every dtype
+            run.head.weight.copy_(exact.head.weight)
+    for run in (exact, *runs):
+        run.train(5)
     weights = [run.head.weight.detach() for run in runs]
     assert weights[0].dtype == torch.bfloat16
     assert all(v.dtype == torch.bfloat16 for k, v in runs[0].optimizer.state[runs[0].head.weight].items() if k not in ("step", "draws"))

@@ -220,8 +220,8 @@ def whole_steps_table(page: Path) -> str:
     where, (dim,) = found["environment"], {r["D"] for r in found["records"]}
     about = (
         f"SGD with momentum and weight decay, ArcFace, D = {dim}, on {where['threads']} cores of {where['cpu']}, torch {where['torch']}; "
-        f"from {link(page, path)},\nmade by `python -m benchmarks train`. The median time of a whole step (forward, backward, optimizer), "
-        "and the peak memory beyond the process\nbefore it had class centers: centers, gradient, moments, rows.\n\n"
+        f"from {link(page, path)},\nmade by `python -m benchmarks train --rounds 2`. The median time of a whole step (forward, "
+        "backward, optimizer), and the peak memory\nbeyond the process before it had class centers: centers, gradient, moments, rows.\n\n"
     )
     return about + table(f"C > | N > | embeddings | {' | '.join(name + ' >' for name in names)} | separate over fused >", rows)
 

@@ -21,7 +21,7 @@ above_zero = number(0, open_low=True)
 
 #: With ``--quick``: a few hundred identities from the typefaces of matplotlib, and as few steps as show that all works.
 QUICK = glyphs.Choice(None, script="any", least=5, most=8, identities=240)
-QUICK_NETWORK = features.Network(dim=64, width=8, share=0.25, unseen=0.25, batch=64)
+QUICK_NETWORK = features.Network(dim=64, width=8, share=0.25, unseen=0.25, steps=12, batch=64)
 QUICK_PLAN = heads.Plan(steps=12, identities=1000, batch=64, dim=32, hidden=64, seeds=2)
 QUICK_RUNS = ("arcface", "curricularface", "adacos", "bf16-centers", "sampled-0.3")
 #: Without it.
@@ -60,9 +60,7 @@ def parser() -> argparse.ArgumentParser:
             add("--most", type=integer(3), help=f"most images of an identity (default: {CHOICE.most})")
             add("--jobs", type=integer(), default=2, help="processes that render (default: %(default)s)")
         if name in ("train-features", "all"):
-            group = one.add_mutually_exclusive_group()
-            group.add_argument("--feature-minutes", type=above_zero, default=15.0, help="time to train (default: %(default)g)")
-            group.add_argument("--feature-steps", type=integer(), help="steps, instead of the time")
+            add("--feature-steps", type=integer(2), help=f"steps of the network's training (default: {features.Network.steps})")
         if name in ("heads", "all"):
             group = one.add_mutually_exclusive_group()
             group.add_argument("--budget-minutes", type=above_zero, default=50.0, help="time of all runs, about (default: %(default)g)")
@@ -103,9 +101,9 @@ def render_command(args: argparse.Namespace) -> int:
 
 def train_features_command(args: argparse.Namespace) -> int:
     network = QUICK_NETWORK if args.quick else features.Network()
-    steps = args.feature_steps or (12 if args.quick else None)
-    found = features.train(args.cache, network, steps, args.feature_minutes)
-    print(f"{found['steps']:,} steps, loss {found['loss'][0]:.2f} to {found['loss'][-1]:.2f}; seconds: {found['seconds']}")
+    network = replace(network, steps=args.feature_steps or network.steps)
+    found = features.train(args.cache, network)
+    print(f"{network.steps:,} steps, loss {found['loss'][0]:.2f} to {found['loss'][-1]:.2f}; seconds: {found['seconds']}")
     return 0
 
 

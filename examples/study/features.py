@@ -27,19 +27,20 @@ BACKBONE, HEADS, UNSEEN = range(3)
 
 @dataclass(frozen=True)
 class Network:
-    """The network and its training.
+    """The network and its training, which is short and sees few identities: features that are good already leave a head nothing to do.
 
     Attributes:
         dim: features of an image.
         width: channels of the first convolution.
         share, unseen: of the identities, those that train the network, and those that no training sees.
-        batch: images of a step.
+        steps, batch: of the training, and the images of a step.
     """
 
     dim: int = 512
-    width: int = 32
-    share: float = 0.2
+    width: int = 16
+    share: float = 0.005
     unseen: float = 0.12
+    steps: int = 150
     batch: int = 256
     learning_rate: float = 6e-3
     seed: int = 0
@@ -55,12 +56,17 @@ def parts(identities: int, network: Network) -> npt.NDArray[np.int64]:
     return part
 
 
-def train(cache: Path, network: Network, steps: int | None, minutes: float | None) -> dict[str, Any]:
-    """Train the network for so many steps, or about so many minutes, and write ``features.npy`` (M, dim) float16, unless that has been
-    done; gives what ``features.json`` says."""
+def train(cache: Path, network: Network) -> dict[str, Any]:
+    """Train the network and write ``features.npy`` (M, dim) float16, unless that has been done; gives what ``features.json`` says.
+
+    Raises:
+        ValueError: the features there are of another network.
+    """
     about = cache / "features.json"
     if about.exists():
         found: dict[str, Any] = json.loads(about.read_text())
+        if found["network"] != asdict(network):
+            raise ValueError(f"cache: the features in {cache} are of {found['network']}, and {asdict(network)} is asked for")
         return found
     data, _ = glyphs.load(cache)
     part = parts(len(data.characters), network)
@@ -68,10 +74,7 @@ def train(cache: Path, network: Network, steps: int | None, minutes: float | Non
     images = torch.from_numpy(data.images[rows])
     labels = torch.from_numpy(np.unique(data.identities[rows], return_inverse=True)[1])
     start = time.perf_counter()
-    if steps is None:
-        trial = _fit(images, labels, network, 5)[2]
-        steps = max(2, round(60 * (minutes or 0) / min(trial)))
-    model, losses, _ = _fit(images, labels, network, steps)
+    model, losses = _fit(images, labels, network)
     trained = time.perf_counter()
     features = np.lib.format.open_memmap(cache / "features.npy", mode="w+", dtype=np.float16, shape=(len(data.images), network.dim))
     for at in tqdm(range(0, len(features), 4096), desc="features", unit="chunk"):
@@ -81,16 +84,15 @@ def train(cache: Path, network: Network, steps: int | None, minutes: float | Non
         "network": asdict(network),
         "identities": {name: int((part == k).sum()) for k, name in enumerate(("backbone", "heads", "unseen"))},
         "images": {name: int((part[data.identities] == k).sum()) for k, name in enumerate(("backbone", "heads", "unseen"))},
-        "steps": steps,
-        "loss": [round(v, 4) for v in losses[:: max(1, steps // 100)]],
+        "loss": [round(v, 4) for v in losses[:: max(1, network.steps // 100)]],
         "seconds": {"training": round(trained - start, 1), "features": round(time.perf_counter() - trained, 1)},
     }
     about.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _fit(images: Tensor, labels: Tensor, network: Network, steps: int) -> tuple[GlyphNet, list[float], list[float]]:
-    """The trained network, the loss of each step, and its seconds."""
+def _fit(images: Tensor, labels: Tensor, network: Network) -> tuple[GlyphNet, list[float]]:
+    """The trained network, and the loss of each step."""
     classes = int(labels.max()) + 1
     torch.manual_seed(network.seed)
     generator = torch.Generator().manual_seed(network.seed)
@@ -98,11 +100,10 @@ def _fit(images: Tensor, labels: Tensor, network: Network, steps: int) -> tuple[
     head = mk.MarginHead(network.dim, classes, heads.make("arcface", classes), backend="cpu")
     optimizer = mk.optim.FusedAdamW(head, lr=network.learning_rate, weight_decay=0.05)
     optimizer.add_param_group({"params": list(model.parameters())})
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, network.learning_rate, total_steps=max(steps, 2), pct_start=0.2)
-    losses, seconds = [], []
-    bar = tqdm(range(steps), desc="network", unit="step")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, network.learning_rate, total_steps=network.steps, pct_start=0.2)
+    losses = []
+    bar = tqdm(range(network.steps), desc="network", unit="step")
     for i in bar:
-        start = time.perf_counter()
         chosen = torch.randint(len(labels), (network.batch,), generator=generator)
         embeddings = model(augment(images[chosen], generator).contiguous(memory_format=torch.channels_last))
         loss = head(embeddings, labels[chosen])
@@ -111,10 +112,9 @@ def _fit(images: Tensor, labels: Tensor, network: Network, steps: int) -> tuple[
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
         if i % 20 == 0:
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return model, losses, seconds
+    return model, losses
 
 
 def load(cache: Path) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, Any]]:

@@ -109,7 +109,7 @@ class Data:
         train, labels: (M, dim) float16 and (M,) in [0, C).
         closed, closed_labels: held-out images of the same identities.
         unseen, identities: images of identities that nothing was trained on, and (M',) in [0, K).
-        others: one image of each identity that something was trained on.
+        others: one image of each identity that is not an unseen one.
     """
 
     train: Tensor
@@ -308,8 +308,10 @@ def affordable(todo: Sequence[Run], budget: float, step: float, evaluation: floa
 
 
 def complete(todo: Sequence[Run], folder: Path, plan: Plan, data: Data) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Run those whose record is not in ``folder`` yet, and write each as it is done."""
-    for run in tqdm([run for run in todo if not (folder / run.file).exists()], desc="study", unit="run"):
+    """Run those whose record is not in ``folder`` yet, and write each as it is done. Other processes may write to it as well."""
+    for run in tqdm(todo, desc="study", unit="run"):
+        if (folder / run.file).exists():
+            continue
         found = record(run, plan, data)
         write(folder / run.file, found)
         yield run, found

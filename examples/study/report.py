@@ -40,18 +40,18 @@ PROTOCOL = """
   character, images whose pixels have a cosine of {alike:g} or more count once: many typefaces are one design under two names. Weights of
   a family and faces of a collection (`.ttc`) are typefaces of their own where their images differ that much.
 
-- **Training.** A convolutional network with an ArcFace head learned {backbone:,} identities of its own ({network_steps:,} steps); its
-  {features} features of each image are kept. Each head, and below it a projection of two layers to D = {dim}, then learned C =
-  {classes:,} other identities ({images:,} images) from these features: {steps:,} steps of {batch} rows, {epochs:.1f} epochs,
-  `mk.optim.FusedSGD` with a learning rate of {rate:g}, a momentum of {momentum:g} and a weight decay of {decay:g}, `backend="cpu"`.
-  Scales and margins are the demo's, smaller than those for millions of identities: scale {scale:g}, margins of {angle:g} radians or a
-  cosine of {cosine:g}. Nothing was tuned for any head.
+- **Training.** A convolutional network with an ArcFace head learned {backbone:,} identities of its own ({network_steps:,} steps): few, and
+  briefly, since features that are good already leave a head nothing to do. Its {features} features of each image are kept. Each head, and
+  below it a projection of two layers to D = {dim}, then learned C = {classes:,} other identities ({images:,} images) from these features:
+  {steps:,} steps of {batch} rows, {epochs:.1f} epochs, `mk.optim.FusedSGD` with a learning rate of {rate:g}, a momentum of {momentum:g}
+  and a weight decay of {decay:g}, `backend="cpu"`. Scales and margins are the demo's, smaller than those for millions of identities: scale
+  {scale:g}, margins of {angle:g} radians or a cosine of {cosine:g}. Nothing was tuned for any head.
 
 - **Verification.** All pairs among {views} images of each of {unseen:,} unseen identities: {genuine:,} pairs of the same identity,
   {impostor:,} of different ones. TAR is the share of the former above the threshold at which the share FAR of the latter is.
 
 - **Identification.** A gallery with one image of each unseen identity, the other images as probes: rank 1 is the share whose nearest
-  entry is their own. Distractors are one image each of identities that the network or the head was trained on, added to the gallery.
+  entry is their own. Distractors are one image each of all other identities, most of which something was trained on, added to the gallery.
 
 - **Closed set.** One held-out image of each training identity, at most {closed:,} of them: the share whose own class center is the
   nearest.
@@ -188,7 +188,7 @@ def _facts(found: Records) -> dict[str, Any]:
         "placeholder": glyphs.PLACEHOLDER,
         "alike": glyphs.ALIKE,
         "backbone": made["identities"]["backbone"],
-        "network_steps": made["steps"],
+        "network_steps": made["network"]["steps"],
         "features": made["network"]["dim"],
         "dim": plan["dim"],
         "classes": used["training"]["identities"],

@@ -30,14 +30,14 @@ class Gpu:
 
 
 GPUS = {
-    "v100": Gpu("V100 SXM2 32 GB", 32, 125, 900, 150, "NVLink", "NVIDIA V100 Tensor Core GPU, data sheet, 2020"),
-    "a100": Gpu("A100 SXM 80 GB", 80, 312, 2039, 300, "NVLink", "NVIDIA A100 Tensor Core GPU, data sheet, 2021"),
-    "h100": Gpu("H100 SXM 80 GB", 80, 989.5, 3350, 450, "NVLink", "NVIDIA H100 Tensor Core GPU, data sheet, 2023"),
-    "h200": Gpu("H200 SXM 141 GB", 141, 989.5, 4800, 450, "NVLink", "NVIDIA H200 Tensor Core GPU, data sheet, 2024"),
-    "b200": Gpu("B200 SXM 180 GB", 180, 2250, 8000, 900, "NVLink", "NVIDIA DGX B200, data sheet, 2024: an eighth of the system"),
-    "a10": Gpu("A10 24 GB", 24, 125, 600, 32, "PCIe 4.0", "NVIDIA A10 Tensor Core GPU, data sheet, 2021"),
-    "l40s": Gpu("L40S 48 GB", 48, 362.05, 864, 32, "PCIe 4.0", "NVIDIA L40S GPU, data sheet, 2023"),
-    "rtx4090": Gpu("GeForce RTX 4090 24 GB", 24, 165.2, 1008, 32, "PCIe 4.0", "NVIDIA Ada GPU architecture, white paper, appendix A, 2022"),
+    "v100": Gpu("V100 SXM2 32 GB", 32, 125, 900, 150, "NVLink", "NVIDIA V100 Tensor Core GPU, data sheet"),
+    "a100": Gpu("A100 SXM 80 GB", 80, 312, 2039, 300, "NVLink", "NVIDIA A100 Tensor Core GPU, data sheet"),
+    "h100": Gpu("H100 SXM 80 GB", 80, 989.5, 3350, 450, "NVLink", "NVIDIA H100 Tensor Core GPU, data sheet"),
+    "h200": Gpu("H200 SXM 141 GB", 141, 989.5, 4800, 450, "NVLink", "NVIDIA H200 Tensor Core GPU, data sheet"),
+    "b200": Gpu("B200 SXM 180 GB", 180, 2250, 8000, 900, "NVLink", "NVIDIA DGX B200, data sheet: an eighth of the system"),
+    "a10": Gpu("A10 24 GB", 24, 125, 600, 32, "PCIe 4.0", "NVIDIA A10 Tensor Core GPU, data sheet"),
+    "l40s": Gpu("L40S 48 GB", 48, 362.05, 864, 32, "PCIe 4.0", "NVIDIA L40S GPU, data sheet"),
+    "rtx4090": Gpu("GeForce RTX 4090 24 GB", 24, 165.2, 1008, 32, "PCIe 4.0", "NVIDIA Ada GPU architecture, white paper, appendix A"),
 }
 
 #: Samples a second and MB of each GPU, as published for arcface_torch: identities -> (samples/s, MB) of data parallel, model parallel and

@@ -99,6 +99,17 @@ def test_intervals_hold_the_figure_and_narrow_with_identities():
     assert 0 < widths[1] < 0.6 * widths[0]
 
 
+def test_an_interval_leaves_out_a_fortieth_at_each_end():
+    assert metrics.interval(torch.arange(1001.0)) == pytest.approx([25, 975])
+
+
+def test_a_figure_of_several_seeds():
+    """The mean of the seeds, from the lowest lower end to the highest upper one."""
+    seeds = [{"tar": {"0.1": [0.5, 0.2, 0.9]}}, {"tar": {"0.1": [0.7, 0.6, 0.8]}}, {"tar": {"0.1": [0.6, 0.5, 0.7]}}]
+    assert report.figure(seeds, "tar", "0.1") == pytest.approx((0.6, 0.2, 0.9))
+    assert report.figure([{"closed": 0.5}, {"closed": 0.7}], "closed") == pytest.approx((0.6, 0.5, 0.7))
+
+
 def test_identification_by_hand():
     """Two identities found, the third's probe nearer to the first's entry; a distractor is nearest to the second's probe."""
     e = torch.eye(4)

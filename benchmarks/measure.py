@@ -89,12 +89,14 @@ class Series:
         call: takes one sample.
         budget_ms: sampling stops when the samples add up to this,
         least, most: but not before ``least`` samples, and never after ``most``.
+        dropped: so many samples are taken first and not kept: what is cached for the next call has to be made again.
     """
 
     call: Callable[[], float]
     budget_ms: float
     least: int = 3
     most: int = 100
+    dropped: int = 0
     ms: list[float] = field(default_factory=list)
 
     @property
@@ -120,11 +122,14 @@ def in_turn(series: dict[str, Series], failed: Callable[[str, Exception], None] 
             shift += 1
             for name in names[shift % len(names) :] + names[: shift % len(names)]:
                 try:
-                    pending[name].ms.append(pending[name].call())
+                    taken = pending[name].call()
                 except Exception as error:
                     failed(name, error)
                     del pending[name]
                     continue
+                if shift <= pending[name].dropped:
+                    continue
+                pending[name].ms.append(taken)
                 if pending[name].done:
                     del pending[name]
             gc.collect()

@@ -371,6 +371,17 @@ def test_peak_leaves_out_the_gradients(monkeypatch):
     assert runner.peak_mb("step") < 12
 
 
+def test_first_samples_are_dropped():
+    """A call that has to fill its caches first is not what a loop sees; the others go on meanwhile."""
+    taken = []
+    series = {"cold": measure.Series(lambda: taken.append(0) or (100.0 if len(taken) == 1 else 1.0), 3.0, dropped=1)}
+    series["other"] = measure.Series(lambda: 2.0, 6.0)
+    measure.in_turn(series)
+    assert series["cold"].ms == [1.0, 1.0, 1.0]
+    assert len(taken) == 4
+    assert series["other"].ms == [2.0, 2.0, 2.0]
+
+
 def test_rounds_are_in_turn():
     order = []
     ms = {"a": 5.0, "b": 1.0, "c": 50.0}

@@ -36,9 +36,9 @@ How to read it:
 - In `forward` this package has summed the embeddings' gradient over the classes too, half of the backward pass: where a peer wins a
   `forward` row, the `step` row is the comparison. Where a peer wins a `step` row of few rows and classes, the two kernels take less than
   half of the time; the rest is the margin and the loss of a few rows in PyTorch's small operators, which `torch.compile` fuses.
-- Between 100,000 and 1,000,000 classes this package's time grows faster than the classes: of the exponentials that the forward pass could leave
-  to the backward pass the default workspace of 128 MB then holds a part (`+workspace` holds all), and the gradient of the centers, 2 GB, is
-  not kept for the next step, so that its memory is new in each. A [fused step](../docs/fused_step.md) has no such gradient.
+- Between 100,000 and 1,000,000 classes this package's time grows faster than the classes: of the exponentials that the forward pass could
+  leave to the backward pass the default workspace of 128 MB then holds a part (`+workspace` holds all), and the gradient of the centers,
+  2 GB, is not kept for the next step, so that its memory is new in each. A [fused step](../docs/fused_step.md) has no such gradient.
 - **Bold** is the fastest of a row; "peer wins" marks rows where that is not a backend of this package. The last column gives the lines
   of the records in the file.
 """

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..cli._progress import tqdm
+
 #: Bins of the histograms of cosines over [-1, 1], so that thresholds are exact to 1e-4.
 BINS = 20_000
 FARS = (1e-2, 1e-3, 1e-4)
@@ -53,7 +55,7 @@ def verify_pairs(embeddings: Tensor, identities: Tensor, *, block: int = 1024) -
     unit = torch.nn.functional.normalize(embeddings.float())
     counts = torch.zeros(2 * BINS, dtype=torch.float64, device=unit.device)
     hits = 0
-    for start in range(0, len(unit), block):
+    for start in tqdm(range(0, len(unit), block), desc="verify", unit="block", leave=False):
         rows = slice(start, start + block)
         cos = unit[rows] @ unit.T
         same = identities[rows, None] == identities

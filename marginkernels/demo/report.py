@@ -80,14 +80,15 @@ def tables(results: Mapping[str, Any], fars: Sequence[float]) -> list[Table]:
         ]
         for c in results["costs"]
     ]
-    unseen, first = results["data"]["unseen"]["identities"], results["heads"][0]["head"]
+    unseen, (first, checked) = results["data"]["unseen"]["identities"], (results["heads"][0][k] for k in ("head", "checked_steps"))
     return [
         Table(
             f"Verification on {unseen:,} identities not seen in training: true accept rate at a false accept rate of ...",
             ["head", *(f"{far:g}" for far in fars), "rank-1", "train top-1", "loss", "fused vs. eager", "time"],
             quality,
             [0],
-            "rank-1: the nearest other image shows the same character; fused vs. eager: largest relative difference of a step's loss",
+            "rank-1: the nearest other image shows the same character; "
+            f"fused vs. eager: largest relative difference of a step's loss, of {checked:,} steps",
         ),
         Table(
             f"Loss and gradients of the {first} head in float32, fused and in eager PyTorch, timed in turn",

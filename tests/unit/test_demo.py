@@ -197,7 +197,22 @@ def test_what_is_timed_as_eager_is_the_same_loss(name):
 def test_every_head_trains_and_agrees(name, few):
     run = train.fit(name, *few, train.Settings(steps=12, batch_size=64, dim=32, width=8))
     assert all(np.isfinite(run.losses))
-    assert max(run.differences) < 1e-5
+    assert list(run.differences) == list(range(12))
+    assert max(run.differences.values()) < 1e-5
+
+
+def test_the_check_of_many_logits_is_thinned(few, monkeypatch):
+    """Where it would take longer than the training: some steps, the first and the last among them; the losses are the same."""
+    settings = train.Settings(steps=12, batch_size=64, dim=32, width=8)
+    every = train.fit("curricularface", *few, settings)
+    classes = len(few[0].characters)
+    monkeypatch.setattr(train, "CHECKED_LOGITS", 64 * classes // 5 + 1)
+    some = train.fit("curricularface", *few, settings)
+    assert some.losses == every.losses
+    assert some.differences == {step: every.differences[step] for step in (0, 5, 10, 11)}
+    monkeypatch.undo()
+    assert train.checked_every(256, 100) == 1
+    assert train.checked_every(256, 1_000_000) > 50
 
 
 def test_learns_unseen_identities_and_repeats_to_the_bit(few):
@@ -291,7 +306,7 @@ def report_of(name="arcface", unusual=None):
         "backend": "cpu",
         "settings": {"steps": 8, "fused_step": None},
         "data": {"typefaces": 3, "train": {"identities": 1234, "images": 5678}, "unseen": {"identities": 10, "images": 20}},
-        "heads": [{**head, "seconds": 2.0, "unusual": unusual}],
+        "heads": [{**head, "seconds": 2.0, "checked_steps": 8, "unusual": unusual}],
         "costs": [
             {"kind": kind, "n": 2, "c": 5000, "seconds": 0.001, "peak_bytes": peak} for kind, peak in (("fused", None), ("eager", 2**20))
         ],

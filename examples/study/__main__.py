@@ -161,6 +161,8 @@ def describe(plan: heads.Plan, data: heads.Data, todo: list[heads.Run], step: fl
 def report_command(args: argparse.Namespace) -> int:
     page = args.page or (report.PAGE if args.records == report.RECORDS else args.records / "study.md")
     found = report.Records.read(args.records)
+    if not found.runs and args.records != report.RECORDS:
+        return refuse(f"--records: expected a folder with records, as heads writes them, got {str(args.records)!r}")
     pictures = report.draw(found, args.records)
     page.write_text(report.render(found, page))
     if args.results is not None:

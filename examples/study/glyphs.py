@@ -97,7 +97,13 @@ def render(cache: Path, choice: Choice, jobs: int) -> dict[str, Any]:
 
 
 def load(cache: Path) -> tuple[Glyphs, dict[str, Any]]:
-    """The rendered images, which stay on disk until they are used, and what ``data.json`` says."""
+    """The rendered images, which stay on disk until they are used, and what ``data.json`` says.
+
+    Raises:
+        ValueError: nothing has been rendered.
+    """
+    if not (cache / "data.json").exists():
+        raise ValueError(f"cache: expected a folder with images; render them first: python -m examples.study render --cache {cache}")
     about = json.loads((cache / "data.json").read_text())
     index = np.load(cache / "index.npz")
     images = np.load(cache / "images.npy", mmap_mode="r")

@@ -226,6 +226,22 @@ def test_a_cache_of_other_images_is_refused(study):
         glyphs.render(study / "cache", glyphs.Choice(None), 1)
 
 
+def test_steps_of_the_study_in_the_wrong_order(tmp_path, capsys):
+    for words, said in (
+        (["train-features", "--cache"], "render them first"),
+        (["heads", "--cache"], "make them first"),
+        (["report", "--records"], "expected a folder with records"),
+    ):
+        assert command.main([*words, str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_another_cache_has(study, capsys):
+    assert command.main(["train-features", "--quick", "--cache", str(study / "cache"), "--feature-steps", "13"]) == 2
+    assert "is asked for" in capsys.readouterr().err
+
+
 def test_a_page_without_records(tmp_path):
     text = report.render(report.Records.read(tmp_path), tmp_path / "page.md")
     assert "none yet" in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from marginkernels import testing
 from marginkernels.cli._text import integer, writable_file
 
 from .run import write
@@ -15,7 +16,8 @@ from .run import write
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=writable_file, required=True, metavar="PATH", help="output file; rewritten after each run")
-    parser.add_argument("--head", default="arcface", help="of the demo's list (default: %(default)s)")
+    heads = list(testing.HEADS)
+    parser.add_argument("--head", choices=heads, default="arcface", metavar="NAME", help="of the demo's list (default: %(default)s)")
     parser.add_argument("--seeds", type=integer(), default=3, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=integer(), help="instead of the demo's eight epochs")
     parser.add_argument("--most", type=integer(), metavar="N", help="identities, at most (default: all that the fonts have)")

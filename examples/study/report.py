@@ -57,7 +57,8 @@ PROTOCOL = """
   nearest.
 
 - **Intervals** cover {covered:.0%} of a bootstrap over identities, not over pairs ({draws} draws). With several seeds a figure is the
-  mean, and the interval reaches from the lowest end to the highest. Differences within it say nothing.
+  mean, and the interval reaches from the lowest end to the highest. All heads are measured on the same images: a difference between two
+  of them is more certain than the intervals say, but less than the seeds differ it says nothing.
 """
 
 LIMITS = """
@@ -234,7 +235,7 @@ def _table(runs: dict[str, list[dict[str, Any]]], *, sort: bool = True, timed: b
     names = list(runs)
     if sort:
         names.sort(key=lambda name: -figure(runs[name], "verification", "tar", "0.001")[0])
-    header = ["Head", "seeds", *(f"TAR at {far.replace('e-0', 'e-')}, %" for far in fars), "rank 1, %"]
+    header = ["Head", "seeds", *(f"TAR at {far:.0e}, %".replace("e-0", "e-") for far in metrics.FARS), "rank 1, %"]
     if names:
         largest = max(runs[names[0]][0]["identification"]["rank1"], key=int)
         header.append(f"with {int(largest):,} distractors, %")
@@ -309,6 +310,8 @@ def _cmc(found: Records) -> Any:
     left.set_title("Cumulative match characteristic")
     left.legend(fontsize=8)
     right.set(xlabel="identities in the gallery", ylabel="rank 1", xscale="log")
+    right.set_xticks(at, [f"{n:,}" for n in at], rotation=30)
+    right.minorticks_off()
     right.set_title("Identification among distractors")
     return figure_
 

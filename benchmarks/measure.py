@@ -89,7 +89,7 @@ class Series:
         call: takes one sample.
         budget_ms: sampling stops when the samples add up to this,
         least, most: but not before ``least`` samples, and never after ``most``.
-        dropped: so many samples are taken first and not kept: what is cached for the next call has to be made again.
+        dropped: so many samples are taken first and not kept: they fill caches that later calls find full.
     """
 
     call: Callable[[], float]

@@ -57,8 +57,8 @@ PROTOCOL = """
   nearest.
 
 - **Intervals** cover {covered:.0%} of a bootstrap over identities, not over pairs ({draws} draws). With several seeds a figure is the
-  mean, and the interval reaches from the lowest end to the highest. All heads are measured on the same images: a difference between two
-  of them is more certain than the intervals say, but less than the seeds differ it says nothing.
+  mean, and the interval reaches from the lowest end to the highest. All heads are measured on the same images, so that a difference
+  between two of them is more certain than the intervals say; one that is smaller than the difference between seeds says nothing.
 """
 
 LIMITS = """

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "results" / "study"
 PAGE = ROOT / "docs" / "study.md"
 WIDTH = 140
+#: A head has not started where the closed set is found less often than this.
+STALLED = 0.01
 
 INTRO = """
 # A study of all heads
@@ -144,9 +146,20 @@ def render(found: Records, page: Path = PAGE) -> str:
         "## All heads",
         "Seed 0, by TAR at FAR 1e-3.",
         "\n".join(_table(every)),
+        *_stalled(every),
         *_paragraphs(LIMITS),
     ]
     return _page(parts)
+
+
+def _stalled(runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """A sentence on heads that have learned next to nothing, where there are some."""
+    found = [f"`{name}`" for name, same in runs.items() if "closed" in same[0] and figure(same, "closed", "rank1")[0] < STALLED]
+    if found:
+        yield (
+            f"Not started, with these settings and in so few steps: {', '.join(found)}. Their own class center is the nearest to fewer than "
+            f"{STALLED:.0%} of the held-out images."
+        )
 
 
 def _page(parts: Sequence[str]) -> str:

@@ -110,6 +110,14 @@ def test_a_figure_of_several_seeds():
     assert report.figure([{"closed": 0.5}, {"closed": 0.7}], "closed") == pytest.approx((0.6, 0.5, 0.7))
 
 
+def test_heads_that_have_not_started_are_named():
+    runs = {name: [{"closed": {"rank1": share}}] for name, share in (("arcface", 0.9), ("sphereface", 0.0), ("lsoftmax", 0.009))}
+    (said,) = report._stalled(runs | {"features": [{}]})
+    assert "`sphereface`, `lsoftmax`." in said
+    assert "arcface" not in said
+    assert not [*report._stalled({"arcface": runs["arcface"]})]
+
+
 def test_identification_by_hand():
     """Two identities found, the third's probe nearer to the first's entry; a distractor is nearest to the second's probe."""
     e = torch.eye(4)

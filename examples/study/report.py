@@ -157,8 +157,8 @@ def _stalled(runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     found = [f"`{name}`" for name, same in runs.items() if "closed" in same[0] and figure(same, "closed", "rank1")[0] < STALLED]
     if found:
         yield (
-            f"Not started, with these settings and in so few steps: {', '.join(found)}. Their own class center is the nearest to fewer than "
-            f"{STALLED:.0%} of the held-out images."
+            f"Not started, with these settings and in so few steps: {', '.join(found)}. Their own class center is the nearest to fewer "
+            f"than {STALLED:.0%} of the held-out images."
         )
 
 

@@ -121,7 +121,7 @@ class Records:
 def render(found: Records, page: Path = PAGE) -> str:
     """The text of the page at ``page``."""
     folder, study = (os.path.relpath(path, page.parent) for path in (found.folder, ROOT / "examples" / "study"))
-    where = f"the records in [{found.folder.name}]({folder})" if found.runs else "records, of which there are none yet"
+    where = f"the records beside [plan.json]({folder}/plan.json)" if found.runs else "records, of which there are none yet"
     parts = _paragraphs(INTRO, where=where, study=study)
     if not found.runs:
         return _page(parts)

@@ -239,7 +239,7 @@ def figure(same: Sequence[dict[str, Any]], *path: str) -> tuple[float, float, fl
 
 def _cell(same: Sequence[dict[str, Any]], *path: str) -> str:
     value, low, high = figure(same, *path)
-    return f"{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{100 * value:.1f} ({100 * low:.1f}\u2011{100 * high:.1f})"  # a hyphen where no line ends
 
 
 def _table(runs: dict[str, list[dict[str, Any]]], *, sort: bool = True, timed: bool = False) -> Iterator[str]:

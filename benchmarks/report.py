@@ -36,6 +36,8 @@ How to read it:
 - In `forward` this package has summed the embeddings' gradient over the classes too, half of the backward pass: where a peer wins a
   `forward` row, the `step` row is the comparison. Where a peer wins a `step` row of few rows and classes, the two kernels take less than
   half of the time; the rest is the margin and the loss of a few rows in PyTorch's small operators, which `torch.compile` fuses.
+- The record of a processor with AMX is older than the workspace of the C++ kernels (commit 26f2299): its class pass computes the products
+  of the row pass once more, and more `step` rows go to a peer. No such processor has been measured since.
 - Between 100,000 and 1,000,000 classes this package's time grows faster than the classes: of the exponentials that the forward pass could
   leave to the backward pass the default workspace of 128 MB then holds a part (`+workspace` holds all), and the gradient of the centers,
   2 GB, is not kept for the next step, so that its memory is new in each. A [fused step](../docs/fused_step.md) has no such gradient.

@@ -227,6 +227,9 @@ def test_a_study_goes_on(study, capsys):
     assert command.main([*words, "--seeds", "2", "--steps", "4"]) == 0
     assert kept.stat().st_mtime_ns == before
     assert json.loads(lost.read_text())["loss"] == text["loss"]
+    # One that another process has written since the list was made is left alone.
+    assert not [*heads.complete([heads.Run("arcface", "arcface", 0)], kept.parent, heads.Plan(steps=1, identities=10), None)]
+    assert kept.stat().st_mtime_ns == before
 
 
 def test_a_cache_of_other_images_is_refused(study):
